@@ -1,0 +1,277 @@
+"""The only place that knows Hugging Face names: config.json and tensor names of `deepseek_v3`, both ways.
+
+A model that Hugging Face's `DeepseekV3ForCausalLM` can run is written as `model_type: deepseek_v3`; any other
+(dense, softmax routing, MHA …) as `model_type: moestro` with Moestro's own config under the key `moestro`, and the
+same tensor names wherever they exist. MTP modules follow as layers `num_hidden_layers + k`, as DeepSeek ships them.
+
+Strict accounting: a tensor or config key that nothing uses, and a parameter that nothing fills, are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moestro.config import ModelConfig, build_config
+from moestro.errors import CheckpointError
+
+# ours -> theirs, copied as they are
+PLAIN_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_dense_layers": "first_k_dense_replace",
+    "dense_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "num_heads": "num_attention_heads",
+    "kv_lora_rank": "kv_lora_rank",
+    "nope_dim": "qk_nope_head_dim",
+    "rope_dim": "qk_rope_head_dim",
+    "v_dim": "v_head_dim",
+    "num_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "top_k": "num_experts_per_tok",
+    "num_groups": "n_group",
+    "top_k_groups": "topk_group",
+    "expert_dim": "moe_intermediate_size",
+    "mtp_depth": "num_nextn_predict_layers",
+    "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+# keys that must have this value where they are given: anything else is a model that is not supported
+FIXED_KEYS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rope_interleave": True,
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "pretraining_tp": 1,
+    "output_router_logits": False,
+}
+# keys that do not change what the model computes
+IGNORED_KEYS = {
+    "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads", "attention_dropout", "aux_loss_alpha",
+    "seq_aux", "ep_size", "q_lora_rank", "norm_topk_prob", "routed_scaling_factor", "rope_theta", "rope_scaling",
+    "rope_parameters", "quantization_config", "head_dim", "qk_head_dim", "num_local_experts", "num_mtp_layers",
+    "_name_or_path", "router_aux_loss_coef", "chunk_size_feed_forward", "return_dict", "output_hidden_states",
+    "output_attentions", "id2label", "label2id", "problem_type", "is_encoder_decoder",
+}  # fmt: skip
+
+
+def is_hf_compatible(config: ModelConfig) -> bool:
+    """Whether Hugging Face's DeepseekV3ForCausalLM computes the same function."""
+    router = config.router
+    return (
+        config.attention == "mla"
+        and config.num_experts > 0
+        and config.num_shared_experts > 0
+        and router.score == "sigmoid"
+        and router.group_score == "top2"
+        and config.num_experts // config.num_groups >= 2
+    )
+
+
+def config_to_hf(config: ModelConfig, *, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
+    """config.json of a model directory; `dtype` is the stored precision, such as "float32"."""
+    if not is_hf_compatible(config):
+        return {
+            "model_type": "moestro",
+            "architectures": ["MoestroForCausalLM"],
+            "moestro": config.model_dump(mode="json"),
+            "bos_token_id": bos_id,
+            "eos_token_id": eos_id,
+            "torch_dtype": dtype,
+        }
+    tree: dict[str, Any] = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    tree |= {theirs: getattr(config, ours) for ours, theirs in PLAIN_KEYS.items()}
+    tree |= FIXED_KEYS
+    tree |= {
+        "num_key_value_heads": config.num_heads,
+        "q_lora_rank": config.q_lora_rank or None,
+        "norm_topk_prob": config.router.normalize,
+        "routed_scaling_factor": config.router.scale,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": _rope_to_hf(config),
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+    }
+    return tree
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any] | None:
+    rope = config.rope
+    if rope.factor == 1:
+        return None
+    return {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_seq_len,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+        "mscale": rope.mscale,
+        "mscale_all_dim": rope.mscale_all_dim,
+    }
+
+
+def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a config.json; raises CheckpointError naming the key that cannot be honoured."""
+    model_type = tree.get("model_type")
+    if model_type == "moestro" and isinstance(tree.get("moestro"), dict):
+        return build_config({"model": tree["moestro"]}).model
+    if model_type != "deepseek_v3":
+        raise CheckpointError(f"config.json has model_type '{model_type}'; supported is deepseek_v3")
+    if tree.get("quantization_config"):
+        method = tree["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"the weights are quantised ({method}); fp8 and other quantised checkpoints are not supported yet: "
+            "convert them to bf16 first"
+        )
+    for key, value in FIXED_KEYS.items():
+        if tree.get(key, value) not in (value, None):
+            raise CheckpointError(f"config.json has {key}={tree[key]!r}; supported is {value!r}")
+    unknown = sorted(set(tree) - set(PLAIN_KEYS.values()) - set(FIXED_KEYS) - IGNORED_KEYS)
+    if unknown:
+        raise CheckpointError(f"config.json has keys that nothing here uses: {', '.join(unknown)}")
+    required = [theirs for theirs in ("vocab_size", "hidden_size", "num_hidden_layers") if theirs not in tree]
+    if required:
+        raise CheckpointError(f"config.json lacks {', '.join(required)}")
+    defaults = HF_DEFAULTS | {theirs: value for theirs, value in tree.items() if value is not None}
+    model: dict[str, Any] = {ours: defaults[theirs] for ours, theirs in PLAIN_KEYS.items()}
+    model["q_lora_rank"] = tree.get("q_lora_rank", 1536) or 0
+    model["router"] = {"normalize": defaults["norm_topk_prob"], "scale": defaults["routed_scaling_factor"]}
+    model["rope"] = _rope_from_hf(tree, int(model["max_seq_len"]))
+    return build_config({"model": model}).model
+
+
+# what transformers assumes where config.json is silent
+HF_DEFAULTS: dict[str, Any] = {
+    "first_k_dense_replace": 3, "intermediate_size": 18432, "max_position_embeddings": 4096,
+    "num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+    "topk_group": 4, "moe_intermediate_size": 2048, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6, "initializer_range": 0.02, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+
+
+def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
+    """Both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5."""
+    scaling = dict(tree.get("rope_parameters") or {}) | dict(tree.get("rope_scaling") or {})
+    rope: dict[str, Any] = {"theta": scaling.get("rope_theta") or tree.get("rope_theta") or 10000.0}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return rope
+    if kind != "yarn":
+        raise CheckpointError(f"config.json has rope type '{kind}'; supported are default and yarn")
+    original = scaling.get("original_max_position_embeddings", 4096)
+    rope |= {
+        "factor": scaling.get("factor") or max_seq_len / original,
+        "original_max_seq_len": original,
+        "beta_fast": scaling.get("beta_fast") or 32,
+        "beta_slow": scaling.get("beta_slow") or 1,
+        "mscale": scaling.get("mscale") or 0.0,
+        "mscale_all_dim": scaling.get("mscale_all_dim") or 0.0,
+    }
+    return rope
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a checkpoint tensor goes: rows `start:stop` of a parameter, of one expert where `expert` is given."""
+
+    parameter: str
+    expert: int | None = None
+    start: int | None = None
+    stop: int | None = None
+
+
+def tensor_map(config: ModelConfig) -> dict[str, Slot]:
+    """Hugging Face tensor name -> slot, for every tensor of a checkpoint written here (experts one by one)."""
+    entries = {"model.embed_tokens.weight": Slot("embed.weight"), "model.norm.weight": Slot("norm.weight")}
+    if not config.tie_embeddings:
+        entries["lm_head.weight"] = Slot("head.weight")
+    first_moe = config.num_dense_layers if config.num_experts else config.num_layers
+    for layer in range(config.num_layers):
+        entries |= _block_map(config, f"model.layers.{layer}", f"layers.{layer}", dense=layer < first_moe)
+    for depth in range(config.mtp_depth):
+        theirs, ours = f"model.layers.{config.num_layers + depth}", f"mtp.{depth}"
+        entries |= _block_map(config, theirs, f"{ours}.block", dense=config.num_experts == 0)
+        names = {"enorm": "embed_norm", "hnorm": "hidden_norm", "eh_proj": "project", "shared_head.norm": "norm"}
+        entries |= {f"{theirs}.{name}.weight": Slot(f"{ours}.{own}.weight") for name, own in names.items()}
+    return entries
+
+
+def _block_map(config: ModelConfig, theirs: str, ours: str, *, dense: bool) -> dict[str, Slot]:
+    names = {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attention.out",
+    }
+    if config.attention == "mla":
+        names |= {
+            "self_attn.kv_a_proj_with_mqa": "attention.kv_down",
+            "self_attn.kv_a_layernorm": "attention.kv_norm",
+            "self_attn.kv_b_proj": "attention.kv_up",
+        }
+    else:
+        names["self_attn.kv_proj"] = "attention.kv"
+    if config.attention == "mla" and config.q_lora_rank:
+        names |= {
+            "self_attn.q_a_proj": "attention.q_down",
+            "self_attn.q_a_layernorm": "attention.q_norm",
+            "self_attn.q_b_proj": "attention.q_up",
+        }
+    else:
+        names["self_attn.q_proj"] = "attention.q"
+    entries = {f"{theirs}.{name}.weight": Slot(f"{ours}.{own}.weight") for name, own in names.items()}
+    if dense:
+        return entries | _mlp_map(f"{theirs}.mlp", f"{ours}.ffn", config.dense_dim)
+    entries[f"{theirs}.mlp.gate.weight"] = Slot(f"{ours}.ffn.router.weight")
+    entries[f"{theirs}.mlp.gate.e_score_correction_bias"] = Slot(f"{ours}.ffn.router.bias")
+    if config.num_shared_experts:
+        width = config.expert_dim * config.num_shared_experts
+        entries |= _mlp_map(f"{theirs}.mlp.shared_experts", f"{ours}.ffn.shared", width)
+    for expert in range(config.num_experts):
+        prefix, stack = f"{theirs}.mlp.experts.{expert}", f"{ours}.ffn.experts"
+        entries |= _gate_up_map(prefix, f"{stack}.gate_up", config.expert_dim, expert)
+        entries[f"{prefix}.down_proj.weight"] = Slot(f"{stack}.down", expert)
+    return entries
+
+
+def _gate_up_map(theirs: str, parameter: str, width: int, expert: int | None) -> dict[str, Slot]:
+    return {
+        f"{theirs}.gate_proj.weight": Slot(parameter, expert, 0, width),
+        f"{theirs}.up_proj.weight": Slot(parameter, expert, width, 2 * width),
+    }
+
+
+def _mlp_map(theirs: str, ours: str, width: int) -> dict[str, Slot]:
+    entries = _gate_up_map(theirs, f"{ours}.gate_up.weight", width, None)
+    return entries | {f"{theirs}.down_proj.weight": Slot(f"{ours}.down.weight")}
+
+
+def fused_slots(config: ModelConfig) -> dict[str, Slot]:
+    """Names that newer transformers write: all experts of a layer in one tensor."""
+    entries = {}
+    for name, slot in tensor_map(config).items():
+        if slot.expert == 0 and not slot.start:
+            layer = name.split(".mlp.experts.")[0]
+            kind = "gate_up_proj" if slot.stop else "down_proj"
+            entries[f"{layer}.mlp.experts.{kind}"] = Slot(slot.parameter)
+    return entries
+
+
+def duplicate_names(config: ModelConfig) -> Iterator[str]:
+    """Names of tensors that published checkpoints repeat: MTP's copies of embedding and head, tied heads, RoPE tables."""
+    yield "lm_head.weight"
+    for layer in range(config.num_layers + config.mtp_depth):
+        yield f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+    for layer in range(config.num_layers, config.num_layers + config.mtp_depth):
+        yield f"model.layers.{layer}.embed_tokens.weight"
+        yield f"model.layers.{layer}.shared_head.head.weight"
+

@@ -1,0 +1,45 @@
+"""The layers that everything is made of. Parameters keep their own precision (fp32 master weights in training);
+activations decide the precision of the arithmetic, by explicit casts and never by autocast."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ, without bias, computed in the precision of x. weight [out, in]."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis; the mean is taken in fp32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: W_down(silu(W_gate x) ⊙ W_up x); gate and up are one matrix, gate rows first."""
+
+    def __init__(self, hidden_dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_dim, 2 * inner_dim)
+        self.down = Linear(inner_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out

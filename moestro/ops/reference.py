@@ -1,0 +1,53 @@
+"""The specification of every fused operation, in plain torch that autograd differentiates.
+
+Written to be read and trusted, not to be fast. Letters: N tokens, H heads, D model, E experts, A active,
+F expert width, V vocabulary. `ops/fused.py` must agree with this file within rounding, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Σ_a weights[n,a] · Expert_ids[n,a](x[n]), each expert a SwiGLU FFN (V3 eq. 12).
+
+    x [N, D], gate_up [E, 2F, D] (gate rows first), down [E, D, F], ids [N, A] int64, weights [N, A] fp32 -> [N, D].
+    """
+    out = torch.zeros_like(x)
+    for expert in range(gate_up.shape[0]):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down[expert])
+        out = out.index_add(0, token, y * weights[token, slot, None].to(y.dtype))
+    return out
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float) -> Tensor:
+    """Causal attention inside each sequence of a packed batch.
+
+    q, k [N, H, K], v [N, H, W]; sequence s is rows starts[s]:starts[s+1] -> [N, H, W].
+    """
+    out = []
+    for start, end in zip(starts, starts[1:], strict=False):
+        qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
+        future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+        scores = (qs @ ks.transpose(1, 2)).float() * scale
+        p = scores.masked_fill(future, float("-inf")).softmax(-1)
+        out.append((p.to(v.dtype) @ vs).transpose(0, 1))
+    return torch.cat(out)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output head and cross-entropy in one.
+
+    hidden [N, D], weight [V, D], targets [N] int64 (−100: none) -> (sum of nll, differentiable; nll [N] in nats,
+    0 where there is no target; argmax [N] int64), the last two without gradient.
+    """
+    logits = F.linear(hidden, weight).float()
+    nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    return nll.sum(), nll.detach(), logits.argmax(-1)
