@@ -1,3 +1,38 @@
-"""Moestro: the MoE you can see, and the same MoE everywhere."""
+"""Moestro: the MoE you can see, and the same MoE everywhere.
+
+    import moestro
+    outcome = moestro.train(moestro.Config(), "runs/mine")     # train a model
+    model = moestro.load("runs/mine")                          # a run, a checkpoint, a Hugging Face directory
+    print(model.generate("Once upon a time").text)
+
+Names are imported when they are first used, so that `moestro --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moestro.config import Config as Config
+    from moestro.engine.language_model import LanguageModel as LanguageModel
+    from moestro.engine.language_model import load as load
+    from moestro.errors import MoestroError as MoestroError
+    from moestro.train.loop import train as train
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "moestro.config",
+    "LanguageModel": "moestro.engine.language_model",
+    "MoestroError": "moestro.errors",
+    "load": "moestro.engine.language_model",
+    "train": "moestro.train.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moestro' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -129,7 +129,6 @@ class TrainConfig(Frozen):
     accumulate: int = Field(1, gt=0, description="forward passes per step")
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-3, gt=0)
-    muon_lr: float = Field(0.02, gt=0)
     warmup_steps: int = Field(20, ge=0)
     decay_fraction: float = Field(0.3, ge=0, le=1)
     final_lr_ratio: float = Field(0.05, ge=0, le=1)
@@ -139,7 +138,7 @@ class TrainConfig(Frozen):
     mtp_weight: float = Field(0.3, ge=0)
     mtp_weight_late: float = Field(0.1, ge=0, description="V3 lowers the weight after two thirds of the run")
     bias_frozen_fraction: float = Field(0.034, ge=0, le=1, description="last part of the run without bias updates")
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where it is measured faster")
     recompute: bool = False
     mask_documents: bool = True
     checkpoint_every: int = Field(200, gt=0)
@@ -147,6 +146,7 @@ class TrainConfig(Frozen):
     eval_every: int = Field(100, gt=0)
     eval_tokens: int = Field(65536, gt=0, description="validation tokens per domain while training")
     threads: int = Field(0, ge=0, description="0: every core this process may use")
+    mirror: Literal["none", "tensorboard", "trackio"] = "none"
 
 
 class DataConfig(Frozen):

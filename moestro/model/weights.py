@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> Transformer:
     """The model of a directory, parameters and arithmetic in `dtype` (stored precision where None), routers in fp32."""
     config = read_config(directory)
-    sources = _tensor_files(directory)
+    sources = tensor_files(directory)
     stored = _stored_dtype(sources)
     dtype = dtype or stored
     with torch.device("meta"):
@@ -121,7 +121,7 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index where there is one; refuses pickled weights by name."""
     index = directory / "model.safetensors.index.json"
     if index.exists():

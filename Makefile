@@ -1,0 +1,48 @@
+# make demo   a trained model, a report and a sample, from nothing but Python and this folder
+# make test   the whole fast suite           make lint   ruff and mypy           make clean   all but runs/
+#
+# Everything is installed into .venv, editable, at the versions of constraints.txt. The stamps make a second call
+# start at once; they are renewed when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location \
+          --root-user-action ignore --constraint constraints.txt
+CACHES := build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/moestro train --preset demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(CACHES)
+	find moestro tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing into $(VENV), with what the tests need (a few minutes the first time)"
+	@$(PIP) --editable ".[test]"
+	@touch $(VENV)/.installed $@
+
+# A half-made environment is removed, so that the next call starts afresh.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Moestro needs Python 3.11 or newer, and '$(PYTHON)' is not; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >$(VENV).log 2>&1 || { \
+	  cat $(VENV).log >&2; rm -rf $(VENV) $(VENV).log; \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@rm -f $(VENV).log

@@ -1,0 +1,201 @@
+"""Training speed: Moestro beside transformers' DeepseekV3, same model, same batch, in turn.
+
+    python bench/train.py                        # every mode, 5 rounds
+    python bench/train.py --sweep                # how our tokens/s falls with experts, top-k, sequence length
+
+Each mode is a process of its own that waits while the others run; a round gives every mode its steps in turn. Printed:
+median tokens/s, spread, the ratio to the best transformers mode, and the share of the machine's measured matrix-product
+peak that 6·N_active·tokens/s makes. `kept` modes tell malloc to keep freed memory, as `moestro train` always does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+MODEL = {
+    "vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_dense_layers": 1, "dense_dim": 640, "num_heads": 4,
+    "kv_lora_rank": 64, "nope_dim": 32, "rope_dim": 32, "v_dim": 64, "num_experts": 32, "num_shared_experts": 1,
+    "top_k": 4, "expert_dim": 128, "max_seq_len": 2048, "router": {"scale": 2.0, "balance": []},
+}  # fmt: skip
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+MODES: dict[str, tuple[str, dict[str, str]]] = {
+    "moestro fp32": ("ours:fp32", KEEP),
+    "moestro bf16": ("ours:bf16", KEEP),
+    "transformers bf16 eager": ("hf:bf16:eager", {}),
+    "transformers bf16 grouped_mm": ("hf:bf16:grouped_mm", {}),
+    "transformers bf16 batched_mm": ("hf:bf16:batched_mm", {}),
+    "transformers fp32 eager": ("hf:fp32:eager", {}),
+    "transformers fp32 grouped_mm": ("hf:fp32:grouped_mm", {}),
+    "transformers bf16 eager, kept": ("hf:bf16:eager", KEEP),
+    "transformers bf16 grouped_mm, kept": ("hf:bf16:grouped_mm", KEEP),
+    "transformers fp32 eager, kept": ("hf:fp32:eager", KEEP),
+    "transformers fp32 grouped_mm, kept": ("hf:fp32:grouped_mm", KEEP),
+}
+
+
+def our_step(dtype: str, model_tree: dict[str, Any], rows: int, length: int) -> Callable[[], None]:
+    """A function that trains one step of ours on random tokens."""
+    import torch
+
+    from moestro.config import build_config
+    from moestro.data.packing import Batch
+    from moestro.training.optim import Optimizers
+    from moestro.training.prepare import build_model
+    from moestro.training.step import train_step
+
+    config = build_config({"model": model_tree, "train": {"dtype": dtype, "seq_len": length, "batch_size": rows}})
+    model, optimizers = build_model(config)
+    tokens = torch.randint(0, model_tree["vocab_size"], (rows, length + 1))
+    batch = Batch(tokens, torch.zeros_like(tokens))
+    token_bytes = torch.ones(model_tree["vocab_size"], dtype=torch.int64)
+
+    def step() -> None:
+        train_step(
+            model, optimizers, [batch], config.train, token_bytes=token_bytes, lr=1e-4, mtp_weight=0.0, bias_speed=1e-3
+        )
+
+    return step
+
+
+def hf_step(dtype: str, experts: str, rows: int, length: int) -> Callable[[], None]:
+    """A function that trains one step of transformers' model on random tokens."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from moestro.config import build_config
+    from moestro.model.hf import config_to_hf
+
+    tree = config_to_hf(build_config({"model": MODEL}).model, bos_id=0, eos_id=1, dtype="float32")
+    hf_config = DeepseekV3Config(**tree, attn_implementation="sdpa", experts_implementation=experts)
+    model = DeepseekV3ForCausalLM(hf_config).to(torch.bfloat16 if dtype == "bf16" else torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(0, MODEL["vocab_size"], (rows, length))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def work(mode: str, model_tree: dict[str, Any], rows: int, length: int) -> None:
+    """The worker: one warm-up step, then one timed step for every line on standard input."""
+    kind, dtype, *rest = mode.split(":")
+    step = our_step(dtype, model_tree, rows, length) if kind == "ours" else hf_step(dtype, rest[0], rows, length)
+    step()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
+
+
+class Worker:
+    """A mode's process; `time_step` lets it take one step."""
+
+    def __init__(self, mode: str, environment: dict[str, str], tree: dict[str, Any], rows: int, length: int) -> None:
+        command = [sys.executable, __file__, "--worker", mode, json.dumps(tree), str(rows), str(length)]
+        self.process = subprocess.Popen(
+            command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def time_step(self) -> float:
+        """Seconds of one step; RuntimeError if the process has died."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"worker failed: {' '.join(self.process.args[2:4])}")  # type: ignore[index]
+        return float(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
+
+
+def compare(rounds: int, steps: int, names: list[str]) -> None:
+    """Time the modes in turn and print the table."""
+    from moestro.config import build_config
+    from moestro.machine import describe_machine, measure_machine
+    from moestro.model.size import measure_size
+
+    machine, measured = describe_machine(), measure_machine(4)
+    size = measure_size(build_config({"model": MODEL}).model)
+    peak = max(measured.fp32_gflops, measured.bf16_gflops)
+    print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}")
+    print(f"measured peak: {measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} bf16; "
+          f"{measured.read_gb_per_second:.0f} GB/s read; N_active {size.active_without_embedding / 1e6:.2f}M")  # fmt: skip
+    rows, length = 16, 512
+    workers = {name: Worker(*MODES[name], MODEL, rows, length) for name in names}
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            speeds[name] += [rows * length / worker.time_step() for _ in range(steps)]
+    for worker in workers.values():
+        worker.close()
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    peers = [name for name in names if name.startswith("transformers")]
+    best_bf16 = max((medians[n] for n in peers if "bf16" in n), default=float("nan"))
+    best = max((medians[n] for n in peers), default=float("nan"))
+    print(f"\n{'mode':<36} {'tok/s':>7} {'min':>7} {'max':>7} {'/ best bf16':>11} {'/ best':>7} {'of peak':>8}")
+    for name, values in speeds.items():
+        share = 6 * size.active_without_embedding * medians[name] / peak / 1e9
+        print(f"{name:<36} {medians[name]:>7.0f} {min(values):>7.0f} {max(values):>7.0f} "
+              f"{medians[name] / best_bf16:>11.2f} {medians[name] / best:>7.2f} {share:>8.1%}")  # fmt: skip
+
+
+def sweep(rounds: int) -> None:
+    """Our tokens/s as experts, top-k and sequence length grow, 8192 tokens a step."""
+    variants: dict[str, tuple[dict[str, Any], int]] = {f"experts {e}": ({"num_experts": e}, 512) for e in (8, 32, 128)}
+    variants |= {f"top-k {k}": ({"top_k": k}, 512) for k in (1, 2, 4, 8)}
+    variants |= {f"length {t}": ({}, t) for t in (128, 512, 2048)}
+    from moestro.machine import describe_machine
+    from moestro.training.prepare import TrainConfig, resolve_dtype
+
+    dtype = resolve_dtype(TrainConfig())
+    print(f"{describe_machine().cpu}, {dtype}")
+    workers = {
+        name: Worker(f"ours:{dtype}", KEEP, MODEL | changes, 8192 // length, length)
+        for name, (changes, length) in variants.items()
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            speeds[name].append(8192 / worker.time_step())
+    for name, values in speeds.items():
+        workers[name].close()
+        print(f"{name:<12} {statistics.median(values):>7.0f} tok/s  ({min(values):.0f}–{max(values):.0f})")
+
+
+def main() -> None:
+    """Parse the command line."""
+    if sys.argv[1:2] == ["--worker"]:
+        _, _, mode, tree, rows, length = sys.argv
+        work(mode, json.loads(tree), int(rows), int(length))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps a mode takes in one round")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", help="comma-separated beginnings of mode names")
+    options = parser.parse_args()
+    if options.sweep:
+        sweep(options.rounds)
+        return
+    wanted = tuple(options.only.split(",")) if options.only else ("",)
+    compare(options.rounds, options.steps, [name for name in MODES if name.startswith(wanted)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m moestro` is the `moestro` command."""
+
+from moestro.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""The command line. Each command is one small module, imported only when it is called.
+
+Mistakes of the user print one line on standard error and exit with 2; a signal exits with 128 + its number.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App, CycloptsError
+
+import moestro
+from moestro.errors import MoestroError
+
+app = App(
+    name="moestro",
+    help="Train, watch and talk to DeepSeek-style mixture-of-experts language models on the machine at hand.",
+    version=f"moestro {moestro.__version__}",
+)
+app.command("moestro.cli.train:train", name="train")
+app.command("moestro.cli.evaluate:evaluate", name="eval")
+app.command("moestro.cli.generate:generate", name="generate")
+app.command("moestro.cli.chat:chat", name="chat")
+app.command("moestro.cli.report:report", name="report")
+app.command("moestro.cli.inspect:inspect", name="inspect")
+app.command("moestro.cli.init:init", name="init")
+app.command("moestro.cli.doctor:doctor", name="doctor")
+
+
+def main() -> None:
+    """Entry point of the `moestro` script."""
+    try:
+        result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+    except (MoestroError, CycloptsError) as error:
+        message = " ".join(str(error).split())
+        print(f"moestro: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("moestro: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(result if isinstance(result, int) else 0)

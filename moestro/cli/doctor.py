@@ -1,0 +1,48 @@
+"""`moestro doctor`: what this machine offers, measured, and what is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moestro.cli.output import print_json, print_rows
+
+
+def doctor(
+    *, seconds: float = 3.0, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False
+) -> None:
+    """Instruction sets, threads, torch; memory bandwidth and matrix products measured in seconds; advice.
+
+    Parameters
+    ----------
+    seconds
+        How long to measure.
+    json_output
+        Print everything as one JSON object.
+    """
+    from moestro import machine as machines
+    from moestro.errors import ConfigError
+
+    if not 0.5 <= seconds <= 60:
+        raise ConfigError(f"--seconds must lie between 0.5 and 60, not {seconds:g}")
+    machine = machines.describe_machine()
+    measured = machines.measure_machine(seconds)
+    problems = machine.problems() + measured.problems()
+    if json_output:
+        print_json({"machine": asdict(machine), "measured": asdict(measured), "problems": problems})
+        return
+    print_rows(
+        [
+            ("system", f"{machine.os}, Python {machine.python}, torch {machine.torch}"),
+            ("CPU", f"{machine.cpu}, {machine.cores} usable cores, {machine.threads} threads"),
+            ("instruction sets", " ".join(machine.instruction_sets) or "unknown"),
+            ("memory", f"{machine.memory_gib:.1f} GiB, {machine.available_gib:.1f} GiB free"),
+            ("GPU", ", ".join(machine.gpus) or "none"),
+            ("OpenMP", ", ".join(machine.openmp) or "none loaded"),
+            ("memory read", f"{measured.read_gb_per_second:.1f} GB/s"),
+            ("matrix products", f"{measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} GFLOP/s bf16"),
+        ]
+    )
+    print("\n".join(f"! {problem}" for problem in problems) or "All is well.")

@@ -1,0 +1,64 @@
+"""`moestro inspect`: what a model costs, before anything is trained or loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moestro.cli.output import print_json, print_rows
+from moestro.config import ModelConfig, build_config, load_preset, preset_names
+
+
+def inspect(
+    model: str, *overrides: str, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False
+) -> None:
+    """Parameters, cache bytes per token, arithmetic and memory of a preset, a run or a model directory.
+
+    Parameters
+    ----------
+    model
+        A preset's name, a run, a checkpoint or a Hugging Face directory.
+    overrides
+        Settings as model.key=value.
+    json_output
+        Print everything as one JSON object.
+    """
+    from moestro.model.size import describe_size
+
+    description = describe_size(read_model_config(model, overrides))
+    if json_output:
+        print_json({"name": model, **description})
+        return
+    parameters, cache, weights = (description[k] for k in ("parameters", "cache_bytes_per_token", "weight_bytes"))
+    rows = [
+        ("parameters", f"{format_count(parameters['total'])} total, {format_count(parameters['active'])} active"),
+        ("", f"{format_count(parameters['active_without_input_embedding'])} active without the input embedding"),
+        ("routed experts", format_count(parameters["routed_experts"])),
+        ("MTP modules", f"{format_count(parameters['mtp'])} more, {format_count(parameters['mtp_active'])} active"),
+        ("cache per token", ", ".join(f"{size:,} B {name}" for name, size in cache.items())),
+        ("weights", ", ".join(f"{size / 1e9:,.2f} GB {name}" for name, size in weights.items())),
+        ("flops per token", f"{description['flops_per_token'] / 1e9:,.3f} G to run (empty context)"),
+        ("", f"{description['training_flops_per_token'] / 1e9:,.3f} G to train (4096 tokens or the model's length)"),
+    ]
+    print_rows([("model", model), *rows])
+
+
+def read_model_config(model: str, overrides: tuple[str, ...]) -> ModelConfig:
+    """The ModelConfig that a name or a path means, with overrides."""
+    if model in preset_names():
+        return build_config(load_preset(model), overrides).model
+    from moestro.engine.language_model import find_model_directory
+    from moestro.model.weights import read_config
+
+    config = read_config(find_model_directory(Path(model)))
+    return build_config({"model": config.model_dump(mode="json")}, overrides).model
+
+
+def format_count(count: int) -> str:
+    """1,234,567,890 as 1.23B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:,.2f}{unit}"
+    return str(count)

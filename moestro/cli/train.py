@@ -1,0 +1,124 @@
+"""`moestro train`: a model of one's own from a folder of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from moestro.cli.output import print_json
+from moestro.config import Config, apply_overrides, build_config, load_file, load_preset
+from moestro.errors import ConfigError
+from moestro.sizes import tree_of_depth
+
+
+def train(
+    *overrides: str,
+    preset: str | None = None,
+    config: Path | None = None,
+    depth: int | None = None,
+    data: str | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Train a model; without arguments, the demo preset on the built-in corpus.
+
+    Ctrl-C saves a checkpoint; --resume goes on from the last one.
+
+    Parameters
+    ----------
+    overrides
+        Settings as section.key=value, such as train.steps=40 model.top_k=4.
+    preset
+        A shipped configuration: demo, small, deepseek-v3, …
+    config
+        A TOML or JSON file with sections [model], [train], [data].
+    depth
+        One dial for size: layers, and from them width, heads, experts, learning rate and steps.
+    data
+        A file or folder of text (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
+    out
+        The run directory; runs/NAME by default.
+    resume
+        Continue the run in --out if there is one.
+    dry_run
+        Print the configuration and the size of the model, and stop.
+    quiet
+        No progress.
+    json_output
+        Print the outcome as one JSON object on the last line.
+    """
+    tree, name = choose_tree(preset, config, depth)
+    if data is not None:
+        tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
+        name = Path(data).stem or name
+    run = out or free_directory(Path("runs"), name, resume)
+    settings = resume_config(tree, overrides, run, given=bool(preset or config or depth or data), resume=resume)
+    if dry_run:
+        from moestro.model.size import describe_size
+
+        print_json({"config": settings.model_dump(mode="json"), **describe_size(settings.model)})
+        return 0
+    from moestro.report import write_report
+    from moestro.train.loop import train as run_training
+
+    outcome = run_training(settings, run, resume=resume, quiet=quiet)
+    report = write_report(run)
+    if not quiet:
+        print_ending(outcome, report)
+    if json_output:
+        evaluation = outcome.evaluation or {}
+        print_json(
+            {"run": str(run), "step": outcome.step, "steps": outcome.total_steps, "report": str(report),
+             "bits_per_byte": evaluation.get("bits_per_byte"), "finished": outcome.stopped_by is None}
+        )  # fmt: skip
+    return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def choose_tree(preset: str | None, config: Path | None, depth: int | None) -> tuple[dict[str, Any], str]:
+    """The raw configuration that the flags name, and a name for the run."""
+    if sum(choice is not None for choice in (preset, config, depth)) > 1:
+        raise ConfigError("give one of --preset, --config and --depth")
+    if config is not None:
+        return load_file(config), config.stem
+    if depth is not None:
+        return tree_of_depth(depth), f"depth-{depth}"
+    return load_preset(preset or "demo"), preset or "demo"
+
+
+def free_directory(parent: Path, name: str, resume: bool) -> Path:
+    """parent/name, or with --resume that one, else the first of name-2, name-3, … that is free."""
+    run, number = parent / name, 1
+    while not resume and (run / "config.json").exists():
+        number += 1
+        run = parent / f"{name}-{number}"
+    return run
+
+
+def resume_config(tree: dict[str, Any], overrides: tuple[str, ...], run: Path, *, given: bool, resume: bool) -> Config:
+    """What to run: a resumed run keeps its saved configuration where the flags name no other."""
+    saved = run / "config.json"
+    if resume and not given and saved.exists():
+        tree = load_file(saved)
+    return build_config(tree, overrides)
+
+
+def print_ending(outcome: Any, report: Path) -> None:
+    """Samples, or how to go on, and the commands one would type next."""
+    run = outcome.run
+    if outcome.stopped_by:
+        print(f"\nStopped and saved at step {outcome.step} of {outcome.total_steps}. Go on with:")
+        print(f"  moestro train --out {run} --resume")
+        return
+    for sample in outcome.samples:
+        print(f"\n── {sample['domain']} " + "─" * 60)
+        print(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}")
+    print(f"\nTrained {outcome.step} steps. The report is {report}: open it in a browser. Next:")
+    print(f"  moestro chat {run}")
+    print(f'  moestro generate {run} --prompt "Once upon a time"')
+    print(f"  moestro eval {run} --json")

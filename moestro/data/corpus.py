@@ -1,0 +1,323 @@
+"""Files to documents: one stream of `(text, domain)` from whatever holds text.
+
+A source is `builtin`, a file or folder (`.txt .md .py .json .jsonl .parquet`, each also `.gz` or `.zst`), or
+the name of a Hugging Face dataset (`owner/name` or `owner/name:config`). Files come in sorted order; hidden
+ones and folders already seen (symbolic links) are skipped: the same source always gives the same stream.
+
+Domain of a document: the first sub-folder below the source; else the record's `domain` field; else the stem
+of a file given by itself, or `text` for files at the top of a folder.
+
+Reading is strict: invalid UTF-8, a bad record or a damaged archive is a `DataError` with file and line, since
+text that is silently repaired or dropped shifts every number measured later. Memory is bounded by one line
+or batch (`.json` alone is read whole). Documents of text files are cut near 32 KiB: one big file then still
+gives a validation split, at the price that neighbouring parts of one book may stand on both sides of it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import importlib
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from moestro.errors import DataError
+
+SEPARATOR = "<|endoftext|>"  # alone on a line of a .txt file, it parts two documents
+CUT_BYTES = 32 * 1024
+SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl", ".parquet")
+_COMPRESSED = (".gz", ".zst")
+_CHUNK_BYTES = 16 * 1024  # a line longer than this arrives in several strings
+_DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text that is packed, split and counted as a whole."""
+
+    text: str
+    domain: str
+
+
+def iterate_documents(source: str) -> Iterator[Document]:
+    """Stream the documents of `source`; raises `DataError` where it cannot be read or holds no text."""
+    found = False
+    for document in _open_source(source):
+        if document.text.strip():
+            found = True
+            yield document
+    if not found:
+        raise DataError(f"no text in '{source}'")
+
+
+def _open_source(source: str) -> Iterator[Document]:
+    if not source:
+        raise DataError("the data source is empty: name a file, a folder, a dataset or 'builtin'")
+    if source == "builtin":
+        from moestro.data.builtin_corpus import iterate_builtin
+
+        return iterate_builtin()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.exists():
+        if _kind(path) is None:
+            raise DataError(f"cannot read {path}: known are {' '.join(SUFFIXES)}, each also .gz or .zst")
+        return _read_file(path, None, path.name.lstrip(".").split(".")[0])
+    if _kind(path) is not None or not _DATASET_NAME.fullmatch(source):
+        raise DataError(f"no such file or folder: {source}")
+    return _read_dataset(source)
+
+
+def _kind(path: Path) -> str | None:
+    """The suffix that decides how `path` is read, compression aside; None for files that are not text."""
+    suffix = Path(path.stem).suffix if path.suffix.lower() in _COMPRESSED else path.suffix
+    return suffix.lower() if suffix.lower() in SUFFIXES else None
+
+
+def _read_folder(root: Path) -> Iterator[Document]:
+    files = list(_walk(root, set()))
+    if not files:
+        raise DataError(f"no {' '.join(SUFFIXES)} files (plain, .gz or .zst) below {root}")
+    for path in files:
+        parts = path.relative_to(root).parts
+        yield from _read_file(path, parts[0] if len(parts) > 1 else None, "text")
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    seen.add(folder.resolve())
+    try:
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if entry.resolve() not in seen:
+                yield from _walk(entry, seen)
+        elif entry.is_file() and _kind(entry) is not None:
+            yield entry
+
+
+def _read_file(path: Path, folder_domain: str | None, default_domain: str) -> Iterator[Document]:
+    """The documents of one file; `folder_domain` goes before a record's own, `default_domain` after it."""
+    kind = _kind(path)
+    try:
+        with _open_binary(path) as stream:
+            if kind in (".txt", ".md", ".py"):
+                domain = folder_domain or default_domain
+                texts = split_text(stream, path, separated=kind == ".txt")
+                yield from (Document(text, domain) for text in texts)
+                return
+            readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+            for place, record in readers[cast(str, kind)](stream, path):
+                yield _parse_record(record, place, folder_domain, default_domain)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged archive: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _open_binary(path: Path) -> Iterator[IO[bytes]]:
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as stream:
+            yield cast(IO[bytes], stream)
+    elif path.suffix.lower() == ".zst":
+        import pyarrow  # unlike zstandard's reader, its stream refuses a frame that ends early
+
+        with pyarrow.CompressedInputStream(str(path), "zstd") as stream:
+            yield cast(IO[bytes], stream)
+    else:
+        with path.open("rb") as stream:
+            yield stream
+
+
+def _iterate_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+    """Pairs `(line number, bytes)` of at most `_CHUNK_BYTES`; a longer line comes as several pairs."""
+    number, buffer = 1, b""
+    try:
+        while block := stream.read(_CHUNK_BYTES):
+            *lines, buffer = (buffer + block).split(b"\n")
+            for line in lines:
+                yield number, line + b"\n"
+                number += 1
+            if len(buffer) >= _CHUNK_BYTES:
+                yield number, buffer
+                buffer = b""
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}, line {number}: damaged archive: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}, line {number}: cannot read on: {error.strerror or error}") from error
+    if buffer:
+        yield number, buffer
+
+
+def _decode(decoder: codecs.IncrementalDecoder, data: bytes, place: str, final: bool = False) -> str:
+    try:
+        return decoder.decode(data, final)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not valid UTF-8 ({error.reason}); convert the file first") from error
+
+
+def split_text(stream: IO[bytes], path: Path, *, separated: bool) -> Iterator[str]:
+    """Documents of a text file: parted at separator lines when `separated`, each cut near `CUT_BYTES`."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    cutter, number, at_line_start = _Cutter(), 1, True
+    for number, line in _iterate_lines(stream, path):
+        text = _decode(decoder, line, f"{path}, line {number}")
+        if separated and at_line_start and text.rstrip("\r\n") == SEPARATOR:
+            yield from cutter.finish()
+        else:
+            yield from cutter.add(text)
+        at_line_start = line.endswith(b"\n")
+    _decode(decoder, b"", f"{path}, line {number}", final=True)
+    yield from cutter.finish()
+
+
+def cut_long_document(text: str) -> list[str]:
+    """Parts of at most `CUT_BYTES` that join to `text`: cut at blank lines, else at lines, else anywhere."""
+    cutter = _Cutter()
+    parts = [part for line in text.splitlines(keepends=True) for part in cutter.add(line)]
+    return [*parts, *cutter.finish()]
+
+
+class _Cutter:
+    """Collects lines of one document and gives out parts as soon as they are full."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.size = 0
+        self.paragraph_end = 0  # lines up to and with the last blank one, once the part is half full
+
+    def add(self, line: str) -> Iterator[str]:
+        """Take one line; yields the parts that it completes."""
+        for piece in _cut_hard(line):
+            size = len(piece.encode())
+            if self.size + size > CUT_BYTES:
+                yield self._take(self.paragraph_end or len(self.lines))
+            if self.size + size > CUT_BYTES:  # the open paragraph alone is too long for this line
+                yield self._take(len(self.lines))
+            self.lines.append(piece)
+            self.size += size
+            if self.size >= CUT_BYTES // 2 and not piece.strip():
+                self.paragraph_end = len(self.lines)
+
+    def finish(self) -> Iterator[str]:
+        """Yield what is left, and start the next document."""
+        if self.lines:
+            yield self._take(len(self.lines))
+
+    def _take(self, count: int) -> str:
+        part = "".join(self.lines[:count])
+        self.lines = self.lines[count:]
+        self.size -= len(part.encode())
+        self.paragraph_end = 0
+        return part
+
+
+def _cut_hard(line: str) -> Iterator[str]:
+    step = CUT_BYTES // 4  # a character takes at most four bytes
+    if len(line) <= step:
+        yield line
+    else:
+        yield from (line[start : start + step] for start in range(0, len(line), step))
+
+
+def _read_json(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
+    value = _parse_json(stream.read(), str(path))
+    for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+        yield f"{path}, record {number}", record
+
+
+def _read_jsonl(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
+    parts: list[bytes] = []
+    for number, chunk in _iterate_lines(stream, path):
+        parts.append(chunk)
+        if chunk.endswith(b"\n"):
+            yield from _parse_line(parts, f"{path}, line {number}")
+            parts = []
+    if parts:
+        yield from _parse_line(parts, f"{path}, line {number}")
+
+
+def _parse_line(parts: Iterable[bytes], place: str) -> Iterator[tuple[str, Any]]:
+    line = b"".join(parts)
+    if line.strip():
+        yield place, _parse_json(line, place)
+
+
+def _parse_json(data: bytes, place: str) -> Any:
+    text = _decode(codecs.getincrementaldecoder("utf-8-sig")(), data, place, final=True)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not valid JSON: {error}") from error
+
+
+def _read_parquet(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with tempfile.TemporaryFile() as spool:
+            if path.suffix.lower() in _COMPRESSED:  # Parquet is read from its end
+                shutil.copyfileobj(stream, spool)
+            file = pyarrow.parquet.ParquetFile(spool if path.suffix.lower() in _COMPRESSED else stream)
+            columns = [name for name in ("text", "content", "domain") if name in file.schema_arrow.names]
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", record
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _parse_record(record: Any, place: str, folder_domain: str | None, default_domain: str) -> Document:
+    domain: Any = None
+    if isinstance(record, dict):
+        domain = record.get("domain")
+        record = record.get("text", record.get("content"))
+    if not isinstance(record, str):
+        raise DataError(f"{place}: expected a 'text' (or 'content') that is a string")
+    if domain is not None and not isinstance(domain, str):
+        raise DataError(f"{place}: 'domain' is not a string")
+    try:
+        record.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise DataError(f"{place}: the text has a lone surrogate, which is not valid UTF-8") from error
+    return Document(record, folder_domain or domain or default_domain)
+
+
+def _read_dataset(source: str) -> Iterator[Document]:
+    """Stream the `train` split of a Hugging Face dataset."""
+    name, _, config = source.partition(":")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"no file or folder '{source}'; to stream it from Hugging Face: pip install 'moestro[data]'"
+        ) from error
+    records = _iterate_rows(datasets, name, config or None, source)
+    for number, record in enumerate(records, 1):
+        yield _parse_record(record, f"{source}, row {number}", None, name.split("/")[1])
+
+
+def _iterate_rows(datasets: Any, name: str, config: str | None, source: str) -> Iterator[Any]:
+    try:
+        yield from datasets.load_dataset(name, config, split="train", streaming=True)
+    except Exception as error:  # the hub, HTTP and builder layers each raise kinds of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot stream dataset '{source}' (offline, or no such dataset or config?): {reason}"
+        ) from error

@@ -1,0 +1,64 @@
+"""Random-weight model directories of any size, written tensor by tensor: memory holds one shard, never the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.config import ModelConfig
+from moestro.errors import ConfigError
+from moestro.model.hf import Slot, config_to_hf, tensor_map
+from moestro.model.transformer import Transformer
+from moestro.model.weights import write_tensors
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STREAM_SHARD_BYTES = 1_000_000_000
+
+
+def write_random_model(config: ModelConfig, directory: Path, *, seed: int, dtype: str) -> dict[str, Any]:
+    """Write config.json and weights; returns {"parameters", "bytes"}. Raises ConfigError for a directory in use."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be bf16 or fp32, not '{dtype}'")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not empty; choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    counted = {"parameters": 0, "bytes": 0}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in random_tensors(config, seed, DTYPES[dtype]):
+            counted["parameters"] += tensor.numel()
+            counted["bytes"] += tensor.nbytes
+            yield name, tensor
+
+    write_tensors(directory, tensors(), STREAM_SHARD_BYTES)
+    tree = config_to_hf(config, bos_id=0, eos_id=1, dtype=str(DTYPES[dtype]).removeprefix("torch."))
+    (directory / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
+    return counted
+
+
+def random_tensors(config: ModelConfig, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor): normal(0, init_std) matrices, norms of one, fp32 biases of zero."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    generator = torch.Generator().manual_seed(seed)
+    for name, slot in tensor_map(config).items():
+        shape = _slot_shape(shapes[slot.parameter], slot)
+        if slot.parameter.endswith("router.bias"):
+            yield name, torch.zeros(shape)
+        elif len(shape) == 1:
+            yield name, torch.ones(shape, dtype=dtype)
+        else:
+            yield name, torch.empty(shape, dtype=dtype).normal_(0.0, config.init_std, generator=generator)
+
+
+def _slot_shape(shape: torch.Size, slot: Slot) -> tuple[int, ...]:
+    dims = list(shape if slot.expert is None else shape[1:])
+    if slot.start is not None and slot.stop is not None:
+        dims[0] = slot.stop - slot.start
+    return tuple(dims)

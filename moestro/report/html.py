@@ -1,0 +1,169 @@
+"""A run as one HTML file that needs nothing else: no network, no server, no other file.
+
+The template escapes every text; the figures' data lie in a JSON block in which `<`, `>` and `&` are escaped; the
+page's policy allows no request and only the very style and script written here, by their hashes. Line charts are
+drawn by uPlot (MIT, in `assets/`), everything else by the page's own script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from moestro.errors import MoestroError
+from moestro.report import lines, maps
+from moestro.report.tiles import format_count, headline
+from moestro.train import metrics as log
+
+STYLES = ("uPlot.min.css", "report.css")
+SCRIPTS = ("uPlot.iife.min.js", "charts.js", "maps.js", "page.js")
+MAX_TEXT = 2000  # characters of a sample
+EARLIER_SAMPLES = 4
+
+Record = dict[str, Any]
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of `run` to `out` (default: report.html in the run; a folder: report.html there).
+
+    Works while the run goes on. Raises `MoestroError` for a path that is no run, damaged logs, or an `out` that
+    cannot be written.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        raise MoestroError(f"{run} is not a run: it has no metrics.jsonl; name the folder given to train --out")
+    target = out or run / "report.html"
+    target = target / "report.html" if target.is_dir() else target
+    page = render(run)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        log.write_atomic(target, page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise MoestroError(f"cannot write the report {target}: {error.strerror}") from error
+    return target
+
+
+def render(run: Path) -> str:
+    """The page as text."""
+    steps, evals = log.read_metrics(run), log.read_evals(run)
+    about = _read_about(run)
+    figures, missing, table = collect_figures(run, steps, evals)
+    style, script = _assets(STYLES), _assets(SCRIPTS)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.lstrip_blocks = True
+    environment.filters["count"] = format_count
+    return environment.from_string(_asset("report.html.j2")).render(
+        name=run.resolve().name,
+        about=about,
+        tiles=headline(about, steps, evals),
+        figures=figures,
+        missing=missing,
+        table=table,
+        samples=group_samples(log.read_samples(run)),
+        data=Markup(_script_json(figures)),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+
+
+def collect_figures(
+    run: Path, steps: Sequence[Record], evals: Sequence[Record]
+) -> tuple[dict[str, Any], dict[str, str], list[Record]]:
+    """(data of the figures by name, a sentence for every figure that cannot be drawn, table of top experts)."""
+    layers, routing = log.read_routing_layers(run), log.read_routing(run)
+    tokens = _tokens_at(routing["step"], steps)
+    charts = lines.quality_charts(steps, evals) | lines.optimisation_charts(steps)
+    charts |= lines.balance_charts(steps, routing, tokens)
+    charts = {name: chart for name, chart in charts.items() if chart["lines"]}
+    figures: dict[str, Any] = {"charts": charts}
+    table: list[Record] = []
+    if len(routing):
+        figures["loads"] = maps.load_frames(routing, layers, tokens)
+        if biases := maps.bias_lines(routing, layers, tokens):
+            figures["biases"] = biases
+    names, domain_loads = log.read_domain_loads(run)
+    if domain_loads and layers:
+        step, loads = list(domain_loads.items())[-1]
+        figures["domains"] = maps.domain_figure(names, layers, step, loads)
+        table = maps.top_experts(names, layers, loads)
+    return figures, explain_missing(figures, bool(steps), bool(layers)), table
+
+
+def explain_missing(figures: dict[str, Any], started: bool, routed: bool) -> dict[str, str]:
+    """One sentence for every section whose figure has no data."""
+    no_step = "No training step has been logged yet. Write the report again when the run is under way."
+    no_router = "This model is dense: it has no router, so there are no loads to draw."
+    drawn = figures["charts"].keys() | figures.keys()
+    sentences = {
+        "quality": ({"bits", "loss"}, no_step),
+        "speed": ({"tokens_per_second", "lr", "grad_norm"}, no_step),
+        "mtp": ({"loss_mtp"}, "No multi-token prediction was trained in this run." if started else no_step),
+        "balance": ({"max_vio"}, no_step if routed else no_router),
+        "loads": ({"loads"}, no_step if routed else no_router),
+        "domains": ({"domains"}, "No evaluation has recorded loads by domain yet." if routed else no_router),
+        "biases": ({"biases"}, "No router bias has moved in this run." if routed else no_router),
+    }
+    return {name: sentence for name, (needed, sentence) in sentences.items() if not drawn & needed}
+
+
+def group_samples(samples: Sequence[Record]) -> list[Record]:
+    """By domain: the latest sample, and a few earlier ones spread evenly over the run."""
+    groups: dict[str, list[Record]] = {}
+    for sample in samples:
+        text = {key: _shorten(str(sample.get(key) or "")) for key in ("prompt", "text")}
+        groups.setdefault(str(sample.get("domain")), []).append({"step": sample["step"], **text})
+    result = []
+    for domain, found in groups.items():
+        count = min(len(found) - 1, EARLIER_SAMPLES)
+        picked = np.linspace(0, len(found) - 2, count).astype(int) if count else []
+        result.append({"domain": domain, "latest": found[-1], "earlier": [found[index] for index in picked]})
+    return result
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
+
+
+def _tokens_at(steps: Any, records: Sequence[Record]) -> lines.Floats:
+    """Tokens seen at routing steps; the steps themselves as long as no metrics are there."""
+    if not records:
+        return np.asarray(steps, np.float64)
+    return np.interp(steps, lines.column(records, "step"), lines.column(records, "tokens"))
+
+
+def _read_about(run: Path) -> Record:
+    path = run / "run.json"
+    try:
+        about = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError as error:
+        raise MoestroError(f"{path} is damaged: {error}") from error
+    return about if isinstance(about, dict) else {}
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end its script element: `<`, `>` and `&` as \\u escapes, everything in ASCII."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _assets(names: Sequence[str]) -> str:
+    return "\n".join(_asset(name) for name in names)
+
+
+def _asset(name: str) -> str:
+    return (resources.files("moestro.report") / "assets" / name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    """The source expression of a content security policy for an inline element with this text."""
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"

@@ -1,0 +1,56 @@
+"""One dial for size: from a depth alone, a whole configuration that trains sensibly.
+
+Width grows with depth (64 per layer), heads are 64 wide, experts fine-grained at half the width, and the learning rate
+falls with √width, as in the shipped presets. Steps follow from 8 tokens per active parameter: below what is optimal on
+a cluster (about 20), above what most machines this is meant for reach in a night.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moestro.errors import ConfigError
+
+MIN_DEPTH, MAX_DEPTH = 2, 48
+TOKENS_PER_PARAMETER = 8
+
+
+def tree_of_depth(depth: int) -> dict[str, Any]:
+    """The raw configuration of `depth` layers; ConfigError outside 2…48."""
+    if not MIN_DEPTH <= depth <= MAX_DEPTH:
+        raise ConfigError(f"--depth must lie between {MIN_DEPTH} and {MAX_DEPTH}, not {depth}")
+    hidden = 64 * depth
+    large = depth >= 8
+    model = {
+        "hidden_dim": hidden,
+        "num_layers": depth,
+        "dense_dim": round(hidden * 8 / 3 / 32) * 32,
+        "num_heads": max(hidden // 64, 2),
+        "kv_lora_rank": max(hidden // 4, 32),
+        "q_lora_rank": hidden // 2 if depth >= 24 else 0,
+        "num_experts": 64 if large else 32,
+        "top_k": 6 if large else 4,
+        "expert_dim": max(hidden // 2 // 32 * 32, 32),
+        "mtp_depth": 1,
+        "max_seq_len": 2048,
+        "router": {"scale": 2.446 if large else 2.0},
+    }
+    seq_len, sequences = (512, 16) if large else (256, 16)
+    train = {
+        "seq_len": seq_len,
+        "batch_size": sequences,
+        "accumulate": 4 if large else 1,
+        "lr": round(3e-3 * (192 / hidden) ** 0.5, 6),
+        "warmup_steps": 50,
+    }
+    train["steps"] = max(_active_parameters(model) * TOKENS_PER_PARAMETER // (seq_len * sequences * train["accumulate"]), 200)
+    return {"model": model, "train": train}
+
+
+def _active_parameters(model: dict[str, Any]) -> int:
+    """Matrices in blocks that a token meets: close enough for a schedule, without building the model."""
+    hidden, layers = model["hidden_dim"], model["num_layers"]
+    attention = 4 * hidden * hidden
+    experts = 3 * hidden * model["expert_dim"] * (model["top_k"] + 1)
+    count: int = layers * (attention + experts)
+    return count

@@ -1,0 +1,156 @@
+"""Checkpoints: each is a Hugging Face model directory plus `train_state/`, whole or not there at all.
+
+    RUN/checkpoints/step-00000100/   config.json, model*.safetensors, tokenizer.json, …   anyone can load this
+                    train_state/     optimizer.safetensors, state.json                    what a resume needs
+                    manifest.json    size and sha256 of every file, written last
+
+Written as `step-N.tmp`, synced file by file, then renamed: a killed process or a full disk leaves the previous
+checkpoint in force, and the newest directory is the newest checkpoint. Weights are the fp32 master weights, so a resume is exact. A checkpoint is
+verified against its manifest before it is used; a damaged one is passed over for the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from moestro.data.tokenizer import Tokenizer
+from moestro.errors import CheckpointError
+from moestro.model.hf import config_to_hf
+from moestro.model.transformer import Transformer
+from moestro.model.weights import fill_model, model_tensors, read_json, tensor_files, write_tensors
+from moestro.train.optim import Optimizers
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands: steps done of `total_steps` planned, tokens and seconds spent, the packer's position."""
+
+    step: int
+    total_steps: int
+    tokens: int
+    seconds: float
+    skipped: int
+    pack: dict[str, Any]
+
+
+def write_model_directory(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """The Hugging Face half: weights in their stored precision, config, tokenizer, generation defaults."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory, model_tensors(model))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_config_files(directory, model, tokenizer, dtype)
+
+
+def write_config_files(directory: Path, model: Transformer, tokenizer: Tokenizer, dtype: str) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    _write_json(directory / "config.json", config_to_hf(model.config, **ids, dtype=dtype))
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    _write_json(directory / "generation_config.json", generation)
+    tokenizer.save(directory)
+
+
+def save_checkpoint(
+    run: Path, model: Transformer, tokenizer: Tokenizer, optimizers: Optimizers, state: TrainState, *, keep: int
+) -> Path:
+    """Write a checkpoint and drop all but the newest `keep`; returns its directory. One that is there is kept."""
+    folder = run / "checkpoints"
+    final = folder / f"step-{state.step:08d}"
+    partial = final.with_suffix(".tmp")
+    if final.exists():
+        return final
+    for stale in folder.glob("*.tmp"):
+        shutil.rmtree(stale)
+    try:
+        write_model_directory(partial, model, tokenizer)
+        (partial / "train_state").mkdir()
+        save_file(optimizers.state_tensors(), partial / "train_state" / "optimizer.safetensors")
+        _write_json(partial / "train_state" / "state.json", asdict(state))
+        manifest = {name: _fingerprint(partial / name) for name in _file_names(partial)}
+        _write_json(partial / "manifest.json", manifest)
+        _sync(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {error.strerror or error}; the previous one is intact"
+        ) from error
+    os.replace(partial, final)
+    for old in _checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None if it has none; CheckpointError if all are damaged."""
+    candidates = _checkpoints(run)
+    broken = []
+    for directory in reversed(candidates):
+        fault = find_fault(directory)
+        if fault is None:
+            return directory
+        broken.append(fault)
+    if broken:
+        raise CheckpointError(f"no checkpoint of {run} is whole: {broken[0]}")
+    return None
+
+
+def find_fault(directory: Path) -> str | None:
+    """What is wrong with a checkpoint against its manifest; None if it is whole."""
+    try:
+        manifest = read_json(directory / "manifest.json")
+    except CheckpointError as error:
+        return str(error)
+    for name, expected in manifest.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"] or _fingerprint(path) != expected:
+            return f"{path} differs from its manifest"
+    return None
+
+
+def load_checkpoint(directory: Path, model: Transformer, optimizers: Optimizers) -> TrainState:
+    """Fill model and optimizers from a checkpoint and return where it stood."""
+    fill_model(model, tensor_files(directory))
+    optimizers.load_state_tensors(load_file(directory / "train_state" / "optimizer.safetensors"))
+    tree = read_json(directory / "train_state" / "state.json")
+    try:
+        return TrainState(**tree)
+    except TypeError as error:
+        raise CheckpointError(f"{directory}/train_state/state.json is of another version: {error}") from error
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".tmp")
+
+
+def _file_names(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _sync(directory: Path) -> None:
+    """Force a directory's files to disk, so that a rename never outlives the data."""
+    for name in [*_file_names(directory), "."]:
+        descriptor = os.open(directory / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,138 @@
+"""Bits per byte of a model on text, per domain, with the experts that each domain chose.
+
+Bits per byte = Σ nll / (ln 2 · bytes of the predicted text): comparable between tokenizers and with compressors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moestro.data.corpus import iterate_documents
+from moestro.data.packing import Batch, evaluation_batches
+from moestro.data.shards import ShardSet, open_shards, prepare
+from moestro.engine.language_model import LanguageModel
+from moestro.errors import DataError
+from moestro.model.transformer import Transformer
+from moestro.train.loss import Counts, compute_loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over predicted tokens: nll in nats, tokens, bytes of text; loads [L, E]."""
+
+    nll: float
+    tokens: int
+    text_bytes: int
+    loads: NDArray[np.int64]
+
+    def record(self) -> dict[str, Any]:
+        """`bits_per_byte`, `loss` in nats per token, `tokens`, `bytes`."""
+        return {
+            "bits_per_byte": self.nll / math.log(2) / max(self.text_bytes, 1),
+            "loss": self.nll / max(self.tokens, 1),
+            "tokens": self.tokens,
+            "bytes": self.text_bytes,
+        }
+
+
+@torch.no_grad()
+def score_batches(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor) -> Score:
+    """Score every target once."""
+    nll, tokens, text_bytes = 0.0, 0, 0
+    loads = torch.zeros(len(model.routers()), model.config.num_experts, dtype=torch.int64)
+    for batch in batches:
+        result = compute_loss(model, batch, Counts.of([batch], len(model.mtp)), mtp_weight=0.0)
+        targets = batch.targets(0)
+        valid = targets >= 0
+        nll += float(result.nll.sum(dtype=torch.float64))
+        tokens += int(valid.sum())
+        text_bytes += int(token_bytes[targets[valid]].sum())
+        loads += result.loads
+    return Score(nll, tokens, text_bytes, loads.numpy())
+
+
+def score_domains(
+    model: Transformer, domains: dict[str, Callable[[], Iterator[Batch]]], token_bytes: Tensor
+) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    """The evaluation record `{loss, bits_per_byte, tokens, domains}` and loads [domains, L, E]."""
+    scores = {name: score_batches(model, batches(), token_bytes) for name, batches in domains.items()}
+    whole = Score(
+        sum(s.nll for s in scores.values()),
+        sum(s.tokens for s in scores.values()),
+        sum(s.text_bytes for s in scores.values()),
+        np.zeros(0, dtype=np.int64),
+    )
+    record = whole.record() | {"domains": {name: score.record() for name, score in scores.items()}}
+    return record, np.stack([score.loads for score in scores.values()])
+
+
+EVALUATION_ROWS = 16  # sequences per forward pass
+
+
+def score_source(
+    language_model: LanguageModel,
+    source: str | None,
+    *,
+    run: Path,
+    split: str,
+    seq_len: int,
+    max_tokens: int | None,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Evaluate on a source of text, or on what the run held out where `source` is None.
+
+    `split` is "all", "valid" or "auto" (valid for the built-in corpus and a run's own data). Shards are made in
+    `scratch`. Raises DataError where there is nothing to evaluate on.
+    """
+    if source is None:
+        shards = open_shards(find_run_shards(run))
+        splits = ["valid"]
+    else:
+        shards = prepare(iterate_documents(source), language_model.tokenizer, scratch / "shards", 0.02)
+        valid_only = split == "valid" or (split == "auto" and source == "builtin")
+        splits = ["valid"] if valid_only else ["train", "valid"]
+    model = language_model.model
+    token_bytes = pad_token_bytes(language_model.tokenizer.token_bytes, model.config.vocab_size)
+    domains = {
+        domain: partial(_chain_splits, shards, domain, splits, seq_len, max_tokens)
+        for domain in shards.domains
+        if any(shards.num_tokens(domain, split) > 1 for split in splits)
+    }
+    if not domains:
+        raise DataError("there is no held-out text to evaluate on; give --data PATH or --split all")
+    record, _ = score_domains(model, domains, token_bytes)
+    return record
+
+
+def _chain_splits(
+    shards: ShardSet, domain: str, splits: list[str], seq_len: int, max_tokens: int | None
+) -> Iterator[Batch]:
+    for split in splits:
+        yield from evaluation_batches(
+            shards, domain, split=split, batch_size=EVALUATION_ROWS, seq_len=seq_len, max_tokens=max_tokens
+        )
+
+
+def find_run_shards(model: Path) -> Path:
+    """The shards of the run that `model` is, or is a checkpoint of."""
+    for run in (model, model.resolve().parent.parent):
+        if (run / "data" / "shards" / "index.json").exists():
+            return run / "data" / "shards"
+    raise DataError(f"{model} is not a run with data of its own; say what to evaluate on with --data")
+
+
+def pad_token_bytes(token_bytes: NDArray[np.int32], vocab_size: int) -> Tensor:
+    """Text bytes per token id [V]; ids beyond the tokenizer's stand for no text."""
+    padded = torch.zeros(max(vocab_size, len(token_bytes)), dtype=torch.int64)
+    padded[: len(token_bytes)] = torch.from_numpy(token_bytes.astype(np.int64))
+    return padded

@@ -1,0 +1,287 @@
+"""The training loop: step, log, evaluate, save; stop cleanly on a signal, on a full disk, on a diverging loss."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+import moestro
+from moestro import machine
+from moestro.config import Config
+from moestro.data.packing import PackState
+from moestro.engine.language_model import LanguageModel
+from moestro.errors import MoestroError
+from moestro.model.size import measure_size
+from moestro.routing import stats
+from moestro.train import optim
+from moestro.train.checkpoint import save_checkpoint
+from moestro.train.evaluate import pad_token_bytes, score_domains
+from moestro.train.metrics import RunLog, TensorBoardMirror, TrackioMirror, write_atomic
+from moestro.train.prepare import Session, open_session
+from moestro.train.progress import Progress
+from moestro.train.step import StepResult, train_step
+
+MEASURED_STEPS = 20  # under train.minutes, the pace of these (less the first quarter) sets the number of steps
+MAX_SKIPPED_IN_A_ROW = 5
+PROMPT_TOKENS, SAMPLE_TOKENS = 16, 80
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended: the run, steps done of planned, the last evaluation, samples, and the signal that stopped it."""
+
+    run: Path
+    step: int
+    total_steps: int
+    evaluation: dict[str, Any] | None
+    samples: list[dict[str, str]]
+    stopped_by: int | None
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
+    """Train `config` into the run directory `out`. Raises MoestroError for what the user can mend."""
+    run = Path(out)
+    try:
+        session = open_session(config, run, resume=resume, log=_say_nothing if quiet else _say)
+        layers = [name for name, _ in session.model.routers()]
+        log = RunLog.open(run, layers, session.config.model.num_experts, session.state.step)
+        progress = Progress(session.state.total_steps, layers, quiet=quiet)
+        with closing(log), stop_on_signal() as stop, progress:
+            return Loop(session, log, progress, stop).run()
+    except OSError as error:
+        raise MoestroError(
+            f"{error.filename or run}: {error.strerror}; what was saved is intact, continue with --resume"
+        ) from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+class StopRequest:
+    """Set by SIGINT or SIGTERM; the loop finishes its step, saves and leaves. A second signal ends at once."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; handlers are put back afterwards."""
+    stop = StopRequest()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    try:
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are the caller's business
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Loop:
+    """One pass from the session's state to the end of the run."""
+
+    def __init__(self, session: Session, log: RunLog, progress: Progress, stop: StopRequest) -> None:
+        self.session = session
+        self.log = log
+        self.progress = progress
+        self.stop = stop
+        self.started = time.perf_counter() - session.state.seconds
+        self.pack = PackState.from_json(session.state.pack)
+        self.token_bytes = pad_token_bytes(session.tokenizer.token_bytes, session.config.model.vocab_size)
+        self.evaluation: dict[str, Any] | None = None
+        self.skipped_in_a_row = 0
+        self.step_seconds: list[float] = []
+        mirrors = {"tensorboard": TensorBoardMirror, "trackio": TrackioMirror}
+        mirror = mirrors.get(session.config.train.mirror)
+        self.mirror = mirror(session.run, session.state.step) if mirror else None
+
+    def run(self) -> Outcome:
+        """Train until the planned step or a signal, then save, evaluate and sample."""
+        session, config = self.session, self.session.config.train
+        write_run_info(session, finished=False)
+        while session.state.step < session.state.total_steps and self.stop.signal is None:
+            self.one_step()
+            step = session.state.step
+            if config.minutes and len(self.step_seconds) == step == MEASURED_STEPS:
+                self.plan_steps()
+            at_end = step == session.state.total_steps
+            if step % config.checkpoint_every == 0 or at_end or self.stop.signal is not None:
+                self.save()
+            if (step % config.eval_every == 0 or at_end) and self.stop.signal is None:
+                self.evaluate(None if at_end else config.eval_tokens)
+        finished = session.state.step == session.state.total_steps and self.stop.signal is None
+        samples = self.sample() if finished else []
+        write_run_info(session, finished=finished)
+        if self.mirror:
+            self.mirror.close()
+        state = session.state
+        return Outcome(session.run, state.step, state.total_steps, self.evaluation, samples, self.stop.signal)
+
+    def one_step(self) -> None:
+        """Fetch the global batch, train on it, log it, move the state forward."""
+        session, state, config = self.session, self.session.state, self.session.config
+        begun = time.perf_counter()
+        batches, pack = [], self.pack
+        for _ in range(config.train.accumulate):
+            batch, pack = session.packer.next(pack)
+            batches.append(batch)
+        lr = config.train.lr * optim.lr_factor(state.step, state.total_steps, config.train)
+        result = train_step(
+            session.model,
+            session.optimizers,
+            batches,
+            config.train,
+            token_bytes=self.token_bytes,
+            lr=lr,
+            mtp_weight=optim.mtp_weight(state.step, state.total_steps, config.train),
+            bias_speed=optim.bias_speed(
+                state.step, state.total_steps, config.model.router.bias_speed, config.train.bias_frozen_fraction
+            ),
+        )
+        self.check_divergence(result)
+        now = time.perf_counter()
+        tokens = sum(batch.inputs.numel() for batch in batches)
+        self.pack = pack
+        session.state = replace(
+            state,
+            step=state.step + 1,
+            tokens=state.tokens + tokens,
+            seconds=now - self.started,
+            skipped=state.skipped + (not result.applied),
+            pack=pack.to_json(),
+        )
+        self.step_seconds.append(now - begun)
+        self.record(result, lr, tokens / (now - begun))
+
+    def check_divergence(self, result: StepResult) -> None:
+        """Give up after several non-finite steps in a row; single ones are skipped and counted."""
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise MoestroError(
+                f"the loss is not finite {MAX_SKIPPED_IN_A_ROW} steps in a row after step {self.session.state.step}; "
+                "lower train.lr and resume from the last checkpoint"
+            )
+
+    def record(self, result: StepResult, lr: float, tokens_per_second: float) -> None:
+        """Write and show one step."""
+        state, loads = self.session.state, result.loads.numpy()
+        routers = self.session.model.routers()
+        biases = np.stack([router.bias.numpy() for _, router in routers]) if routers else None
+        record = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "loss_main": result.main,
+            "loss_mtp": result.mtp,
+            "loss_balance": result.balance,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "max_vio": float(stats.max_vio(loads).mean()) if routers else 0.0,
+            "dead_experts": int(stats.dead_experts(loads).sum()) if routers else 0,
+            "seconds": state.seconds,
+            "bits_per_byte": result.nll / np.log(2) / max(result.text_bytes, 1),
+            "mtp_agreement": result.agreement,
+            "max_over_mean": float(stats.max_over_mean(loads).mean()) if routers else 0.0,
+            "bias_min": float(biases.min()) if biases is not None else 0.0,
+            "bias_max": float(biases.max()) if biases is not None else 0.0,
+            "memory_gib": machine.process_memory_gib(),
+            "skipped": state.skipped,
+        }
+        self.log.step(record, loads if routers else None, biases)
+        self.progress.step(record, loads if routers else None)
+        if self.mirror:
+            self.mirror.write(record, "train")
+
+    def plan_steps(self) -> None:
+        """Set the number of steps so that training fills `train.minutes`, once, from the pace measured so far."""
+        session, config = self.session, self.session.config.train
+        tokens_per_step = config.batch_size * config.seq_len * config.accumulate
+        step_seconds = float(np.median(self.step_seconds[MEASURED_STEPS // 4 :]))
+        # an evaluation is a forward pass, about a third of a step per token
+        eval_tokens = config.eval_tokens * len(session.validation(None))
+        per_step = step_seconds * (1 + eval_tokens / tokens_per_step / 3 / config.eval_every)
+        left = config.minutes * 60 - session.state.seconds
+        total = session.state.step + max(int(left / per_step), 1)
+        session.state = replace(session.state, total_steps=total)
+        self.progress.set_total(total)
+        self.progress.message(f"{step_seconds:.2f} s a step: {total} steps fill {config.minutes:g} minutes")
+
+    def save(self) -> None:
+        """Write a checkpoint; the log reaches the disk first, so that it never lags behind."""
+        session = self.session
+        self.log.sync()
+        save_checkpoint(
+            session.run,
+            session.model,
+            session.tokenizer,
+            session.optimizers,
+            session.state,
+            keep=session.config.train.keep_checkpoints,
+        )
+
+    def evaluate(self, max_tokens: int | None) -> None:
+        """Bits per byte on held-out documents, per domain, and the experts each domain chose."""
+        domains = self.session.validation(max_tokens)
+        if not domains:
+            return
+        scores, loads = score_domains(self.session.model, domains, self.token_bytes)
+        state = self.session.state
+        self.evaluation = {"step": state.step, "tokens": state.tokens, "seconds": state.seconds} | scores
+        self.log.evaluation(self.evaluation, loads if loads.shape[1] else None)
+        self.progress.evaluation(self.evaluation)
+        if self.mirror:
+            self.mirror.write(self.evaluation, "eval")
+
+    def sample(self) -> list[dict[str, str]]:
+        """Continue the beginning of one held-out document of every domain."""
+        session = self.session
+        writer = LanguageModel(session.model, session.tokenizer, frozenset([session.tokenizer.eos_id]))
+        samples = []
+        for domain in session.validation(None):
+            start, end = session.shards.offsets(domain, "valid")[:2].tolist()
+            prompt = session.shards.tokens(domain, "valid")[start : min(end - 1, start + PROMPT_TOKENS)].tolist()
+            length = min(SAMPLE_TOKENS, session.config.model.max_seq_len - len(prompt))
+            written = writer.generate(prompt, max_tokens=length, temperature=0.7, top_p=0.9, seed=0)
+            sample = {"domain": domain, "prompt": session.tokenizer.decode(prompt), "text": written.text}
+            self.log.sample(session.state.step, **sample)
+            samples.append(sample)
+        return samples
+
+
+def write_run_info(session: Session, *, finished: bool) -> None:
+    """RUN/run.json: what was run, where, with which versions."""
+    size = measure_size(session.config.model)
+    info = {
+        "parameters": {"total": size.total, "active": size.active},
+        "machine": machine.describe_machine().cpu,
+        "versions": {"moestro": moestro.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "command": " ".join(["moestro", *sys.argv[1:]]),
+        "finished": finished,
+    }
+    write_atomic(session.run / "run.json", json.dumps(info, indent=2).encode())

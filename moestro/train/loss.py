@@ -1,0 +1,136 @@
+"""The training objective: next token, tokens further ahead (MTP), balance.
+
+    total = main + λ/D Σ_k mtp_k + Σ_layers α · balance          (V3 eq. 17–25)
+
+Every term is divided by a count over the *global* batch, given from outside: the gradient of a step is the same
+however the batch is cut into micro-batches, and recompute cannot change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moestro import ops
+from moestro.data.packing import PADDING, Batch
+from moestro.model.attention import AttentionBatch
+from moestro.model.transformer import Transformer
+from moestro.routing.balance import count_loads, sequence_balance_loss
+from moestro.routing.router import Routes
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Shares of a step's losses, in nats per token: `total` has the gradient, the others are for the eye."""
+
+    main: Tensor
+    mtp: Tensor
+    balance: Tensor
+    total: Tensor
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a global batch is normalised by: targets per depth (0 is the next token) and sequences."""
+
+    targets: tuple[int, ...]
+    sequences: int
+
+    @staticmethod
+    def of(batches: Sequence[Batch], depth: int) -> Counts:
+        """Counts over all micro-batches of a step."""
+        targets = tuple(sum(int((b.targets(k) >= 0).sum()) for b in batches) for k in range(depth + 1))
+        return Counts(targets, sum(len(b.tokens) for b in batches))
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """One micro-batch: its loss terms; loads [L, E] of every router; nll [N] per token in nats, 0 where no target;
+    how often MTP depth 1 and the main head name the same token, of how many."""
+
+    terms: LossTerms
+    loads: Tensor
+    nll: Tensor
+    agreed: int
+    compared: int
+
+
+def attention_batch(batch: Batch, *, mask_documents: bool) -> AttentionBatch:
+    """Rows as they are, or cut at document boundaries."""
+    inputs = batch.inputs
+    if not mask_documents:
+        return AttentionBatch.causal(*inputs.shape)
+    return AttentionBatch.packed(batch.segments[:, :-1])
+
+
+def tokens_ahead(batch: Batch, depth: int) -> Tensor:
+    """The tokens `depth` positions ahead of each input [N]; 0 past the end of a row, where no target is counted."""
+    length = batch.inputs.shape[1]
+    return F.pad(batch.tokens[:, depth : depth + length], (0, max(depth - 1, 0))).flatten()
+
+
+def compute_loss(
+    model: Transformer,
+    batch: Batch,
+    counts: Counts,
+    *,
+    mtp_weight: float,
+    mask_documents: bool = True,
+    recompute: bool = False,
+) -> ForwardResult:
+    """Forward one micro-batch and form its share of every loss term."""
+    depth = len(model.mtp)
+    attention = attention_batch(batch, mask_documents=mask_documents)
+    output = model(batch.inputs.flatten(), attention, recompute=recompute)
+    targets = [batch.targets(k).flatten() for k in range(depth + 1)]
+    main_sum, nll, main_choice = ops.linear_cross_entropy(output.hidden, model.head_weight, targets[0])
+    main = main_sum / max(counts.targets[0], 1)
+
+    outputs = model.forward_mtp(
+        output.hidden, [tokens_ahead(batch, k) for k in range(1, depth + 1)], attention, recompute=recompute
+    )
+    mtp, choices = torch.zeros((), device=main.device), []
+    for k, extra in enumerate(outputs, start=1):
+        extra_sum, _, choice = ops.linear_cross_entropy(extra.hidden, model.head_weight, targets[k])
+        mtp = mtp + extra_sum / max(counts.targets[k], 1) / depth
+        choices.append(choice)
+
+    present = (batch.segments[:, :-1] != PADDING).flatten()
+    routed: list[tuple[Routes, Tensor]] = [(routes, present) for routes in output.routes]
+    for k, extra in enumerate(outputs, start=1):
+        routed += [(routes, targets[k] >= 0) for routes in extra.routes]
+    balance = _balance_loss(model, routed, batch, counts.sequences)
+    terms = LossTerms(main.detach(), mtp.detach(), balance.detach(), main + mtp_weight * mtp + balance)
+    agreed, compared = _agreement(main_choice, choices, targets, batch.inputs.shape[1])
+    return ForwardResult(terms, _loads(model, routed), nll, agreed, compared)
+
+
+def _balance_loss(
+    model: Transformer, routed: list[tuple[Routes, Tensor]], batch: Batch, sequences: int
+) -> Tensor:
+    config = model.config
+    total = torch.zeros((), device=batch.tokens.device)
+    for term in config.router.balance:
+        for routes, valid in routed:
+            loss = sequence_balance_loss(routes.scores, config.top_k, len(batch.tokens), valid)
+            total = total + term.weight * loss / sequences
+    return total
+
+
+def _loads(model: Transformer, routed: list[tuple[Routes, Tensor]]) -> Tensor:
+    num_experts = model.config.num_experts
+    loads = [count_loads(routes.ids, num_experts, valid) for routes, valid in routed]
+    return torch.stack(loads) if loads else torch.zeros(0, num_experts, dtype=torch.int64)
+
+
+def _agreement(main: Tensor, choices: list[Tensor], targets: list[Tensor], length: int) -> tuple[int, int]:
+    """MTP depth 1 at position i and the main head at i + 1 both name token i + 2: the share that greedy drafts win."""
+    if not choices:
+        return 0, 0
+    drafted, chosen = choices[0].view(-1, length)[:, :-1], main.view(-1, length)[:, 1:]
+    valid = targets[1].view(-1, length)[:, :-1] >= 0
+    return int(((drafted == chosen) & valid).sum()), int(valid.sum())

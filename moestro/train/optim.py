@@ -1,0 +1,135 @@
+"""Optimizers and schedules: AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest.
+
+Muon (Keller Jordan 2024) replaces a matrix's momentum by the nearest orthogonal matrix, through five Newton–Schulz
+steps; experts are batches of matrices, gate and up matrices are orthogonalised apart. Its update is scaled by
+0.2·√max(rows, columns) (arXiv 2502.16982), which gives it AdamW's size, so both share one learning rate and decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.config import TrainConfig
+from moestro.errors import CheckpointError
+from moestro.model.transformer import Transformer
+
+
+def lr_factor(step: int, steps: int, config: TrainConfig) -> float:
+    """Warm-up, stable, decay: the share of the peak learning rate for 0-based `step` of `steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    decay_steps = round(steps * config.decay_fraction)
+    left = steps - step
+    if left > decay_steps:
+        return 1.0
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * left / (decay_steps + 1)
+
+
+def mtp_weight(step: int, steps: int, config: TrainConfig) -> float:
+    """λ: 0.3 for the first two thirds, then 0.1 (V3 §4.2: 10T of 14.8T tokens)."""
+    return config.mtp_weight if step * 3 < steps * 2 else config.mtp_weight_late
+
+
+def bias_speed(step: int, steps: int, speed: float, frozen_fraction: float) -> float:
+    """γ, and 0 for the last part of the run (V3 §4.2: the last 0.5T of 14.8T tokens)."""
+    return 0.0 if step >= steps * (1 - frozen_fraction) else speed
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrices of a batch [..., m, n], by Newton–Schulz in bf16 on CPUs and GPUs alike.
+
+    The quintic's coefficients trade exactness for speed: singular values end between about 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for parameters [m, n] or [E, m, n]; `halves` parameters are two matrices in one."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "halves": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                direction = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
+                if group["halves"]:
+                    direction = direction.unflatten(-2, (2, -1))
+                update = orthogonalize(direction) * 0.2 * max(direction.shape[-2:]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"])
+
+
+class Optimizers:
+    """The optimizers of one model, stepped together, their state readable and writable by parameter name."""
+
+    def __init__(self, model: Transformer, config: TrainConfig) -> None:
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        muon = [p for p, name in self.names.items() if config.optimizer == "muon" and _is_block_matrix(name, p)]
+        rest = [p for p in self.names if not any(p is m for m in muon)]
+        groups = [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+        self.all: list[torch.optim.Optimizer] = [adamw]
+        if muon:
+            halves = [p for p in muon if "gate_up" in self.names[p]]
+            whole = [p for p in muon if "gate_up" not in self.names[p]]
+            muon_groups = [{"params": halves, "halves": True}, {"params": whole}]
+            self.all.append(Muon([g for g in muon_groups if g["params"]], config.lr, 0.95, config.weight_decay))
+
+    def step(self, lr: float) -> None:
+        """Update every parameter with learning rate `lr` and drop the gradients."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`parameter/key` -> tensor, for a checkpoint."""
+        return {
+            f"{self.names[parameter]}/{key}": value
+            for optimizer in self.all
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put `state_tensors` back; CheckpointError when they belong to another model or optimizer."""
+        owners = {self.names[p]: (o, p) for o in self.all for g in o.param_groups for p in g["params"]}
+        for name, value in tensors.items():
+            parameter_name, _, key = name.rpartition("/")
+            if parameter_name not in owners:
+                raise CheckpointError(f"optimizer state for '{parameter_name}', which this model does not have")
+            optimizer, parameter = owners[parameter_name]
+            if value.dim() and value.shape != parameter.shape:
+                raise CheckpointError(f"optimizer state {name} has shape {list(value.shape)}")
+            optimizer.state[parameter][key] = value.clone()
+
+
+def _is_block_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.dim() > 1 and not name.startswith(("embed.", "head.")) and ".router." not in name

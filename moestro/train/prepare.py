@@ -1,0 +1,176 @@
+"""From a configuration to everything a training loop needs: tokenizer, shards, model, optimizers, position.
+
+A run directory is self-contained: `config.json` (fully resolved), `data/` (tokenizer and token shards), checkpoints
+and logs. Resuming reads all of it back and refuses a configuration that would train something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from moestro import machine
+from moestro.config import Config, TrainConfig, build_config
+from moestro.data.corpus import iterate_documents
+from moestro.data.packing import Batch, Packer, evaluation_batches
+from moestro.data.shards import ShardSet, open_shards, prepare
+from moestro.data.tokenizer import Tokenizer
+from moestro.errors import ConfigError
+from moestro.model.transformer import Transformer, init_weights
+from moestro.model.weights import read_json
+from moestro.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from moestro.train.optim import Optimizers
+
+TOKENIZER_SAMPLE = 20_000  # documents a tokenizer is trained on
+# changing these would make a resumed run another run
+FIXED_TRAIN_KEYS = ("seed", "seq_len", "batch_size", "accumulate", "optimizer", "dtype", "mask_documents")
+Log = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """A run in progress: what the loop reads and moves forward."""
+
+    config: Config
+    run: Path
+    tokenizer: Tokenizer
+    shards: ShardSet
+    packer: Packer
+    model: Transformer
+    optimizers: Optimizers
+    state: TrainState
+
+    def validation(self, max_tokens: int | None) -> dict[str, Callable[[], Iterator[Batch]]]:
+        """Per domain with held-out documents: a function that starts its evaluation batches."""
+        train = self.config.train
+        return {
+            domain: lambda domain=domain: evaluation_batches(  # type: ignore[misc]
+                self.shards,
+                domain,
+                split="valid",
+                batch_size=train.batch_size,
+                seq_len=train.seq_len,
+                max_tokens=max_tokens,
+            )
+            for domain in self.shards.domains
+            if self.shards.num_tokens(domain, "valid") > 1
+        }
+
+
+def resolve_dtype(config: TrainConfig) -> str:
+    """`bf16` or `fp32`: under `auto`, bf16 on a CPU with bf16 instructions on which it is measured to be faster."""
+    if config.dtype != "auto":
+        return config.dtype
+    fast = machine.describe_machine().bf16_is_fast and machine.bf16_speedup() > 1.0
+    return "bf16" if fast else "fp32"
+
+
+def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Session:
+    """Start a run in an empty directory, or continue the one that is there."""
+    torch.set_num_threads(config.train.threads or machine.usable_threads())
+    machine.keep_freed_memory()
+    saved = run / "config.json"
+    if saved.exists():
+        if not resume:
+            raise ConfigError(f"{run} holds a run; continue it with --resume or choose another --out")
+        config = check_same_run(config, read_json(saved), run)
+    else:
+        _refuse_foreign_directory(run)
+        dtype = resolve_dtype(config.train)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+    tokenizer, shards = open_data(config, run, log)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    save_config(config, run)
+    model, optimizers = build_model(config)
+    packer = Packer(
+        shards,
+        batch_size=config.train.batch_size,
+        seq_len=config.train.seq_len,
+        weights=config.data.weights or None,
+        seed=config.train.seed,
+    )
+    state = TrainState(0, config.train.steps, 0, 0.0, 0, packer.start().to_json())
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model, optimizers)
+        log(f"Resuming after step {state.step} from {checkpoint}")
+    return Session(config, run, tokenizer, shards, packer, model, optimizers, state)
+
+
+def build_model(config: Config) -> tuple[Transformer, Optimizers]:
+    """A freshly initialised model with fp32 master weights, computing in `train.dtype`, and its optimizers."""
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    model = Transformer(config.model, dtype)
+    init_weights(model, config.train.seed)
+    return model, Optimizers(model, config.train)
+
+
+def check_same_run(config: Config, saved_tree: dict[str, object], run: Path) -> Config:
+    """The configuration to resume with; ConfigError naming what differs from the saved run."""
+    saved = build_config(saved_tree)
+    if config.train.dtype == "auto":
+        train = config.train.model_copy(update={"dtype": saved.train.dtype})
+        config = config.model_copy(update={"train": train})
+    pairs = {name: (getattr(config, name), getattr(saved, name)) for name in ("model", "data")}
+    pairs |= {f"train.{k}": (getattr(config.train, k), getattr(saved.train, k)) for k in FIXED_TRAIN_KEYS}
+    different = [name for name, (now, then) in pairs.items() if now != then]
+    if different:
+        raise ConfigError(
+            f"{run} was started with another {', '.join(different)}; resume with the same, or choose another --out"
+        )
+    return config
+
+
+def save_config(config: Config, run: Path) -> None:
+    """Write RUN/config.json; `moestro train --config RUN/config.json` repeats the run."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", "utf-8")
+
+
+def _refuse_foreign_directory(run: Path) -> None:
+    if run.is_file() or (run.is_dir() and any(entry.name != "data" for entry in run.iterdir())):
+        raise ConfigError(f"{run} exists and is not a run; choose another --out")
+
+
+def open_data(config: Config, run: Path, log: Log) -> tuple[Tokenizer, ShardSet]:
+    """The run's tokenizer and shards, made on the first call and opened on later ones."""
+    folder = run / "data"
+    if (folder / "shards" / "index.json").exists():
+        return Tokenizer.from_file(folder / "tokenizer.json"), open_shards(folder / "shards")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = choose_tokenizer(config, log)
+    tokenizer.save(folder)
+    log(f"Reading text from {config.data.source}")
+    documents = iterate_documents(config.data.source)
+    shards = prepare(documents, tokenizer, folder / "shards", config.data.valid_fraction)
+    for domain in shards.domains:
+        train, valid = (shards.num_tokens(domain, split) for split in ("train", "valid"))
+        log(f"  {domain:<12} {train:>11,} tokens to train on, {valid:>9,} held out")
+    return tokenizer, shards
+
+
+def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
+    """What `data.tokenizer` names; `auto` is the shipped one for the built-in corpus, else one trained on the text."""
+    choice = config.data.tokenizer
+    if choice == "auto":
+        choice = "builtin" if config.data.source == "builtin" else "train"
+    if choice == "builtin":
+        return Tokenizer.builtin()
+    if choice == "train":
+        log(f"Training a tokenizer of up to {config.model.vocab_size} ids")
+        texts = (document.text for document in islice(iterate_documents(config.data.source), TOKENIZER_SAMPLE))
+        return Tokenizer.train(texts, config.model.vocab_size)
+    path = Path(choice)
+    if not path.exists():
+        raise ConfigError(f"data.tokenizer is '{choice}', which is neither auto, builtin, train nor a file")
+    return Tokenizer.from_file(path)
+
+
