@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-test
 
 clean:
 	rm -rf $(VENV) $(CACHES)
-	find moestro tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing into $(VENV) (a few minutes the first time)"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moestro.engine.language_model import LanguageModel as LanguageModel
     from moestro.engine.language_model import load as load
     from moestro.errors import MoestroError as MoestroError
-    from moestro.train.loop import train as train
+    from moestro.training.loop import train as train
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _HOMES = {
     "LanguageModel": "moestro.engine.language_model",
     "MoestroError": "moestro.errors",
     "load": "moestro.engine.language_model",
-    "train": "moestro.train.loop",
+    "train": "moestro.training.loop",
 }
 
 

@@ -150,7 +150,8 @@ class TrainConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """Where text comes from. `weights` sets the share of tokens per domain; without it, shares follow size."""
+    """Where text comes from. `weights` gives domains their share of the tokens: domains that are not named divide the
+    rest by size, 0 leaves one out, and where all are named only proportions count."""
 
     source: str = "builtin"
     tokenizer: str = Field("auto", description="auto, builtin, train, or a tokenizer.json")
@@ -238,6 +239,9 @@ def _describe(error: ValidationError) -> str:
             problems.append(f"unknown key '{key}'")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{key}: {message} (got {item['input']!r})" if not isinstance(item["input"], dict)
-                            else f"{key}: {message}")
+            problems.append(
+                f"{key}: {message} (got {item['input']!r})"
+                if not isinstance(item["input"], dict)
+                else f"{key}: {message}"
+            )
     return "config: " + "; ".join(problems)

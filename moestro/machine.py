@@ -83,15 +83,13 @@ class Machine:
             )
         if self.threads > self.cores:
             found.append(
-                f"torch uses {self.threads} threads on {self.cores} usable cores; "
-                f"set OMP_NUM_THREADS={self.cores}"
+                f"torch uses {self.threads} threads on {self.cores} usable cores; set OMP_NUM_THREADS={self.cores}"
             )
         if not self.bf16_is_fast:
             found.append("this CPU has no bf16 arithmetic; keep train.dtype at auto or fp32")
         if self.available_gib < LOW_MEMORY_GIB:
             found.append(
-                f"only {self.available_gib:.1f} GiB of memory are free; close other programs, or lower "
-                "train.batch_size"
+                f"only {self.available_gib:.1f} GiB of memory are free; close other programs, or lower train.batch_size"
             )
         if _version_pair(self.torch) < OLDEST_TORCH:
             oldest = ".".join(map(str, OLDEST_TORCH))
@@ -121,8 +119,7 @@ class Measurement:
         found = []
         if self.bf16_speedup < 1:
             found.append(
-                f"bf16 products reach {self.bf16_speedup:.2f} times the rate of fp32; "
-                "train.dtype=fp32 should be faster"
+                f"bf16 products reach {self.bf16_speedup:.2f} times the rate of fp32; train.dtype=fp32 should be faster"
             )
         if not self.read_buffer_exceeds_cache:
             found.append("too little free memory to read past the caches; the bandwidth shown is too high")

@@ -43,7 +43,9 @@ def tree_of_depth(depth: int) -> dict[str, Any]:
         "lr": round(3e-3 * (192 / hidden) ** 0.5, 6),
         "warmup_steps": 50,
     }
-    train["steps"] = max(_active_parameters(model) * TOKENS_PER_PARAMETER // (seq_len * sequences * train["accumulate"]), 200)
+    train["steps"] = max(
+        _active_parameters(model) * TOKENS_PER_PARAMETER // (seq_len * sequences * train["accumulate"]), 200
+    )
     return {"model": model, "train": train}
 
 

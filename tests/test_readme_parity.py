@@ -113,9 +113,7 @@ def test_marked_blocks_run(path: Path, tmp_path: Path) -> None:
             text=True,
             timeout=SECONDS_PER_BLOCK,
         )
-        assert run.returncode == 0, (
-            f"{path.name}: exit code {run.returncode} of\n{block.body}\n{run.stdout[-2000:]}"
-        )
+        assert run.returncode == 0, f"{path.name}: exit code {run.returncode} of\n{block.body}\n{run.stdout[-2000:]}"
 
 
 def test_blocks_are_found_with_their_marks() -> None:
@@ -128,15 +126,11 @@ def test_blocks_are_found_with_their_marks() -> None:
 
 
 def test_commands_lose_comments_and_continuations_but_not_quotes() -> None:
-    block = Block(
-        "", "# a comment\nmake  demo   # ten minutes\nmoestro train \\\n  --data 'a #b' \\\n  x=1\n\n"
-    )
+    block = Block("", "# a comment\nmake  demo   # ten minutes\nmoestro train \\\n  --data 'a #b' \\\n  x=1\n\n")
     assert block.commands == ["make demo", "moestro train --data 'a #b' x=1"]
     assert block.moestro_commands == [["train", "--data", "a #b", "x=1"]]
 
 
 def test_only_the_moestro_part_of_a_line_is_parsed() -> None:
-    block = Block(
-        "", "OMP_NUM_THREADS=2 moestro inspect demo --json | head -1\nmoestro-other x\necho moestro\n"
-    )
+    block = Block("", "OMP_NUM_THREADS=2 moestro inspect demo --json | head -1\nmoestro-other x\necho moestro\n")
     assert block.moestro_commands == [["inspect", "demo", "--json"]]

@@ -24,7 +24,7 @@ LAYERS = (
     ("data", "routing", "ops"),
     ("model",),
     ("engine",),
-    ("train",),
+    ("training",),
     ("report",),
     ("cli",),
 )
@@ -40,9 +40,7 @@ MAX_README_LINES = 200
 
 ALLOWED: frozenset[str] = frozenset()
 
-FORBIDDEN_MODULES = frozenset(
-    {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-)
+FORBIDDEN_MODULES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"})
 FORBIDDEN_ATTRIBUTES = frozenset({"torch.load", "torch.save", "os.system", "os.popen"})
 FORBIDDEN_TRUE = frozenset({"shell", "allow_pickle"})
 BLOCKS = (ast.For, ast.AsyncFor, ast.While, ast.If, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
@@ -76,9 +74,7 @@ def test_presets_are_short_toml() -> None:
     for path in sorted((PACKAGE / "presets").glob("*")):
         text = path.read_text("utf-8")
         assert tomllib.loads(text), f"{path.name} is empty"
-        assert len(text.splitlines()) <= MAX_PRESET_LINES, (
-            f"{path.name} is longer than {MAX_PRESET_LINES} lines"
-        )
+        assert len(text.splitlines()) <= MAX_PRESET_LINES, f"{path.name} is longer than {MAX_PRESET_LINES} lines"
 
 
 def test_readme_is_short() -> None:
@@ -94,16 +90,16 @@ def test_exceptions_are_still_needed() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "imported"),
     [
-        ("model/block.py", "from moestro.train.loop import run", "moestro.train.loop.run"),
+        ("model/block.py", "from moestro.training.loop import run", "moestro.training.loop.run"),
         ("model/block.py", "import moestro.engine.pages", "moestro.engine.pages"),
         ("model/block.py", "from moestro import cli", "moestro.cli"),
-        ("model/block.py", "from ..train import loop", "moestro.train.loop"),
+        ("model/block.py", "from ..training import loop", "moestro.training.loop"),
         ("model/block.py", "def f():\n    from moestro.cli import main", "moestro.cli.main"),
         ("routing/router.py", "from moestro.ops import grouped", "moestro.ops.grouped"),
-        ("engine/engine.py", "from moestro.train import loop", "moestro.train.loop"),
-        ("train/loop.py", "from moestro import load", "moestro.load"),
-        ("train/loop.py", "import moestro\nmoestro.load(x)", "moestro.load"),
-        ("train/loop.py", "import moestro as m", "moestro"),
+        ("engine/engine.py", "from moestro.training import loop", "moestro.training.loop"),
+        ("training/loop.py", "from moestro import load", "moestro.load"),
+        ("training/loop.py", "import moestro\nmoestro.load(x)", "moestro.load"),
+        ("training/loop.py", "import moestro as m", "moestro"),
         ("novelty/thing.py", "import math", "novelty"),
     ],
 )
@@ -115,10 +111,10 @@ def test_an_import_upwards_is_found(module: str, source: str, imported: str) -> 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("train/loop.py", "from moestro.engine import engine\nfrom .loss import terms\nfrom . import step"),
+        ("training/loop.py", "from moestro.engine import engine\nfrom .loss import terms\nfrom . import step"),
         ("model/block.py", "import math, torch\nfrom moestro.ops.reference import experts"),
-        ("train/loop.py", "from moestro import __version__, config"),
-        ("train/loop.py", "import moestro\nprint(moestro.__version__)"),
+        ("training/loop.py", "from moestro import __version__, config"),
+        ("training/loop.py", "import moestro\nprint(moestro.__version__)"),
         ("routing/__init__.py", "from .router import route"),
         ("__init__.py", "def load(path):\n    from moestro.cli import main"),
     ],
@@ -139,13 +135,9 @@ def test_shapes_are_measured() -> None:
     assert function_offenders(deep.format("x = 1")) == []
     assert function_offenders(deep.format("if x: y()"))
     assert function_offenders(deep.format("def g():\n          if x: y()")) == []
-    chain = (
-        "def f():\n  if a: pass\n" + "".join(f"  elif a == {n}: pass\n" for n in range(9)) + "  else: pass"
-    )
+    chain = "def f():\n  if a: pass\n" + "".join(f"  elif a == {n}: pass\n" for n in range(9)) + "  else: pass"
     assert function_offenders(chain) == []
-    assert function_offenders(
-        "def f():\n  try: pass\n  except E:\n    if a:\n      if b:\n        if c: pass"
-    )
+    assert function_offenders("def f():\n  try: pass\n  except E:\n    if a:\n      if b:\n        if c: pass")
 
 
 @pytest.mark.parametrize(

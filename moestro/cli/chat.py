@@ -45,7 +45,7 @@ def chat(
     if sys.stdin.isatty():
         print_note("An empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.")
         print_note("A model trained on plain text alone continues your text rather than answering it.")
-    while (text := read_line()):
+    while text := read_line():
         if text == "/new":
             conversation.messages = list(beginning)
             continue

@@ -42,7 +42,10 @@ def doctor(
             ("GPU", ", ".join(machine.gpus) or "none"),
             ("OpenMP", ", ".join(machine.openmp) or "none loaded"),
             ("memory read", f"{measured.read_gb_per_second:.1f} GB/s"),
-            ("matrix products", f"{measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} GFLOP/s bf16"),
+            (
+                "matrix products",
+                f"{measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} GFLOP/s bf16",
+            ),
         ]
     )
     print("\n".join(f"! {problem}" for problem in problems) or "All is well.")

@@ -43,7 +43,7 @@ def evaluate(
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """
     from moestro.engine.language_model import load
-    from moestro.train.evaluate import score_source
+    from moestro.training.evaluate import score_source
 
     if split not in ("auto", "all", "valid"):
         raise DataError(f"--split must be auto, all or valid, not '{split}'")
@@ -51,7 +51,13 @@ def evaluate(
     seq_len = min(seq_len, language_model.model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(
-            language_model, data, run=model, split=split, seq_len=seq_len, max_tokens=max_tokens, scratch=Path(scratch)
+            language_model,
+            data,
+            run=model,
+            split=split,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            scratch=Path(scratch),
         )
     if json_output:
         print_json(record)

@@ -50,9 +50,7 @@ def generate(
         prompt = sys.stdin.read()
     language_model = load(model, dtype)
     start = time.perf_counter()
-    written = language_model.generate(
-        prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
+    written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     seconds = time.perf_counter() - start
     if not json_output:
         print(prompt + written.text)

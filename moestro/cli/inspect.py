@@ -33,14 +33,26 @@ def inspect(
         return
     parameters, cache, weights = (description[k] for k in ("parameters", "cache_bytes_per_token", "weight_bytes"))
     rows = [
-        ("parameters", f"{format_count(parameters['total'])} total, {format_count(parameters['active'])} active"),
-        ("", f"{format_count(parameters['active_without_input_embedding'])} active without the input embedding"),
+        (
+            "parameters",
+            f"{format_count(parameters['total'])} total, {format_count(parameters['active'])} active",
+        ),
+        (
+            "",
+            f"{format_count(parameters['active_without_input_embedding'])} active without the input embedding",
+        ),
         ("routed experts", format_count(parameters["routed_experts"])),
-        ("MTP modules", f"{format_count(parameters['mtp'])} more, {format_count(parameters['mtp_active'])} active"),
+        (
+            "MTP modules",
+            f"{format_count(parameters['mtp'])} more, {format_count(parameters['mtp_active'])} active",
+        ),
         ("cache per token", ", ".join(f"{size:,} B {name}" for name, size in cache.items())),
         ("weights", ", ".join(f"{size / 1e9:,.2f} GB {name}" for name, size in weights.items())),
         ("flops per token", f"{description['flops_per_token'] / 1e9:,.3f} G to run (empty context)"),
-        ("", f"{description['training_flops_per_token'] / 1e9:,.3f} G to train (4096 tokens or the model's length)"),
+        (
+            "",
+            f"{description['training_flops_per_token'] / 1e9:,.3f} G to train (4096 tokens or the model's length)",
+        ),
     ]
     print_rows([("model", model), *rows])
 

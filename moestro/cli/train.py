@@ -41,7 +41,7 @@ def train(
     depth
         One dial for size: layers, and from them width, heads, experts, learning rate and steps.
     data
-        A file or folder of text (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
+        A file or folder (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
     out
         The run directory; runs/NAME by default.
     resume
@@ -64,8 +64,13 @@ def train(
 
         print_json({"config": settings.model_dump(mode="json"), **describe_size(settings.model)})
         return 0
+    return run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
+
+
+def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, json_output: bool) -> int:
+    """Train, write the report, print the ending; returns the exit code."""
     from moestro.report import write_report
-    from moestro.train.loop import train as run_training
+    from moestro.training.loop import train as run_training
 
     outcome = run_training(settings, run, resume=resume, quiet=quiet)
     report = write_report(run)

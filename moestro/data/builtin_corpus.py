@@ -46,9 +46,7 @@ def iterate_builtin() -> Iterator[Document]:
     for domain in SHIPPED:
         name = f"{domain}.txt.xz"
         text = lzma.decompress((resources.files("moestro") / "data" / "builtin" / name).read_bytes())
-        yield from (
-            Document(part, domain) for part in split_text(io.BytesIO(text), Path(name), separated=True)
-        )
+        yield from (Document(part, domain) for part in split_text(io.BytesIO(text), Path(name), separated=True))
     for source in iterate_python(Path(sysconfig.get_path("stdlib"))):
         yield from (Document(part, "python") for part in cut_long_document(source))
     yield from (Document(problems, "arithmetic") for problems in iterate_arithmetic())

@@ -60,9 +60,7 @@ def encode_chat(
     """
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str | None):
-            raise DataError(
-                f"a chat message needs a role of {', '.join(ROLES)} and a content that is a string"
-            )
+            raise DataError(f"a chat message needs a role of {', '.join(ROLES)} and a content that is a string")
     template = template or tokenizer.chat_template or CHAT_TEMPLATE
     if template == CHAT_TEMPLATE and (tokenizer.user_id is None or tokenizer.assistant_id is None):
         raise DataError("this tokenizer has no tokens for user and assistant, and brings no chat template")
@@ -104,9 +102,7 @@ def _mark_value(value: Any, starts: re.Pattern[str], mark: str) -> Any:
     if isinstance(value, str):
         return starts.sub(lambda match: match[0] + mark, value)
     if isinstance(value, Mapping):
-        return {
-            _mark_value(key, starts, mark): _mark_value(item, starts, mark) for key, item in value.items()
-        }
+        return {_mark_value(key, starts, mark): _mark_value(item, starts, mark) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mark_value(item, starts, mark) for item in value]
     return value

@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -274,11 +275,10 @@ def _read_parquet(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
                 shutil.copyfileobj(stream, spool)
             file = pyarrow.parquet.ParquetFile(spool if path.suffix.lower() in _COMPRESSED else stream)
             columns = [name for name in ("text", "content", "domain") if name in file.schema_arrow.names]
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
+            batches = file.iter_batches(batch_size=256, columns=columns)
+            records = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, record in enumerate(records, start=1):
+                yield f"{path}, row {number}", record
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from error
 

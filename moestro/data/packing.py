@@ -54,9 +54,7 @@ class Batch:
         targets = torch.full_like(self.inputs, IGNORED)
         width, ahead = self.tokens.shape[1], k + 1
         if ahead < width:
-            same = (self.segments[:, :-ahead] == self.segments[:, ahead:]) & (
-                self.segments[:, ahead:] != PADDING
-            )
+            same = (self.segments[:, :-ahead] == self.segments[:, ahead:]) & (self.segments[:, ahead:] != PADDING)
             targets[:, : width - ahead] = self.tokens[:, ahead:].where(same, IGNORED)
         return targets
 
@@ -82,9 +80,7 @@ class PackState:
     def from_json(cls, tree: Mapping[str, Any]) -> PackState:
         """The state that `to_json` gave; raises `DataError` for anything else."""
         try:
-            epochs, cursors, emitted = (
-                tuple(int(n) for n in tree[name]) for name in ("epochs", "cursors", "emitted")
-            )
+            epochs, cursors, emitted = (tuple(int(n) for n in tree[name]) for name in ("epochs", "cursors", "emitted"))
             rest = tree["rest"]
             span = None if rest is None else (int(rest[0]), int(rest[1]), int(rest[2]))
             return cls(str(tree["key"]), epochs, cursors, emitted, span)
@@ -154,9 +150,7 @@ class Packer:
     def next(self, state: PackState) -> tuple[Batch, PackState]:
         """The batch at `state`, and the state after it; raises `DataError` for a state of other data."""
         if state.key != self.key or len(state.emitted) != len(self.domains):
-            raise DataError(
-                "the data, seq_len or seed differ from those of the saved position; start a new run"
-            )
+            raise DataError("the data, seq_len or seed differ from those of the saved position; start a new run")
         epochs, cursors, emitted = list(state.epochs), list(state.cursors), list(state.emitted)
 
         def take() -> Span:
@@ -199,10 +193,7 @@ def resolve_weights(sizes: Mapping[str, int], weights: Mapping[str, float]) -> d
             "keep the sum within 1, or name every domain"
         )
     rest = max(0.0, 1.0 - named) if others else 0.0
-    shares = {
-        name: weights[name] if name in weights else rest * size / max(others, 1)
-        for name, size in sizes.items()
-    }
+    shares = {name: weights[name] if name in weights else rest * size / max(others, 1) for name, size in sizes.items()}
     total = sum(shares.values())
     if total <= 0:
         raise DataError("data.weights: no domain has a share above 0")

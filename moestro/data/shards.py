@@ -67,9 +67,7 @@ class ShardSet:
 
     def offsets(self, domain: str, split: Split) -> npt.NDArray[np.uint64]:
         """Where documents start, [documents + 1], read-only."""
-        return _map(
-            self._path(domain, split, "offsets"), np.dtype("<u8"), self.counts[domain, split].documents + 1
-        )
+        return _map(self._path(domain, split, "offsets"), np.dtype("<u8"), self.counts[domain, split].documents + 1)
 
     def num_tokens(self, domain: str, split: Split) -> int:
         """Tokens of a split, beginnings and ends of documents included."""
@@ -116,9 +114,7 @@ def open_shards(directory: str | Path) -> ShardSet:
         tree = json.loads((directory / "index.json").read_text("utf-8"))
         if tree["format"] != FORMAT:
             raise DataError(f"{directory} holds shards of format {tree['format']}; this is format {FORMAT}")
-        counts = {
-            (entry["name"], split): Counts(**entry[split]) for entry in tree["domains"] for split in SPLITS
-        }
+        counts = {(entry["name"], split): Counts(**entry[split]) for entry in tree["domains"] for split in SPLITS}
         shards = ShardSet(
             directory,
             tuple(entry["name"] for entry in tree["domains"]),
@@ -235,8 +231,7 @@ def _write(
         "source": source.hexdigest(),
         "valid_fraction": valid_fraction,
         "domains": [
-            {"name": name} | {split: _count(sides[split]) for split in SPLITS}
-            for name, sides in domains.items()
+            {"name": name} | {split: _count(sides[split]) for split in SPLITS} for name, sides in domains.items()
         ],
     }
     for path in directory.iterdir():
@@ -262,9 +257,7 @@ def _group(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _find_sides(domains: dict[str, _Sides], name: str, directory: Path) -> _Sides:
     if name not in domains:
         if len(domains) == MAX_DOMAINS:
-            raise DataError(
-                f"more than {MAX_DOMAINS} domains; is the 'domain' field (or folder layout) meant so?"
-            )
+            raise DataError(f"more than {MAX_DOMAINS} domains; is the 'domain' field (or folder layout) meant so?")
         number = len(domains)
         domains[name] = {split: _Side(directory / _name_file(number, split, "tokens")) for split in SPLITS}
     return domains[name]

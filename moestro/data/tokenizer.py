@@ -82,9 +82,7 @@ class Tokenizer:
         self._hidden = {token["id"] for token in added if token["special"]}
         self._hidden |= {self.bos_id, self.eos_id, self.pad_id}
         self._hidden |= {id for id in (self.user_id, self.assistant_id) if id is not None}
-        self.token_bytes: npt.NDArray[np.int32] = np.array(
-            [len(piece) for piece in self.pieces], dtype=np.int32
-        )
+        self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self.pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
         self.token_bytes.flags.writeable = False
 
@@ -96,9 +94,7 @@ class Tokenizer:
         template_path = path.with_name("chat_template.jinja")
         try:
             specification = path.read_text("utf-8")
-            configuration = (
-                json.loads(configuration_path.read_text("utf-8")) if configuration_path.exists() else {}
-            )
+            configuration = json.loads(configuration_path.read_text("utf-8")) if configuration_path.exists() else {}
             if not isinstance(configuration, dict):
                 raise DataError(f"{configuration_path} is not a JSON object")
             if template_path.exists():
@@ -109,9 +105,7 @@ class Tokenizer:
             raise DataError(f"the tokenizer files beside {path} are damaged: {error}") from error
         template = configuration.get("chat_template")
         if isinstance(template, list):  # several named templates: take the usual one
-            named = {
-                entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
-            }
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             configuration["chat_template"] = named.get("default")
         try:
             return cls(specification, configuration)
@@ -128,9 +122,7 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Train on `texts`; text too short for `vocab_size` gives a smaller vocabulary."""
         if vocab_size < 256 + len(SPECIALS):
-            raise DataError(
-                f"vocab_size={vocab_size} is too small: {len(SPECIALS)} specials and 256 bytes come first"
-            )
+            raise DataError(f"vocab_size={vocab_size} is too small: {len(SPECIALS)} specials and 256 bytes come first")
         tokenizer = tokenizers.Tokenizer(models.BPE())
         splits = (pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGITS, _CJK, _WORDS))
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -208,9 +200,7 @@ class Tokenizer:
         if isinstance(name, dict):
             name = name.get("content")
         candidates = (name, *_FALLBACKS[role]) if isinstance(name, str) else _FALLBACKS[role]
-        return next(
-            (self.specials[candidate] for candidate in candidates if candidate in self.specials), None
-        )
+        return next((self.specials[candidate] for candidate in candidates if candidate in self.specials), None)
 
     def _require(self, role: str, configuration: dict[str, Any]) -> int:
         id = self._find(role, configuration)
@@ -230,9 +220,7 @@ def _parse_specification(text: str) -> dict[str, Any]:
     if not isinstance(tree, dict) or not isinstance(tree.get("added_tokens"), list):
         raise DataError("not a tokenizer.json: it has no list of added_tokens")
     if '"ByteLevel"' not in json.dumps(tree.get("pre_tokenizer")):
-        raise DataError(
-            "not a byte-level tokenizer; only those give exact bits per byte (train one, or use builtin)"
-        )
+        raise DataError("not a byte-level tokenizer; only those give exact bits per byte (train one, or use builtin)")
     return tree
 
 

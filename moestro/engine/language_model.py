@@ -41,7 +41,13 @@ class LanguageModel:
         self.stop_ids = stop_ids
 
     def stream_ids(
-        self, prompt: Sequence[int], *, max_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> Iterator[int]:
         """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`."""
         config = self.model.config

@@ -30,7 +30,7 @@ RopeTables = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Which of N tokens may attend to which: `positions` [N] in their sequence, sequence s is rows starts[s]:starts[s+1].
+    """Which of N tokens may attend to which: `positions` [N] in a sequence, sequence s is rows starts[s]:starts[s+1].
 
     With a cache there is one sequence, and every token also sees what the cache holds.
     """

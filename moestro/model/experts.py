@@ -1,6 +1,8 @@
 """The mixture-of-experts layer: a router, E small experts of which each token uses A, and shared experts that all use.
 
-h = x + Shared(x) + Σ_a w_a · Expert_a(x)   (V3 eq. 12; the residual is the block's). The routing is returned, never kept.
+h = x + Shared(x) + Σ_a w_a · Expert_a(x)   (V3 eq. 12; the residual is the block's)
+
+The routing is returned, never kept.
 """
 
 from __future__ import annotations
@@ -34,9 +36,7 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = (
-            MLP(config.hidden_dim, config.expert_dim * config.num_shared_experts)
-            if config.num_shared_experts
-            else None
+            MLP(config.hidden_dim, config.expert_dim * config.num_shared_experts) if config.num_shared_experts else None
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routes]:

@@ -201,7 +201,12 @@ def tensor_map(config: ModelConfig) -> dict[str, Slot]:
     for depth in range(config.mtp_depth):
         theirs, ours = f"model.layers.{config.num_layers + depth}", f"mtp.{depth}"
         entries |= _block_map(config, theirs, f"{ours}.block", dense=config.num_experts == 0)
-        names = {"enorm": "embed_norm", "hnorm": "hidden_norm", "eh_proj": "project", "shared_head.norm": "norm"}
+        names = {
+            "enorm": "embed_norm",
+            "hnorm": "hidden_norm",
+            "eh_proj": "project",
+            "shared_head.norm": "norm",
+        }
         entries |= {f"{theirs}.{name}.weight": Slot(f"{ours}.{own}.weight") for name, own in names.items()}
     return entries
 
@@ -267,11 +272,10 @@ def fused_slots(config: ModelConfig) -> dict[str, Slot]:
 
 
 def duplicate_names(config: ModelConfig) -> Iterator[str]:
-    """Names of tensors that published checkpoints repeat: MTP's copies of embedding and head, tied heads, RoPE tables."""
+    """Tensors that published checkpoints repeat: MTP's copies of embedding and head, tied heads, RoPE tables."""
     yield "lm_head.weight"
     for layer in range(config.num_layers + config.mtp_depth):
         yield f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
     for layer in range(config.num_layers, config.num_layers + config.mtp_depth):
         yield f"model.layers.{layer}.embed_tokens.weight"
         yield f"model.layers.{layer}.shared_head.head.weight"
-

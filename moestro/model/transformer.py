@@ -107,7 +107,12 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def forward(
-        self, tokens: Tensor, batch: AttentionBatch, cache: list[CacheLayer] | None = None, *, recompute: bool = False
+        self,
+        tokens: Tensor,
+        batch: AttentionBatch,
+        cache: list[CacheLayer] | None = None,
+        *,
+        recompute: bool = False,
     ) -> Output:
         """tokens [N] -> hidden [N, D] after the final norm, and the routes of the main MoE layers.
 
@@ -129,6 +134,7 @@ class Transformer(nn.Module):
         rope = rope_tables(self.config, batch.positions)
         outputs = []
         for module, tokens in zip(self.mtp, ahead, strict=True):
+            assert isinstance(module, MTPModule)
             x = module.combine(self.embed(tokens).to(self.dtype), hidden)
             x, chosen = _run(module.block, (x, rope, batch, None), recompute)
             hidden = module.norm(x)
@@ -140,7 +146,7 @@ def _run(
     block: nn.Module, arguments: tuple[Tensor, RopeTables, AttentionBatch, CacheLayer | None], recompute: bool
 ) -> tuple[Tensor, Routes | None]:
     if recompute:
-        x, chosen = checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[no-untyped-call]
+        x, chosen = checkpoint(block, *arguments, use_reentrant=False)
     else:
         x, chosen = block(*arguments)
     return x, chosen

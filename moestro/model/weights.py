@@ -1,4 +1,4 @@
-"""Reading and writing the weights of a Hugging Face model directory: safetensors, sharded, streamed, strictly accounted.
+"""Reading and writing the weights of a Hugging Face model directory: safetensors, sharded, strictly accounted.
 
 Reading goes tensor by tensor from memory-mapped files into the model's parameters, so that a load needs the model and
 one tensor. Nothing here reads pickle, and nothing runs code that a checkpoint names.
@@ -93,7 +93,14 @@ def fill_model(model: Transformer, sources: dict[str, Path]) -> None:
                 filled[slot.parameter] += target.numel()
     missing = sorted(name for name, count in filled.items() if count != parameters[name].numel())
     if unexpected or missing:
-        parts = [f"{what}: {_few(names)}" for what, names in (("unexpected tensors", unexpected), ("parameters not (or twice) filled", missing)) if names]
+        parts = [
+            f"{what}: {_few(names)}"
+            for what, names in (
+                ("unexpected tensors", unexpected),
+                ("parameters not (or twice) filled", missing),
+            )
+            if names
+        ]
         raise CheckpointError("the weights do not fit config.json; " + "; ".join(parts))
 
 
@@ -159,7 +166,11 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_
     size = total = 0
 
     def flush() -> None:
-        save_file({name: t.contiguous() for name, t in pending.items()}, directory / f"shard-{len(shards)}.tmp", {"format": "pt"})
+        save_file(
+            {name: t.contiguous() for name, t in pending.items()},
+            directory / f"shard-{len(shards)}.tmp",
+            {"format": "pt"},
+        )
         shards.append(list(pending))
         pending.clear()
 
@@ -172,7 +183,9 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_
         total += tensor.nbytes
     flush()
     name_shard: Callable[[int], str] = (
-        (lambda i: "model.safetensors") if len(shards) == 1 else (lambda i: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+        (lambda i: "model.safetensors")
+        if len(shards) == 1
+        else (lambda i: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
     )
     for i in range(len(shards)):
         os.replace(directory / f"shard-{i}.tmp", directory / name_shard(i))

@@ -8,6 +8,7 @@ the head never keeps full logits. Every buffer is one that the next call of the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list
 
 
 def _expert_slices(offsets: list[int]) -> Iterator[tuple[int, slice]]:
-    for expert, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(offsets)):
         if end > start:
             yield expert, slice(start, end)
 
@@ -95,14 +96,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], sca
 
 def _attention_blocks(starts: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """(query rows, key rows) of every block; keys start with the document and end with the block's last query."""
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         for first in range(start, end, QUERY_BLOCK):
             last = min(first + QUERY_BLOCK, end)
             yield slice(first, last), slice(start, last)
 
 
 def _block_probabilities(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
-    """softmax of q kᵀ [H, m, S] under the causal mask; `future` [QUERY_BLOCK, QUERY_BLOCK] holds −inf above the diagonal."""
+    """softmax of q kᵀ [H, m, S] under the causal mask; `future` is `_future_mask`."""
     scores = torch.bmm(q, k.transpose(1, 2))
     rows = q.shape[1]
     scores[:, :, -rows:].add_(future[:rows, :rows])

@@ -6,6 +6,7 @@ F expert width, V vocabulary. `ops/fused.py` must agree with this file within ro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], sca
     q, k [N, H, K], v [N, H, W]; sequence s is rows starts[s]:starts[s+1] -> [N, H, W].
     """
     out = []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
         scores = (qs @ ks.transpose(1, 2)).float() * scale

@@ -1,8 +1,8 @@
 """A run as one HTML file that needs nothing else: no network, no server, no other file.
 
-The template escapes every text; the figures' data lie in a JSON block in which `<`, `>` and `&` are escaped; the
-page's policy allows no request and only the very style and script written here, by their hashes. Line charts are
-drawn by uPlot (MIT, in `assets/`), everything else by the page's own script.
+The template escapes every text; the figures' data lie in a JSON block in which `<`, `>` and `&` are escaped;
+the page's policy allows no request and only the very style and script written here, by their hashes. Line
+charts are drawn by uPlot (MIT, in `assets/`), everything else by the page's own script.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from markupsafe import Markup
 from moestro.errors import MoestroError
 from moestro.report import lines, maps
 from moestro.report.tiles import format_count, headline
-from moestro.train import metrics as log
+from moestro.training import metrics as log
 
 STYLES = ("uPlot.min.css", "report.css")
 SCRIPTS = ("uPlot.iife.min.js", "charts.js", "maps.js", "page.js")
+ABOUT = ("preset", "parameters", "started", "machine", "versions", "command", "finished")
 MAX_TEXT = 2000  # characters of a sample
 EARLIER_SAMPLES = 4
 
@@ -35,11 +36,11 @@ Record = dict[str, Any]
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of `run` to `out` (default: report.html in the run; a folder: report.html there).
 
-    Works while the run goes on. Raises `MoestroError` for a path that is no run, damaged logs, or an `out` that
-    cannot be written.
+    Works while the run goes on. Raises `MoestroError` for a path that is no run, for damaged logs, and for an
+    `out` that cannot be written.
     """
     if not (run / "metrics.jsonl").is_file():
-        raise MoestroError(f"{run} is not a run: it has no metrics.jsonl; name the folder given to train --out")
+        raise MoestroError(f"{run} is not a run: it has no metrics.jsonl; give the folder of train --out")
     target = out or run / "report.html"
     target = target / "report.html" if target.is_dir() else target
     page = render(run)
@@ -125,8 +126,8 @@ def group_samples(samples: Sequence[Record]) -> list[Record]:
     result = []
     for domain, found in groups.items():
         count = min(len(found) - 1, EARLIER_SAMPLES)
-        picked = np.linspace(0, len(found) - 2, count).astype(int) if count else []
-        result.append({"domain": domain, "latest": found[-1], "earlier": [found[index] for index in picked]})
+        earlier = [found[int(index)] for index in np.linspace(0, len(found) - 2, count)]
+        result.append({"domain": domain, "latest": found[-1], "earlier": earlier})
     return result
 
 
@@ -138,21 +139,23 @@ def _tokens_at(steps: Any, records: Sequence[Record]) -> lines.Floats:
     """Tokens seen at routing steps; the steps themselves as long as no metrics are there."""
     if not records:
         return np.asarray(steps, np.float64)
-    return np.interp(steps, lines.column(records, "step"), lines.column(records, "tokens"))
+    return np.asarray(np.interp(steps, lines.column(records, "step"), lines.column(records, "tokens")))
 
 
 def _read_about(run: Path) -> Record:
+    """What run.json says under the keys of `ABOUT`; None for what it does not say."""
     path = run / "run.json"
     try:
         about = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError as error:
         raise MoestroError(f"{path} is damaged: {error}") from error
-    return about if isinstance(about, dict) else {}
+    known = about if isinstance(about, dict) else {}
+    return {key: known.get(key) for key in ABOUT}
 
 
 def _script_json(value: Any) -> str:
-    """JSON that cannot end its script element: `<`, `>` and `&` as \\u escapes, everything in ASCII."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    """JSON that cannot end its script element: `<`, `>` and `&` as \\u escapes."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

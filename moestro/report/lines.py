@@ -1,11 +1,12 @@
 """The line charts of a report: metrics and evaluations over tokens, as JSON for the page.
 
-A line keeps at most `MAX_POINTS` points. Longer ones are cut into equal runs of steps: the point is the mean and,
-where a chart has a single subject, a band spans smallest to largest, so that no spike is hidden.
+A line keeps at most `MAX_POINTS` points. Longer ones are cut into equal runs of steps: a point is the mean of
+its run, and a band spans smallest to largest, so that no spike is hidden.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def downsample(x: Floats, y: Floats, limit: int = MAX_POINTS) -> dict[str, list[
     if len(x) <= limit:
         return {"x": _plain(x, 12), "y": _plain(y)}
     edges = np.linspace(0, len(x), limit + 1).astype(int)
-    parts = [y[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [y[start:stop] for start, stop in itertools.pairwise(edges)]
     finite = [part[np.isfinite(part)] for part in parts]
     reduced = {
         name: np.array([reduce(part) if part.size else np.nan for part in finite])
@@ -44,13 +45,13 @@ def downsample(x: Floats, y: Floats, limit: int = MAX_POINTS) -> dict[str, list[
 def line(label: str, x: Floats, y: Floats, role: str = "plain", color: int = 0) -> list[Record]:
     """One line of a chart in a list, or no line when it has no finite value.
 
-    Roles: `plain` (a colour by number, with its band), `train` (behind the others), `total`, `domain` (with points).
+    Roles: `plain` (a colour by number), `train` (behind the others), `total` and `domain` (points, no band).
     """
     if not np.isfinite(y).any():
         return []
     data = downsample(x, y)
     if role in ("total", "domain"):
-        data.pop("low", None), data.pop("high", None)
+        data = {"x": data["x"], "y": data["y"]}
     return [{"label": label, "role": role, "color": color, **data}]
 
 
@@ -94,7 +95,7 @@ def optimisation_charts(metrics: Sequence[Record]) -> dict[str, Record]:
 
 
 def balance_charts(metrics: Sequence[Record], routing: NDArray[np.void], tokens: Floats) -> dict[str, Record]:
-    """MaxVio, entropy and dead experts of every step's loads; `tokens` [S] is the x of the routing records."""
+    """MaxVio, entropy and dead experts of every step's loads; `tokens` [S] go with the routing records."""
     if len(routing) == 0:
         return {}
     parts = [routing["loads"][start : start + CHUNK] for start in range(0, len(routing), CHUNK)]
@@ -112,7 +113,10 @@ def balance_charts(metrics: Sequence[Record], routing: NDArray[np.void], tokens:
     charts: dict[str, Record] = {
         "max_vio": {"title": "MaxVio", "lines": layers(vio, np.nanmax(vio, axis=1))},
         "entropy": {"title": "Load entropy", "lines": layers(entropy, np.nanmin(entropy, axis=1))},
-        "dead": {"title": "Experts without a token, all layers", "lines": line("dead", tokens, dead, color=1)},
+        "dead": {
+            "title": "Experts without a token, all layers",
+            "lines": line("dead", tokens, dead, color=1),
+        },
     }
     loss = column(metrics, "loss_balance")
     if np.nan_to_num(loss).any():

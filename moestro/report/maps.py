@@ -1,12 +1,13 @@
 """The large figures of a report: loads, biases and domains of every expert, quantised for the page.
 
-Arrays travel as base64 of little-endian integers, cut to a budget of cells, so that 61 layers of 256 experts stay
-within a few megabytes: fewer frames and points, never fewer experts.
+Arrays travel as base64 of little-endian integers, cut to a budget of cells, so that 61 layers of 256 experts
+stay within a few megabytes: fewer frames and points, never fewer experts.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,15 +28,15 @@ Floats = NDArray[np.float64]
 def load_frames(routing: NDArray[np.void], layers: Sequence[str], tokens: Floats) -> Figure:
     """Loads over time as ratios to the layer's mean: frames of equal runs of steps, summed within a run.
 
-    `ratios` is uint16 [T, L, E] in units of 1 / `unit`; a load above zero never becomes 0. `means` [T, L] turns a
-    ratio back into assignments, `steps` [T, 2] are the first and the last step of a frame.
+    `ratios` is uint16 [T, L, E] in units of 1 / `unit`; a load above zero never becomes 0. `means` [T, L] turns
+    a ratio back into assignments, `steps` [T, 2] are the first and the last step of a frame.
     """
     num_layers, num_experts = routing["loads"].shape[1:]
     count = min(len(routing), MAX_FRAMES, max(2, FRAME_CELLS // (num_layers * num_experts)))
-    edges = np.linspace(0, len(routing), count + 1).astype(int)
+    spans = list(itertools.pairwise(int(edge) for edge in np.linspace(0, len(routing), count + 1)))
     unit = min(1024, 65535 // num_experts)  # a ratio is at most E
     frames, means = [], []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in spans:
         loads = routing["loads"][start:stop].sum(axis=0, dtype=np.float64)
         mean = loads.mean(axis=1)
         ratio = np.rint(loads / np.where(mean > 0, mean, 1.0)[:, None] * unit)
@@ -45,8 +46,8 @@ def load_frames(routing: NDArray[np.void], layers: Sequence[str], tokens: Floats
         "layers": list(layers),
         "experts": num_experts,
         "unit": unit,
-        "steps": [[int(routing["step"][a]), int(routing["step"][b - 1])] for a, b in _pairs(edges)],
-        "tokens": [float(tokens[b - 1]) for _, b in _pairs(edges)],
+        "steps": [[int(routing["step"][a]), int(routing["step"][b - 1])] for a, b in spans],
+        "tokens": [float(tokens[b - 1]) for _, b in spans],
         "means": means,
         "ratios": _base64(np.stack(frames)),
     }
@@ -79,8 +80,8 @@ def bias_lines(routing: NDArray[np.void], layers: Sequence[str], tokens: Floats)
 def domain_figure(names: Sequence[str], layers: Sequence[str], step: int, loads: NDArray[np.uint64]) -> Figure:
     """Preference of experts for domains after one evaluation, `loads` [D, L, E].
 
-    `log2` is int16 [D, L, E] in thousandths, `counts` uint32. With more domains than the budget holds, the largest
-    are kept (`left_out` counts the others); the ratios are still to the mean of all domains.
+    `log2` is int16 [D, L, E] in thousandths, `counts` uint32. With more domains than the budget holds, the
+    largest are kept (`left_out` counts the others); the ratios are still to the mean of all domains.
     """
     preference = specialisation(loads)
     room = max(2, DOMAIN_CELLS // loads[0].size)
@@ -102,7 +103,7 @@ def top_experts(names: Sequence[str], layers: Sequence[str], loads: NDArray[np.u
     table = []
     for name, scores, counts in zip(names, preference, loads, strict=True):
         best = np.argsort(-scores, axis=None, kind="stable")[:TOP_EXPERTS]
-        cells = [(int(layer), int(expert)) for layer, expert in zip(*np.unravel_index(best, scores.shape), strict=True)]
+        cells = [divmod(int(index), scores.shape[1]) for index in best]
         experts = [
             {
                 "layer": layers[layer],
@@ -116,10 +117,6 @@ def top_experts(names: Sequence[str], layers: Sequence[str], loads: NDArray[np.u
         ]
         table.append({"name": name, "tokens": int(counts.sum(axis=1).max()), "experts": experts})
     return table
-
-
-def _pairs(edges: NDArray[np.int_]) -> list[tuple[int, int]]:
-    return [(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def _base64(array: NDArray[Any]) -> str:

@@ -29,9 +29,7 @@ class Routes:
     scores: Tensor
 
 
-def select_experts(
-    choice: Tensor, *, top_k: int, num_groups: int, top_k_groups: int, group_score: str
-) -> Tensor:
+def select_experts(choice: Tensor, *, top_k: int, num_groups: int, top_k_groups: int, group_score: str) -> Tensor:
     """Biased scores [N, E] -> ids [N, A]: the best groups first, then the best experts inside them.
 
     A group's score is the sum of its two best experts (`top2`, V3) or its best expert (`max`, V2).

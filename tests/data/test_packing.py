@@ -26,9 +26,7 @@ Make = Callable[[dict[str, list[int]]], ShardSet]
 LENGTHS = st.dictionaries(
     st.sampled_from(["a", "b", "c"]), st.lists(st.integers(2, 40), min_size=1, max_size=8), min_size=1
 )
-PROPERTY = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def list_targets(shards: ShardSet, domain: str) -> list[int]:
@@ -52,9 +50,7 @@ def take(packer: Packer, state: PackState, count: int) -> tuple[list[Batch], Pac
 
 @PROPERTY
 @given(lengths=LENGTHS, seq_len=st.integers(2, 12), seed=st.integers(0, 2**40))
-def test_each_target_once_an_epoch(
-    make_shards: Make, lengths: dict[str, list[int]], seq_len: int, seed: int
-) -> None:
+def test_each_target_once_an_epoch(make_shards: Make, lengths: dict[str, list[int]], seq_len: int, seed: int) -> None:
     shards = make_shards(lengths)
     total = sum(sum(sizes) - len(sizes) for sizes in lengths.values())
     if total < 2 * seq_len:
@@ -77,9 +73,7 @@ def test_each_target_once_an_epoch(
 
 @PROPERTY
 @given(lengths=LENGTHS, seq_len=st.integers(2, 12))
-def test_batches_are_whole_and_documents_apart(
-    make_shards: Make, lengths: dict[str, list[int]], seq_len: int
-) -> None:
+def test_batches_are_whole_and_documents_apart(make_shards: Make, lengths: dict[str, list[int]], seq_len: int) -> None:
     shards = make_shards(lengths)
     if sum(sum(sizes) - len(sizes) for sizes in lengths.values()) < seq_len:
         return

@@ -42,9 +42,7 @@ def make_documents(count: int, domain: str = "d") -> list[Document]:
 
 def test_documents_come_back_whole_and_in_order(tmp_path: Path) -> None:
     documents = [
-        document
-        for pair in zip(make_documents(300), make_documents(300, "e"), strict=True)
-        for document in pair
+        document for pair in zip(make_documents(300), make_documents(300, "e"), strict=True) for document in pair
     ]
     lines: list[str] = []
     shards = prepare(documents, TOKENIZER, tmp_path / "shards", 0.1, lines.append)
@@ -52,9 +50,7 @@ def test_documents_come_back_whole_and_in_order(tmp_path: Path) -> None:
     texts = read(shards)
     for domain in shards.domains:
         ours = [document.text for document in documents if document.domain == domain]
-        valid = [
-            t for t in ours if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "little") < 0.1 * 2**64
-        ]
+        valid = [t for t in ours if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "little") < 0.1 * 2**64]
         assert texts[domain, "valid"] == valid
         assert texts[domain, "train"] == [text for text in ours if text not in valid]
         assert 10 < len(valid) < 60
@@ -73,9 +69,7 @@ def test_split_does_not_depend_on_order_or_company(tmp_path: Path) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=8), min_size=1, max_size=4))
-def test_each_domain_has_both_sides(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[list[int]]
-) -> None:
+def test_each_domain_has_both_sides(tmp_path_factory: pytest.TempPathFactory, numbers: list[list[int]]) -> None:
     """Also with equal texts in several domains, which always stay together."""
     documents = [Document(f"text {n}", f"d{d}") for d, column in enumerate(numbers) for n in column]
     shards = prepare(documents, TOKENIZER, tmp_path_factory.mktemp("data") / "shards", 0.2)

@@ -148,7 +148,12 @@ def test_mtp_logits_match(changes: dict[str, Any]) -> None:
     positions = torch.arange(1, length + 1)[None]
     causal = torch.full((length, length), float("-inf")).triu(1)[None, None]
     their_hidden = mtp.layers[0](
-        theirs.model.embed_tokens(tokens[:, 1:]), main, theirs.model.rotary_emb(main, positions), causal, positions, None
+        theirs.model.embed_tokens(tokens[:, 1:]),
+        main,
+        theirs.model.rotary_emb(main, positions),
+        causal,
+        positions,
+        None,
     )
     batch = AttentionBatch.causal(1, length)
     hidden = ours(tokens[0, :-1], batch).hidden

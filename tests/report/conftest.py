@@ -1,4 +1,4 @@
-"""A synthetic run of realistic shapes: loads that drift to balance, biases that follow, domains with tastes."""
+"""A synthetic run of realistic shapes: loads drifting to balance, biases following, domains with tastes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ import numpy as np
 import pytest
 
 from moestro.routing import stats
-from moestro.train.metrics import RunLog
+from moestro.training.metrics import RunLog
 
 LAYERS = ["1", "2", "3", "4", "5", "mtp.0"]
 DOMAINS = {
-    "english": ("The evening was", " quiet, and the old man at the window said nothing of the letter he had read."),
+    "english": (
+        "The evening was",
+        " quiet, and the old man at the window said nothing of the letter he had read.",
+    ),
     "korean": ("옛날 어느 마을에", " 마음씨 고운 나무꾼이 살고 있었는데 하루는 산에서 사슴을 만났다."),
     "classical-chinese": ("子曰", "：「學而時習之，不亦說乎？有朋自遠方來，不亦樂乎？」"),
-    "mathematics": ("theorem add_comm", " (a b : ℕ) : a + b = b + a := by\n  induction b with\n  | zero => simp"),
-    "python": ("def main(", ") -> None:\n    parser = argparse.ArgumentParser()\n    args = parser.parse_args()"),
+    "mathematics": (
+        "theorem add_comm",
+        " (a b : ℕ) : a + b = b + a := by\n  induction b with\n  | zero => simp",
+    ),
+    "python": (
+        "def main(",
+        ") -> None:\n    parser = argparse.ArgumentParser()\n    args = parser.parse_args()",
+    ),
     "arithmetic": ("12 + 30 =", " 42\n17 * 3 = 51\n100 - 58 = 42"),
 }
 FINAL_BITS = (1.62, 1.21, 2.05, 0.93, 1.12, 0.74)

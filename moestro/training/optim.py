@@ -82,7 +82,7 @@ class Optimizers:
     """The optimizers of one model, stepped together, their state readable and writable by parameter name."""
 
     def __init__(self, model: Transformer, config: TrainConfig) -> None:
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         muon = [p for p, name in self.names.items() if config.optimizer == "muon" and _is_block_matrix(name, p)]
         rest = [p for p in self.names if not any(p is m for m in muon)]
         groups = [
@@ -94,7 +94,7 @@ class Optimizers:
         if muon:
             halves = [p for p in muon if "gate_up" in self.names[p]]
             whole = [p for p in muon if "gate_up" not in self.names[p]]
-            muon_groups = [{"params": halves, "halves": True}, {"params": whole}]
+            muon_groups: list[dict[str, Any]] = [{"params": halves, "halves": True}, {"params": whole}]
             self.all.append(Muon([g for g in muon_groups if g["params"]], config.lr, 0.95, config.weight_decay))
 
     def step(self, lr: float) -> None:

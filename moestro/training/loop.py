@@ -25,13 +25,13 @@ from moestro.engine.language_model import LanguageModel
 from moestro.errors import MoestroError
 from moestro.model.size import measure_size
 from moestro.routing import stats
-from moestro.train import optim
-from moestro.train.checkpoint import save_checkpoint
-from moestro.train.evaluate import pad_token_bytes, score_domains
-from moestro.train.metrics import RunLog, TensorBoardMirror, TrackioMirror, write_atomic
-from moestro.train.prepare import Session, open_session
-from moestro.train.progress import Progress
-from moestro.train.step import StepResult, train_step
+from moestro.training import optim
+from moestro.training.checkpoint import save_checkpoint
+from moestro.training.evaluate import pad_token_bytes, score_domains
+from moestro.training.metrics import RunLog, TensorBoardMirror, TrackioMirror, write_atomic
+from moestro.training.prepare import Session, open_session
+from moestro.training.progress import Progress
+from moestro.training.step import StepResult, train_step
 
 MEASURED_STEPS = 20  # under train.minutes, the pace of these (less the first quarter) sets the number of steps
 MAX_SKIPPED_IN_A_ROW = 5
@@ -40,7 +40,7 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 16, 80
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended: the run, steps done of planned, the last evaluation, samples, and the signal that stopped it."""
+    """How a call ended: the run, steps done of planned, the last evaluation, samples, the signal that stopped it."""
 
     run: Path
     step: int
@@ -116,9 +116,7 @@ class Loop:
         self.evaluation: dict[str, Any] | None = None
         self.skipped_in_a_row = 0
         self.step_seconds: list[float] = []
-        mirrors = {"tensorboard": TensorBoardMirror, "trackio": TrackioMirror}
-        mirror = mirrors.get(session.config.train.mirror)
-        self.mirror = mirror(session.run, session.state.step) if mirror else None
+        self.mirror = open_mirror(session)
 
     def run(self) -> Outcome:
         """Train until the planned step or a signal, then save, evaluate and sample."""
@@ -160,7 +158,10 @@ class Loop:
             lr=lr,
             mtp_weight=optim.mtp_weight(state.step, state.total_steps, config.train),
             bias_speed=optim.bias_speed(
-                state.step, state.total_steps, config.model.router.bias_speed, config.train.bias_frozen_fraction
+                state.step,
+                state.total_steps,
+                config.model.router.bias_speed,
+                config.train.bias_frozen_fraction,
             ),
         )
         self.check_divergence(result)
@@ -274,13 +275,28 @@ class Loop:
         return samples
 
 
+def open_mirror(session: Session) -> TensorBoardMirror | TrackioMirror | None:
+    """The tracker that `train.mirror` names."""
+    kinds: dict[str, type[TensorBoardMirror] | type[TrackioMirror]] = {
+        "tensorboard": TensorBoardMirror,
+        "trackio": TrackioMirror,
+    }
+    kind = kinds.get(session.config.train.mirror)
+    return kind(session.run, session.state.step) if kind else None
+
+
 def write_run_info(session: Session, *, finished: bool) -> None:
     """RUN/run.json: what was run, where, with which versions."""
     size = measure_size(session.config.model)
     info = {
+        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - session.state.seconds)),
         "parameters": {"total": size.total, "active": size.active},
         "machine": machine.describe_machine().cpu,
-        "versions": {"moestro": moestro.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "moestro": moestro.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "command": " ".join(["moestro", *sys.argv[1:]]),
         "finished": finished,
     }

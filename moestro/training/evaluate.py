@@ -6,7 +6,7 @@ Bits per byte = Σ nll / (ln 2 · bytes of the predicted text): comparable betwe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from moestro.data.corpus import iterate_documents
 from moestro.data.packing import Batch, evaluation_batches
-from moestro.data.shards import ShardSet, open_shards, prepare
+from moestro.data.shards import ShardSet, Split, open_shards, prepare
 from moestro.engine.language_model import LanguageModel
 from moestro.errors import DataError
 from moestro.model.transformer import Transformer
-from moestro.train.loss import Counts, compute_loss
+from moestro.training.loss import Counts, compute_loss
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def score_batches(model: Transformer, batches: Iterable[Batch], token_bytes: Ten
 
 
 def score_domains(
-    model: Transformer, domains: dict[str, Callable[[], Iterator[Batch]]], token_bytes: Tensor
+    model: Transformer, domains: Mapping[str, Callable[[], Iterator[Batch]]], token_bytes: Tensor
 ) -> tuple[dict[str, Any], NDArray[np.int64]]:
     """The evaluation record `{loss, bits_per_byte, tokens, domains}` and loads [domains, L, E]."""
     scores = {name: score_batches(model, batches(), token_bytes) for name, batches in domains.items()}
@@ -96,7 +96,7 @@ def score_source(
     """
     if source is None:
         shards = open_shards(find_run_shards(run))
-        splits = ["valid"]
+        splits: list[Split] = ["valid"]
     else:
         shards = prepare(iterate_documents(source), language_model.tokenizer, scratch / "shards", 0.02)
         valid_only = split == "valid" or (split == "auto" and source == "builtin")
@@ -115,7 +115,7 @@ def score_source(
 
 
 def _chain_splits(
-    shards: ShardSet, domain: str, splits: list[str], seq_len: int, max_tokens: int | None
+    shards: ShardSet, domain: str, splits: list[Split], seq_len: int, max_tokens: int | None
 ) -> Iterator[Batch]:
     for split in splits:
         yield from evaluation_batches(

@@ -13,8 +13,8 @@ from moestro.config import TrainConfig
 from moestro.data.packing import Batch
 from moestro.model.transformer import Transformer
 from moestro.routing.balance import updated_bias
-from moestro.train.loss import Counts, compute_loss
-from moestro.train.optim import Optimizers
+from moestro.training.loss import Counts, compute_loss
+from moestro.training.optim import Optimizers
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def train_step(
             mask_documents=config.mask_documents,
             recompute=config.recompute,
         )
-        result.terms.total.backward()  # type: ignore[no-untyped-call]
+        result.terms.total.backward()
         terms = result.terms
         totals += torch.tensor([float(t.detach()) for t in (terms.total, terms.main, terms.mtp, terms.balance)])
         loads = result.loads if loads is None else loads + result.loads

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moestro.train import progress
-from moestro.train.progress import Progress
+from moestro.training import progress
+from moestro.training.progress import Progress
 
 RECORD: dict[str, Any] = {
     **{"step": 3, "tokens": 24576, "loss": 3.25, "loss_main": 3.2, "loss_mtp": 3.5, "loss_balance": 1e-4},
@@ -46,7 +46,7 @@ EVALUATION = {
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Time stands still unless a test moves `clock[0]`."""
     now = [100.0]
-    monkeypatch.setattr("moestro.train.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("moestro.training.progress.time.monotonic", lambda: now[0])
     return now
 
 
@@ -68,9 +68,7 @@ def last_panel(console: Console) -> str:
     return plain[plain.rindex("╭") :]
 
 
-def run_once(
-    console: Console, record: dict[str, Any], loads: Any = None, names: tuple[str, ...] = ()
-) -> None:
+def run_once(console: Console, record: dict[str, Any], loads: Any = None, names: tuple[str, ...] = ()) -> None:
     with Progress(10, names, console=console) as shown:
         shown.step(record, loads)
         shown.evaluation(EVALUATION)
@@ -233,13 +231,11 @@ def test_the_terminal_is_left_usable_after_an_error() -> None:
 
 def test_lines_go_to_standard_error_even_when_colour_is_forced() -> None:
     code = (
-        "from moestro.train.progress import Progress\n"
+        "from moestro.training.progress import Progress\n"
         "with Progress(1) as shown:\n"
         "    shown.step({'step': 1, 'loss': 2.0})\n"
     )
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert run.stdout == ""
     assert run.stderr == "step 1/1  loss 2.0000\n"

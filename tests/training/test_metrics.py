@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from moestro.errors import ConfigError, MoestroError
-from moestro.train import metrics
-from moestro.train.metrics import RunLog
+from moestro.training import metrics
+from moestro.training.metrics import RunLog
 
 LAYERS = ["1", "2", "mtp.0"]
 E = 4
@@ -32,9 +32,7 @@ def write_steps(log: RunLog, steps: range) -> None:
     for step in steps:
         log.step(record(step), loads_of(step), loads_of(step) * -0.001)
         if step % 5 == 0:
-            domains = {
-                name: {"bits_per_byte": 1.0, "loss": 2.0, "tokens": 9, "bytes": 30} for name in ("ko", "en")
-            }
+            domains = {name: {"bits_per_byte": 1.0, "loss": 2.0, "tokens": 9, "bytes": 30} for name in ("ko", "en")}
             evaluation = {"step": step, "tokens": step, "seconds": 1, "loss": 2.0, "bits_per_byte": 1.0}
             log.evaluation(evaluation | {"domains": domains}, np.full((2, 3, E), step, np.uint64))
             log.sample(step, "ko", "가", "나다")
@@ -190,9 +188,7 @@ def test_wrong_records_and_shapes_are_refused(tmp_path: Path) -> None:
     assert metrics.read_metrics(tmp_path) == []
 
 
-def test_a_full_disk_leaves_whole_records_and_passes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_whole_records_and_passes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = RunLog.open(tmp_path, [], 0)
     log.step(record(1), None, None)
 

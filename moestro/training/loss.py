@@ -109,9 +109,7 @@ def compute_loss(
     return ForwardResult(terms, _loads(model, routed), nll, agreed, compared)
 
 
-def _balance_loss(
-    model: Transformer, routed: list[tuple[Routes, Tensor]], batch: Batch, sequences: int
-) -> Tensor:
+def _balance_loss(model: Transformer, routed: list[tuple[Routes, Tensor]], batch: Batch, sequences: int) -> Tensor:
     config = model.config
     total = torch.zeros((), device=batch.tokens.device)
     for term in config.router.balance:

@@ -23,8 +23,8 @@ from moestro.data.tokenizer import Tokenizer
 from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights
 from moestro.model.weights import read_json
-from moestro.train.checkpoint import TrainState, latest_checkpoint, load_checkpoint
-from moestro.train.optim import Optimizers
+from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from moestro.training.optim import Optimizers
 
 TOKENIZER_SAMPLE = 20_000  # documents a tokenizer is trained on
 # changing these would make a resumed run another run
@@ -172,5 +172,3 @@ def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
     if not path.exists():
         raise ConfigError(f"data.tokenizer is '{choice}', which is neither auto, builtin, train nor a file")
     return Tokenizer.from_file(path)
-
-

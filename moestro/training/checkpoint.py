@@ -5,8 +5,9 @@
                     manifest.json    size and sha256 of every file, written last
 
 Written as `step-N.tmp`, synced file by file, then renamed: a killed process or a full disk leaves the previous
-checkpoint in force, and the newest directory is the newest checkpoint. Weights are the fp32 master weights, so a resume is exact. A checkpoint is
-verified against its manifest before it is used; a damaged one is passed over for the one before.
+checkpoint in force, and the newest directory is the newest checkpoint. Weights are the fp32 master weights, so a
+resume is exact. A checkpoint is verified against its manifest before it is used; a damaged one is passed over for the
+one before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moestro.errors import CheckpointError
 from moestro.model.hf import config_to_hf
 from moestro.model.transformer import Transformer
 from moestro.model.weights import fill_model, model_tensors, read_json, tensor_files, write_tensors
-from moestro.train.optim import Optimizers
+from moestro.training.optim import Optimizers
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,23 @@ def write_config_files(directory: Path, model: Transformer, tokenizer: Tokenizer
     """config.json, generation_config.json and the tokenizer's files."""
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     _write_json(directory / "config.json", config_to_hf(model.config, **ids, dtype=dtype))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    generation = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
     _write_json(directory / "generation_config.json", generation)
     tokenizer.save(directory)
 
 
 def save_checkpoint(
-    run: Path, model: Transformer, tokenizer: Tokenizer, optimizers: Optimizers, state: TrainState, *, keep: int
+    run: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizers: Optimizers,
+    state: TrainState,
+    *,
+    keep: int,
 ) -> Path:
     """Write a checkpoint and drop all but the newest `keep`; returns its directory. One that is there is kept."""
     folder = run / "checkpoints"
