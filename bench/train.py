@@ -140,8 +140,10 @@ def compare(rounds: int, steps: int, names: list[str]) -> None:
     size = measure_size(build_config({"model": MODEL}).model)
     peak = max(measured.fp32_gflops, measured.bf16_gflops)
     print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}")
-    print(f"measured peak: {measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} bf16; "
-          f"{measured.read_gb_per_second:.0f} GB/s read; N_active {size.active_without_embedding / 1e6:.1f}M")
+    print(
+        f"measured peak: {measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} bf16; "
+        f"{measured.read_gb_per_second:.0f} GB/s read; N_active {size.active_without_embedding / 1e6:.1f}M"
+    )
     rows, length = 16, 512
     workers = {name: Worker(*MODES[name], MODEL, rows, length) for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in names}

@@ -1,0 +1,1 @@
+"""Text to batches: corpus, tokenizer, chat template, shards, packing."""

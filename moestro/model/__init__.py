@@ -1,0 +1,1 @@
+"""The model: layers, attention, experts, MTP, and its Hugging Face form on disk."""

@@ -1,0 +1,1 @@
+"""Training: loss, step, optimizers, loop, checkpoints, run log, progress."""
