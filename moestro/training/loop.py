@@ -50,7 +50,7 @@ class Outcome:
     stopped_by: int | None
 
 
-def train(config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Outcome:
+def train(config: Config, out: str | Path = "runs/model", *, resume: bool = False, quiet: bool = False) -> Outcome:
     """Train `config` into the run directory `out`. Raises MoestroError for what the user can mend."""
     run = Path(out)
     try:
