@@ -174,6 +174,9 @@ class Config(Frozen):
     data: DataConfig = DataConfig()
 
 
+SETTINGS = "settings.json"  # a run directory's resolved configuration; config.json would make it look like a model
+
+
 def preset_names() -> list[str]:
     """Names that `load_preset` takes."""
     folder = resources.files("moestro") / "presets"

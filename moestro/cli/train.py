@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.config import Config, apply_overrides, build_config, load_file, load_preset
+from moestro.config import SETTINGS, Config, apply_overrides, build_config, load_file, load_preset
 from moestro.errors import ConfigError
 from moestro.sizes import tree_of_depth
 
@@ -99,7 +99,7 @@ def choose_tree(preset: str | None, config: Path | None, depth: int | None) -> t
 def free_directory(parent: Path, name: str, resume: bool) -> Path:
     """parent/name, or with --resume that one, else the first of name-2, name-3, … that is free."""
     run, number = parent / name, 1
-    while not resume and (run / "config.json").exists():
+    while not resume and (run / SETTINGS).exists():
         number += 1
         run = parent / f"{name}-{number}"
     return run
@@ -107,7 +107,7 @@ def free_directory(parent: Path, name: str, resume: bool) -> Path:
 
 def resume_config(tree: dict[str, Any], overrides: tuple[str, ...], run: Path, *, given: bool, resume: bool) -> Config:
     """What to run: a resumed run keeps its saved configuration where the flags name no other."""
-    saved = run / "config.json"
+    saved = run / SETTINGS
     if resume and not given and saved.exists():
         tree = load_file(saved)
     return build_config(tree, overrides)

@@ -1,6 +1,6 @@
 """From a configuration to everything a training loop needs: tokenizer, shards, model, optimizers, position.
 
-A run directory is self-contained: `config.json` (fully resolved), `data/` (tokenizer and token shards), checkpoints
+A run directory is self-contained: `settings.json` (fully resolved), `data/` (tokenizer and token shards), checkpoints
 and logs. Resuming reads all of it back and refuses a configuration that would train something else.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from moestro import machine
-from moestro.config import Config, TrainConfig, build_config
+from moestro.config import SETTINGS, Config, TrainConfig, build_config
 from moestro.data.corpus import iterate_documents
 from moestro.data.packing import Batch, Packer, evaluation_batches
 from moestro.data.shards import ShardSet, open_shards, prepare
@@ -74,7 +74,7 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Sessio
     """Start a run in an empty directory, or continue the one that is there."""
     torch.set_num_threads(config.train.threads or machine.usable_threads())
     machine.keep_freed_memory()
-    saved = run / "config.json"
+    saved = run / SETTINGS
     if saved.exists():
         if not resume:
             raise ConfigError(f"{run} holds a run; continue it with --resume or choose another --out")
@@ -130,9 +130,9 @@ def check_same_run(config: Config, saved_tree: dict[str, object], run: Path) -> 
 
 
 def save_config(config: Config, run: Path) -> None:
-    """Write RUN/config.json; `moestro train --config RUN/config.json` repeats the run."""
+    """Write RUN/settings.json; `moestro train --config RUN/config.json` repeats the run."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", "utf-8")
+    (run / SETTINGS).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", "utf-8")
 
 
 def _refuse_foreign_directory(run: Path) -> None:
