@@ -71,9 +71,8 @@ def main() -> None:
         scores[name]["all"] = final["bits_per_byte"]
     data = options.out / "moe" / "data"
     shards, tokenizer = open_shards(data / "shards"), Tokenizer.from_file(data / "tokenizer.json")
-    print(
-        f"\n{describe_machine().cpu}\n{'domain':<12} {'MoE':>6} {'dense':>6} {'xz alone':>9} {'xz after training text':>23}"
-    )
+    print(f"\n{describe_machine().cpu}")
+    print(f"{'domain':<12} {'MoE':>6} {'dense':>6} {'xz alone':>9} {'xz after training text':>23}")
     for domain in shards.domains:
         alone, after = xz_bits(shards, tokenizer, domain)
         print(

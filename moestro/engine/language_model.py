@@ -94,12 +94,17 @@ class LanguageModel:
 
 
 def find_model_directory(path: Path) -> Path:
-    """The model directory that `path` means: itself, or the newest checkpoint of a run."""
-    if (path / "config.json").is_file():
-        return path
+    """The model directory that `path` means: the newest checkpoint of a run, or itself.
+
+    A run has a config.json of its own, which is no model's: its checkpoints are looked for first.
+    """
     checkpoints = sorted(d for d in (path / "checkpoints").glob("step-*") if d.suffix != ".tmp")
     if checkpoints:
         return checkpoints[-1]
+    if (path / "config.json").is_file() and not (path / "run.json").is_file():
+        return path
+    if (path / "run.json").is_file():
+        raise CheckpointError(f"{path} is a run without a checkpoint yet")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face model directory")
     raise CheckpointError(f"{path} is neither a run with a checkpoint nor a model directory (no config.json)")

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moestro.data.tokenizer import Tokenizer
@@ -72,12 +73,14 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`; returns its directory. One that is there is kept."""
+    """Write a checkpoint and drop all but the newest `keep`; returns its directory. One that is whole is kept."""
     folder = run / "checkpoints"
     final = folder / f"step-{state.step:08d}"
     partial = final.with_suffix(".tmp")
     if final.exists():
-        return final
+        if find_fault(final) is None:
+            return final
+        shutil.rmtree(final)
     for stale in folder.glob("*.tmp"):
         shutil.rmtree(stale)
     try:
@@ -88,13 +91,14 @@ def save_checkpoint(
         manifest = {name: _fingerprint(partial / name) for name in _file_names(partial)}
         _write_json(partial / "manifest.json", manifest)
         _sync(partial)
-    except OSError as error:
+        os.replace(partial, final)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write checkpoint {final}: {error.strerror or error}; the previous one is intact"
-        ) from error
-    os.replace(partial, final)
-    for old in _checkpoints(run)[:-keep]:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write checkpoint {final}: {reason}; the previous one is intact") from error
+    kept = _checkpoints(run)
+    newest = kept.index(final)  # later ones were damaged: the run went back behind them
+    for old in [*kept[: max(newest + 1 - keep, 0)], *kept[newest + 1 :]]:
         shutil.rmtree(old)
     return final
 

@@ -39,13 +39,13 @@ def bias_speed(step: int, steps: int, speed: float, frozen_fraction: float) -> f
     return 0.0 if step >= steps * (1 - frozen_fraction) else speed
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrices of a batch [..., m, n], by Newton–Schulz in bf16 on CPUs and GPUs alike.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrices of a batch [..., m, n], by Newton–Schulz computed in `dtype`.
 
     The quintic's coefficients trade exactness for speed: singular values end between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -58,8 +58,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for parameters [m, n] or [E, m, n]; `halves` parameters are two matrices in one."""
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "halves": False})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": 0.95, "weight_decay": weight_decay, "halves": False})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
                 direction = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
                 if group["halves"]:
                     direction = direction.unflatten(-2, (2, -1))
-                update = orthogonalize(direction) * 0.2 * max(direction.shape[-2:]) ** 0.5
+                update = orthogonalize(direction, self.dtype) * 0.2 * max(direction.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"])
 
@@ -95,7 +96,8 @@ class Optimizers:
             halves = [p for p in muon if "gate_up" in self.names[p]]
             whole = [p for p in muon if "gate_up" not in self.names[p]]
             muon_groups: list[dict[str, Any]] = [{"params": halves, "halves": True}, {"params": whole}]
-            self.all.append(Muon([g for g in muon_groups if g["params"]], config.lr, 0.95, config.weight_decay))
+            groups = [g for g in muon_groups if g["params"]]
+            self.all.append(Muon(groups, lr=config.lr, weight_decay=config.weight_decay, dtype=model.dtype))
 
     def step(self, lr: float) -> None:
         """Update every parameter with learning rate `lr` and drop the gradients."""
