@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
-from moestro.errors import DataError
+from moestro.errors import ConfigError, DataError
 
 
 def evaluate(
@@ -47,6 +47,10 @@ def evaluate(
 
     if split not in ("auto", "all", "valid"):
         raise DataError(f"--split must be auto, all or valid, not '{split}'")
+    if seq_len < 2:
+        raise ConfigError(f"--seq-len must be at least 2, not {seq_len}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
     language_model = load(model, dtype)
     seq_len = min(seq_len, language_model.model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:

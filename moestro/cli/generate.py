@@ -15,7 +15,7 @@ from moestro.cli.output import print_json
 def generate(
     model: Path,
     *,
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,

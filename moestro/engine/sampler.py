@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class Sampler:
     """One request's way of choosing. The same seed gives the same choices from the same logits."""
 
     def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise ConfigError(f"temperature must be 0 (greedy) or more, not {temperature}")
         if not 0 < top_p <= 1:
             raise ConfigError(f"top-p must lie in (0, 1], not {top_p}")

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moestro.config import ModelConfig
-from moestro.errors import ConfigError
+from moestro.data.tokenizer import Tokenizer
+from moestro.errors import CheckpointError, ConfigError
 from moestro.model.hf import Slot, config_to_hf, tensor_map
 from moestro.model.transformer import Transformer
 from moestro.model.weights import write_tensors
@@ -21,12 +23,14 @@ STREAM_SHARD_BYTES = 1_000_000_000
 
 
 def write_random_model(config: ModelConfig, directory: Path, *, seed: int, dtype: str) -> dict[str, Any]:
-    """Write config.json and weights; returns {"parameters", "bytes"}. Raises ConfigError for a directory in use."""
+    """Write config.json, weights and, where the vocabulary has room for it, the built-in tokenizer.
+
+    Returns {"parameters", "bytes"}. Raises ConfigError for a directory in use, CheckpointError for a full disk.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be bf16 or fp32, not '{dtype}'")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not empty; choose another --out")
-    directory.mkdir(parents=True, exist_ok=True)
     counted = {"parameters": 0, "bytes": 0}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -35,9 +39,18 @@ def write_random_model(config: ModelConfig, directory: Path, *, seed: int, dtype
             counted["bytes"] += tensor.nbytes
             yield name, tensor
 
-    write_tensors(directory, tensors(), STREAM_SHARD_BYTES)
-    tree = config_to_hf(config, bos_id=0, eos_id=1, dtype=str(DTYPES[dtype]).removeprefix("torch."))
-    (directory / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
+    tokenizer = Tokenizer.builtin()
+    stored = str(DTYPES[dtype]).removeprefix("torch.")
+    tree = config_to_hf(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, dtype=stored)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(directory, tensors(), STREAM_SHARD_BYTES)
+        if tokenizer.vocab_size <= config.vocab_size:
+            tokenizer.save(directory)
+        (directory / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {directory}: {reason}") from error
     return counted
 
 

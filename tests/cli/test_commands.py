@@ -1,0 +1,213 @@
+"""The commands as a user calls them: JSON on the last line, one clear line and exit 2 for mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moestro.cli import main
+from moestro.config import Config
+from moestro.errors import MoestroError
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`call("inspect", "demo")` -> exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moestro", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, out, err
+
+    return run
+
+
+def last_json(result: tuple[int, str, str]) -> dict[str, Any]:
+    code, out, err = result
+    assert code == 0, err
+    tree: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return tree
+
+
+@pytest.fixture(scope="module")
+def config_file(make_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    path.write_text(json.dumps(make_config().model_dump(mode="json")))
+    return path
+
+
+def test_train_generate_evaluate_inspect_and_resume(call: Call, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train = ("train", "--config", config_file, "--out", run, "--json")
+    tree = last_json(call(*train, "train.steps=3"))
+    assert (tree["run"], tree["step"], tree["steps"], tree["finished"]) == (str(run), 3, 3, True)
+    assert Path(tree["report"]).is_file() and tree["bits_per_byte"] > 0
+
+    tree = last_json(call("eval", run, "--json"))
+    assert {"bits_per_byte", "loss", "tokens", "domains"} <= tree.keys()
+    assert tree["domains"]["words"]["tokens"] == tree["tokens"] > 0
+
+    tree = last_json(call("generate", run, "--prompt", "the cat", "--max-tokens", 5, "--json"))
+    assert {"text", "tokens", "finish_reason"} <= tree.keys() and tree["tokens"] <= 5
+    again = last_json(call("generate", run, "--prompt", "the cat", "--max-tokens", 5, "--json"))
+    assert again["ids"] == tree["ids"]
+
+    tree = last_json(call("inspect", run, "--json"))
+    assert tree["model"]["hidden_dim"] == 32 and tree["parameters"]["total"] > tree["parameters"]["active"]
+
+    code, _, err = call(*train)
+    assert code == 2 and "--resume" in err
+    assert last_json(call("train", "--out", run, "--resume", "--json"))["step"] == 3
+
+
+def test_eval_reads_text_that_is_given(call: Call, tiny_run: Path, text_file: Path) -> None:
+    whole = last_json(call("eval", tiny_run, "--data", text_file, "--json"))
+    some = last_json(call("eval", tiny_run, "--data", text_file, "--split", "valid", "--json"))
+    few = last_json(call("eval", tiny_run, "--data", text_file, "--max-tokens", 40, "--json"))
+    assert whole["tokens"] > some["tokens"] > 0 and few["tokens"] <= 80
+    code, out, _ = call("eval", tiny_run)
+    assert code == 0 and "bits per byte" in out
+
+
+def test_presets_can_be_inspected(call: Call) -> None:
+    tree = last_json(call("inspect", "deepseek-v3", "--json"))
+    assert tree["parameters"]["total"] == 671_026_419_200
+    assert tree["cache_bytes_per_token"]["bf16"] == 70_272 and tree["flops_per_token"] > 0
+    code, out, _ = call("inspect", "deepseek-v3")
+    assert code == 0 and "671.03B" in out
+
+
+def test_a_dry_run_writes_nothing(call: Call, tmp_path: Path) -> None:
+    tree = last_json(call("train", "--preset", "small", "--out", tmp_path / "run", "--dry-run"))
+    assert tree["config"]["model"]["hidden_dim"] == 512 and not (tmp_path / "run").exists()
+
+
+def test_init_makes_a_model_that_writes(call: Call, tmp_path: Path) -> None:
+    arguments = (
+        "init",
+        "--preset",
+        "demo",
+        "--out",
+        tmp_path / "model",
+        "--seed",
+        1,
+        "--json",
+        "model.num_layers=2",
+    )
+    tree = last_json(call(*arguments))
+    assert tree["bytes"] == pytest.approx(2 * tree["parameters"], rel=0.01)
+    written = last_json(call("generate", tmp_path / "model", "--prompt", "Once", "--max-tokens", 3, "--json"))
+    assert 1 <= written["tokens"] <= 3
+    assert call(*arguments)[0] == 2
+
+
+def test_doctor_measures(call: Call) -> None:
+    tree = last_json(call("doctor", "--seconds", "0.5", "--json"))
+    assert tree["machine"]["cores"] >= 1 and tree["measured"]["fp32_gflops"] > 0
+    assert isinstance(tree["problems"], list)
+
+
+def test_prompts_come_from_standard_input(call: Call, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the dog"))
+    code, out, _ = call("generate", tiny_run, "--prompt", "-", "--max-tokens", 2)
+    assert code == 0 and out.startswith("the dog")
+
+
+def test_chat_answers_lines(call: Call, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/new\nagain\n"))
+    code, out, err = call("chat", tiny_run, "--max-tokens", 4)
+    assert code == 0 and out.count("\n") >= 2 and not err
+
+
+MISTAKES = [
+    ("train", "--config", "nowhere.toml"),
+    ("train", "--preset", "nothing"),
+    ("train", "--preset", "demo", "--depth", "4"),
+    ("train", "--depth", "900"),
+    ("train", "--data", "/nowhere/texts", "--out", "{tmp}/a", "--quiet"),
+    ("train", "model.hiden_dim=3"),
+    ("train", "train.steps=soon"),
+    ("train", "steps"),
+    ("train", "--no-such-flag"),
+    ("generate", "/nowhere", "--prompt", "x"),
+    ("generate", "{tmp}", "--prompt", "x"),
+    ("generate", "{run}"),
+    ("generate", "{run}", "--prompt", "x", "--max-tokens", "100000"),
+    ("generate", "{run}", "--prompt", "x", "--max-tokens", "0"),
+    ("generate", "{run}", "--prompt", "x", "--temperature", "-1"),
+    ("generate", "{run}", "--prompt", "x", "--top-p", "2"),
+    ("generate", "{run}", "--prompt", "x", "--dtype", "fp4"),
+    ("eval", "{run}", "--data", "/nowhere"),
+    ("eval", "{run}", "--split", "test"),
+    ("eval", "{run}", "--seq-len", "0"),
+    ("eval", "{run}", "--max-tokens", "-3"),
+    ("eval", "{run}/checkpoints/step-00000099"),
+    ("inspect", "nothing"),
+    ("inspect", "demo", "model.top_k=99"),
+    ("init", "--preset", "nothing", "--out", "{tmp}/x"),
+    ("init", "--preset", "demo", "--out", "{run}"),
+    ("init", "--preset", "demo", "--out", "{tmp}/file/x"),
+    ("report", "{tmp}"),
+    ("report", "/nowhere"),
+    ("report", "{run}", "--out", "{tmp}/file/report.html"),
+    ("chat", "/nowhere"),
+    ("doctor", "--seconds", "1000"),
+    ("nonsense",),
+]
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_mistakes_are_one_line_and_exit_2(
+    call: Call, tiny_run: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, out, err = call(*(a.format(run=tiny_run, tmp=tmp_path) for a in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("moestro: ") and err.endswith("\n") and err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_errors_of_the_package_share_one_root() -> None:
+    import moestro.errors as errors
+
+    assert all(issubclass(e, MoestroError) for e in (errors.ConfigError, errors.DataError, errors.CheckpointError))
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = """
+import sys
+from moestro.cli import main
+for command in ([], ["train"], ["eval"], ["generate"], ["chat"], ["report"], ["inspect"], ["init"], ["doctor"]):
+    sys.argv = ["moestro", *command, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, command
+heavy = {"torch", "pyarrow", "transformers", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--resume" in done.stdout
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "moestro", "generate", "/nowhere", "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "/nowhere" in done.stderr

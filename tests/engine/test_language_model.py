@@ -1,0 +1,158 @@
+"""Generation against `transformers` on the same directory; limits, stops, seeds, conversations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM
+
+from moestro.config import Config
+from moestro.data.chat import encode_chat
+from moestro.data.tokenizer import Tokenizer
+from moestro.engine.chat import Conversation
+from moestro.engine.language_model import LanguageModel, find_model_directory, load
+from moestro.errors import CheckpointError, ConfigError
+from moestro.model.attention import AttentionBatch
+from moestro.model.transformer import Transformer, init_weights
+from moestro.training.checkpoint import write_model_directory
+from moestro.training.evaluate import score_source
+
+Make = Callable[..., Config]
+GROUPED = ["model.q_lora_rank=12", "model.num_groups=4", "model.top_k_groups=2"]
+
+
+def random_model(config: Config, seed: int = 0) -> Transformer:
+    model = Transformer(config.model)
+    init_weights(model, seed)
+    for _, router in model.routers():
+        router.bias.copy_(torch.randn(8, generator=torch.Generator().manual_seed(7)) * 0.2 - 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("overrides", [["model.mtp_depth=0"], ["model.mtp_depth=1"], ["model.mtp_depth=1", *GROUPED]])
+def test_greedy_equals_transformers(
+    make_config: Make, tokenizer: Tokenizer, tmp_path: Path, overrides: list[str]
+) -> None:
+    write_model_directory(tmp_path, random_model(make_config("model.init_std=0.2", *overrides)), tokenizer)
+    ours = load(tmp_path)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for text in ("the cat sat", "été 345 dog and a very long beginning of a text about rivers"):
+        prompt = [ours.tokenizer.bos_id, *ours.tokenizer.encode(text)]
+        tokens = torch.tensor([prompt])
+        expected = theirs.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=24, pad_token_id=2
+        )
+        assert ours.generate(text, max_tokens=24).ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def written(make_config: Make, tokenizer: Tokenizer) -> LanguageModel:
+    return LanguageModel(random_model(make_config("model.init_std=0.2")), tokenizer, frozenset([tokenizer.eos_id]))
+
+
+def test_greedy_equals_the_likeliest_token_of_the_whole_text(written: LanguageModel) -> None:
+    ids = [0, 20, 30]
+    for token in written.stream_ids([0, 20, 30], max_tokens=10):
+        with torch.no_grad():
+            hidden = written.model(torch.tensor(ids), AttentionBatch.causal(1, len(ids))).hidden
+        assert token == int(written.model.logits(hidden[-1]).argmax())
+        ids.append(token)
+
+
+def test_seeds_repeat(written: LanguageModel) -> None:
+    one, two, three = (written.generate([5, 6], max_tokens=20, temperature=1.0, seed=s).ids for s in (1, 1, 2))
+    assert one == two != three
+
+
+def test_a_stop_id_ends_the_text(written: LanguageModel) -> None:
+    ids = written.generate([5, 6], max_tokens=10).ids
+    stopping = LanguageModel(written.model, written.tokenizer, frozenset([ids[3]]))
+    end = ids.index(ids[3]) + 1
+    result = stopping.generate([5, 6], max_tokens=10)
+    assert (result.ids, result.finish_reason) == (ids[:end], "stop")
+    assert result.text == written.tokenizer.decode(ids[: end - 1])
+    assert written.generate([5, 6], max_tokens=10).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "named"),
+    [
+        ([], 5, "empty"),
+        ([1] * 120, 9, "128"),
+        ([1], 0, "at least 1"),
+        ([300], 5, "vocabulary"),
+        ([-1], 5, "vocab"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(
+    written: LanguageModel, prompt: list[int], max_tokens: int, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        written.generate(prompt, max_tokens=max_tokens)
+
+
+def test_a_conversation_streams_its_replies_and_remembers_them(written: LanguageModel) -> None:
+    conversation = Conversation(written, max_tokens=12, temperature=0.8, top_p=0.9, seed=3)
+    pieces = list(conversation.reply("the cat"))
+    assert len(pieces) > 2
+    first = conversation.messages
+    assert first == [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "".join(pieces)},
+    ]
+    prompt = encode_chat(first[:1], written.tokenizer)
+    expected = written.generate(prompt, max_tokens=12, temperature=0.8, top_p=0.9, seed=3)
+    assert "".join(pieces) == expected.text
+    list(conversation.reply("and"))
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+    stopped = conversation.reply("never finished")
+    next(stopped)
+    stopped.close()
+    assert len(conversation.messages) == 4
+
+
+def test_a_run_a_checkpoint_and_a_copy_are_the_same_model(tiny_run: Path) -> None:
+    newest = tiny_run / "checkpoints" / "step-00000012"
+    assert find_model_directory(tiny_run) == newest == find_model_directory(newest)
+    assert load(str(tiny_run)).generate("a dog", max_tokens=5) == load(newest).generate("a dog", max_tokens=5)
+
+
+def test_places_without_a_model_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="neither a run"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="without a checkpoint"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="fp16"):
+        load(tmp_path, dtype="fp16")
+
+
+def test_bits_per_byte_equal_the_slow_sum_over_every_token(tiny_run: Path, tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat", "été 12 dog dog ran over", "x"]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    language_model = load(tiny_run)
+    model, tokenizer = language_model.model, language_model.tokenizer
+    record = score_source(
+        language_model, str(source), run=tiny_run, split="all", seq_len=64, max_tokens=None, scratch=tmp_path
+    )
+    bits, count = 0.0, 0
+    for text in texts:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        for i in range(1, len(ids)):
+            with torch.no_grad():
+                hidden = model(torch.tensor(ids[:i]), AttentionBatch.causal(1, i)).hidden[-1]
+                bits -= float(model.logits(hidden).log_softmax(-1)[ids[i]]) / math.log(2)
+            count += 1
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert (record["tokens"], record["bytes"]) == (count, num_bytes)
+    # a document cut at the end of a row loses context there, so the rows here are longer than all of them
+    assert record["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)

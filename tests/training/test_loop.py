@@ -1,0 +1,256 @@
+"""Whole runs: stopped, killed and resumed ones equal one that was left alone, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moestro.config import Config
+from moestro.errors import CheckpointError, ConfigError, MoestroError
+from moestro.training import checkpoint, loop
+from moestro.training.checkpoint import latest_checkpoint
+from moestro.training.loop import train
+from moestro.training.metrics import read_evals, read_metrics, read_routing
+
+Make = Callable[..., Config]
+EXACT = ("step", "tokens", "loss", "loss_main", "loss_mtp", "loss_balance", "lr", "grad_norm", "max_vio",
+         "dead_experts", "bits_per_byte", "mtp_agreement", "bias_min", "bias_max", "skipped")  # fmt: skip
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [{key: record[key] for key in EXACT} for record in read_metrics(run)]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    path = latest_checkpoint(run)
+    assert path is not None
+    return load_file(path / "model.safetensors") | load_file(path / "train_state" / "optimizer.safetensors")
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    assert lines(run) == lines(expected)
+    ours, theirs = final_weights(run), final_weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert read_routing(run).tobytes() == read_routing(expected).tobytes()
+    domains = [[{k: v for k, v in e.items() if k != "seconds"} for e in read_evals(r)] for r in (run, expected)]
+    assert domains[0] == domains[1]
+
+
+def stop_before_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Call `act` in the middle of step `number`, counted from 1."""
+    calls = 0
+    original = loop.train_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step)
+
+
+def test_a_run_learns_and_is_logged(tiny_run: Path) -> None:
+    records = read_metrics(tiny_run)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert records[-1]["loss_main"] < records[0]["loss_main"] - 0.5
+    assert [evaluation["step"] for evaluation in read_evals(tiny_run)] == [6, 12]
+    assert sorted(p.name for p in (tiny_run / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    assert json.loads((tiny_run / "run.json").read_text())["finished"] is True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    make_config: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, 7, lambda: os.kill(os.getpid(), number))
+        outcome = train(make_config(), run, quiet=True)
+    assert (outcome.step, outcome.stopped_by) == (7, number)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert latest_checkpoint(run) == run / "checkpoints" / "step-00000007"
+    assert json.loads((run / "run.json").read_text())["finished"] is False
+    outcome = train(make_config(), run, resume=True, quiet=True)
+    assert (outcome.step, outcome.stopped_by) == (12, None)
+    assert_same_run(run, tiny_run)
+
+
+def test_a_crash_between_checkpoints_goes_back_and_repeats(
+    make_config: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def crash() -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        stop_before_step(patch, 9, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(make_config(), run, quiet=True)
+    train(make_config(), run, resume=True, quiet=True)
+    assert_same_run(run, tiny_run)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(make_config: Make, tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    path = run / "checkpoints" / "step-00000012" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    outcome = train(make_config(), run, resume=True, quiet=True)
+    assert outcome.step == 12
+    assert_same_run(run, tiny_run)
+
+
+def start_process(config: Config, run: Path, folder: Path) -> subprocess.Popen[bytes]:
+    file = folder / "config.json"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "moestro", "train", "--config", str(file), "--out", str(run), "--quiet"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Poll until `condition` holds; the process must live as long."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < end, "the run does not move"
+        time.sleep(0.001)
+
+
+def has_steps(run: Path, count: int) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+@pytest.fixture(scope="module")
+def long_run(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("long") / "run"
+    train(make_config("train.steps=120", "train.checkpoint_every=4", "train.eval_every=60"), run, quiet=True)
+    return run
+
+
+@pytest.mark.parametrize("moment", ["step", "checkpoint"])
+def test_a_killed_process_loses_nothing(make_config: Make, long_run: Path, tmp_path: Path, moment: str) -> None:
+    config = make_config("train.steps=120", "train.checkpoint_every=4", "train.eval_every=60")
+    run = tmp_path / "run"
+    process = start_process(config, run, tmp_path)
+    try:
+        wait_until(lambda: has_steps(run, 13), process)
+        if moment == "checkpoint":
+            wait_until(lambda: any((run / "checkpoints").glob("*.tmp")), process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not has_steps(run, 120)
+    outcome = train(config, run, resume=True, quiet=True)
+    assert outcome.step == 120
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert_same_run(run, long_run)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_a_resume_repairs_it(
+    make_config: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    original = checkpoint.write_tensors
+
+    def fail_at_ten(directory: Path, *args: Any) -> None:
+        if directory.name.startswith("step-00000010"):
+            raise OSError(28, "No space left on device")
+        original(directory, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", fail_at_ten)
+        with pytest.raises(CheckpointError, match="No space left"):
+            train(make_config(), run, quiet=True)
+    assert latest_checkpoint(run) == run / "checkpoints" / "step-00000005"
+    train(make_config(), run, resume=True, quiet=True)
+    assert_same_run(run, tiny_run)
+
+
+def test_non_finite_steps_are_skipped_and_too_many_end_the_run(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.train_step
+    bad: set[int] = {3, 5}
+    calls = 0
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(*args, **kwargs)
+        return replace(result, loss=float("nan"), applied=False) if calls in bad else result
+
+    monkeypatch.setattr(loop, "train_step", step)
+    train(make_config("train.steps=6"), tmp_path / "few", quiet=True)
+    assert read_metrics(tmp_path / "few")[-1]["skipped"] == 2
+    calls, bad = 0, set(range(3, 100))
+    with pytest.raises(MoestroError, match="not finite 5 steps in a row"):
+        train(make_config("train.steps=50"), tmp_path / "many", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("model.top_k=3", "model"), ("train.seed=4", "train.seed"), ("train.seq_len=16", "train.seq_len"),
+     ("data.valid_fraction=0.2", "data"), ("train.optimizer=muon", "train.optimizer")],
+)  # fmt: skip
+def test_resuming_with_another_configuration_is_refused(
+    make_config: Make, tiny_run: Path, override: str, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"another {named}"):
+        train(make_config(override), tiny_run, resume=True, quiet=True)
+
+
+def test_places_in_use_are_refused(make_config: Make, tiny_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--resume"):
+        train(make_config(), tiny_run, quiet=True)
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="is not a run"):
+        train(make_config(), tmp_path, quiet=True)
+    with pytest.raises(MoestroError, match="letter"):
+        train(make_config(), tmp_path / "letter.txt" / "run", quiet=True)
+
+
+def test_more_steps_prolong_a_finished_run_or_leave_it(make_config: Make, tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    outcome = train(make_config(), tmp_path / "run", resume=True, quiet=True)
+    assert outcome.step == outcome.total_steps == 12
+    assert_same_run(tmp_path / "run", tiny_run)
+
+
+def test_a_corpus_too_small_and_a_vocabulary_too_large_are_named(make_config: Make, tmp_path: Path) -> None:
+    small = tmp_path / "small.txt"
+    small.write_text("hello there\n")
+    with pytest.raises(MoestroError) as caught:
+        train(make_config(f"data.source={json.dumps(str(small))}"), tmp_path / "a", quiet=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=8192"):
+        train(make_config("data.tokenizer=builtin"), tmp_path / "b", quiet=True)
+
+
+@pytest.mark.parametrize("overrides", [["model.num_experts=0", "model.mtp_depth=0"], ["train.dtype=bf16"]])
+def test_dense_and_bf16_runs_work(make_config: Make, tmp_path: Path, overrides: list[str]) -> None:
+    outcome = train(make_config("train.steps=3", *overrides), tmp_path / "run", quiet=True)
+    assert outcome.step == 3 and outcome.evaluation is not None
+    path = latest_checkpoint(tmp_path / "run")
+    assert path is not None
+    assert {t.dtype for t in load_file(path / "model.safetensors").values()} == {torch.float32}  # master weights
