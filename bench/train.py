@@ -196,12 +196,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps a mode takes in one round")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--only", help="comma-separated beginnings of mode names")
+    parser.add_argument("--only", help="beginnings of mode names, parted by semicolons")
     options = parser.parse_args()
     if options.sweep:
         sweep(options.rounds)
         return
-    wanted = tuple(options.only.split(",")) if options.only else ("",)
+    wanted = tuple(options.only.split(";")) if options.only else ("",)
     compare(options.rounds, options.steps, [name for name in MODES if name.startswith(wanted)])
 
 

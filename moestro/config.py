@@ -123,7 +123,7 @@ class TrainConfig(Frozen):
 
     seed: int = 0
     steps: int = Field(1000, gt=0)
-    minutes: float = Field(0.0, ge=0, description="> 0: steps are set once, after 20 steps, to fit this time")
+    minutes: float = Field(0.0, ge=0, description="> 0: after 20 steps, `steps` is lowered to fit this time")
     seq_len: int = Field(512, gt=1)
     batch_size: int = Field(16, gt=0, description="sequences per forward pass")
     accumulate: int = Field(1, gt=0, description="forward passes per step")

@@ -35,10 +35,13 @@ def main() -> None:
         message = " ".join(str(error).split())
         print(f"moestro: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("moestro: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        print(f"moestro: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("moestro: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(result if isinstance(result, int) else 0)

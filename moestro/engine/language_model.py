@@ -94,14 +94,11 @@ class LanguageModel:
 
 
 def find_model_directory(path: Path) -> Path:
-    """The model directory that `path` means: the newest checkpoint of a run, or itself.
-
-    A run has a config.json of its own, which is no model's: its checkpoints are looked for first.
-    """
+    """The model directory that `path` means: the newest checkpoint of a run, or itself."""
     checkpoints = sorted(d for d in (path / "checkpoints").glob("step-*") if d.suffix != ".tmp")
     if checkpoints:
         return checkpoints[-1]
-    if (path / "config.json").is_file() and not (path / "run.json").is_file():
+    if (path / "config.json").is_file():
         return path
     if (path / "run.json").is_file():
         raise CheckpointError(f"{path} is a run without a checkpoint yet")

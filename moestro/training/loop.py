@@ -28,7 +28,7 @@ from moestro.routing import stats
 from moestro.training import optim
 from moestro.training.checkpoint import save_checkpoint
 from moestro.training.evaluate import pad_token_bytes, score_domains
-from moestro.training.metrics import RunLog, TensorBoardMirror, TrackioMirror, write_atomic
+from moestro.training.metrics import RunLog, TensorBoardMirror, TrackioMirror, read_evals, write_atomic
 from moestro.training.prepare import Session, open_session
 from moestro.training.progress import Progress
 from moestro.training.step import StepResult, train_step
@@ -125,20 +125,22 @@ class Loop:
         while session.state.step < session.state.total_steps and self.stop.signal is None:
             self.one_step()
             step = session.state.step
-            if config.minutes and len(self.step_seconds) == step == MEASURED_STEPS:
+            if config.minutes and len(self.step_seconds) == MEASURED_STEPS:
                 self.plan_steps()
             at_end = step == session.state.total_steps
             if step % config.checkpoint_every == 0 or at_end or self.stop.signal is not None:
                 self.save()
-            if (step % config.eval_every == 0 or at_end) and self.stop.signal is None:
+            if at_end or (step % config.eval_every == 0 and self.stop.signal is None):
                 self.evaluate(None if at_end else config.eval_tokens)
-        finished = session.state.step == session.state.total_steps and self.stop.signal is None
-        samples = self.sample() if finished else []
+        finished = session.state.step == session.state.total_steps
+        samples = self.sample() if finished and self.step_seconds else []
+        evaluation = self.evaluation or next(reversed(read_evals(session.run)), None)
         write_run_info(session, finished=finished)
         if self.mirror:
             self.mirror.close()
         state = session.state
-        return Outcome(session.run, state.step, state.total_steps, self.evaluation, samples, self.stop.signal)
+        stopped_by = None if finished else self.stop.signal
+        return Outcome(session.run, state.step, state.total_steps, evaluation, samples, stopped_by)
 
     def one_step(self) -> None:
         """Fetch the global batch, train on it, log it, move the state forward."""
@@ -220,15 +222,17 @@ class Loop:
             self.mirror.write(record, "train")
 
     def plan_steps(self) -> None:
-        """Set the number of steps so that training fills `train.minutes`, once, from the pace measured so far."""
+        """Lower the number of steps to what `train.minutes` allows, once, from the pace measured so far."""
         session, config = self.session, self.session.config.train
+        if session.state.total_steps < config.steps:  # planned before a resume
+            return
         tokens_per_step = config.batch_size * config.seq_len * config.accumulate
         step_seconds = float(np.median(self.step_seconds[MEASURED_STEPS // 4 :]))
         # an evaluation is a forward pass, about a third of a step per token
         eval_tokens = config.eval_tokens * len(session.validation(None))
         per_step = step_seconds * (1 + eval_tokens / tokens_per_step / 3 / config.eval_every)
         left = config.minutes * 60 - session.state.seconds
-        total = session.state.step + max(int(left / per_step), 1)
+        total = min(session.state.step + max(int(left / per_step), 1), config.steps)
         session.state = replace(session.state, total_steps=total)
         self.progress.set_total(total)
         self.progress.message(f"{step_seconds:.2f} s a step: {total} steps fill {config.minutes:g} minutes")

@@ -100,7 +100,7 @@ class Optimizers:
             self.all.append(Muon(groups, lr=config.lr, weight_decay=config.weight_decay, dtype=model.dtype))
 
     def step(self, lr: float) -> None:
-        """Update every parameter with learning rate `lr` and drop the gradients."""
+        """Update every parameter with learning rate `lr`."""
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = lr

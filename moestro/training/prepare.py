@@ -130,7 +130,7 @@ def check_same_run(config: Config, saved_tree: dict[str, object], run: Path) -> 
 
 
 def save_config(config: Config, run: Path) -> None:
-    """Write RUN/settings.json; `moestro train --config RUN/config.json` repeats the run."""
+    """Write RUN/settings.json; `moestro train --config RUN/settings.json` repeats the run."""
     run.mkdir(parents=True, exist_ok=True)
     (run / SETTINGS).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", "utf-8")
 

@@ -127,7 +127,6 @@ def test_places_without_a_model_are_named(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="neither a run"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="without a checkpoint"):
         load(tmp_path)
