@@ -113,7 +113,7 @@ class Loop:
         self.started = time.perf_counter() - session.state.seconds
         self.pack = PackState.from_json(session.state.pack)
         self.token_bytes = pad_token_bytes(session.tokenizer.token_bytes, session.config.model.vocab_size)
-        self.evaluation: dict[str, Any] | None = None
+        self.evaluation: dict[str, Any] | None = next(reversed(read_evals(session.run)), None)
         self.skipped_in_a_row = 0
         self.step_seconds: list[float] = []
         self.mirror = open_mirror(session)
@@ -130,17 +130,18 @@ class Loop:
             at_end = step == session.state.total_steps
             if step % config.checkpoint_every == 0 or at_end or self.stop.signal is not None:
                 self.save()
-            if at_end or (step % config.eval_every == 0 and self.stop.signal is None):
-                self.evaluate(None if at_end else config.eval_tokens)
+            if step % config.eval_every == 0 and not at_end and self.stop.signal is None:
+                self.evaluate(config.eval_tokens)
         finished = session.state.step == session.state.total_steps
+        if finished and (self.evaluation or {}).get("step") != session.state.step:
+            self.evaluate(None)
         samples = self.sample() if finished and self.step_seconds else []
-        evaluation = self.evaluation or next(reversed(read_evals(session.run)), None)
         write_run_info(session, finished=finished)
         if self.mirror:
             self.mirror.close()
         state = session.state
         stopped_by = None if finished else self.stop.signal
-        return Outcome(session.run, state.step, state.total_steps, evaluation, samples, stopped_by)
+        return Outcome(session.run, state.step, state.total_steps, self.evaluation, samples, stopped_by)
 
     def one_step(self) -> None:
         """Fetch the global batch, train on it, log it, move the state forward."""
