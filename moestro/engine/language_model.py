@@ -18,9 +18,7 @@ from moestro.engine.sampler import Sampler
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer
-from moestro.model.weights import load_model, read_json
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from moestro.model.weights import DTYPES, load_model, read_json
 
 
 @dataclass(frozen=True)

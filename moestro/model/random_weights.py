@@ -16,9 +16,8 @@ from moestro.data.tokenizer import Tokenizer
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.hf import Slot, config_to_hf, tensor_map
 from moestro.model.transformer import Transformer
-from moestro.model.weights import write_tensors
+from moestro.model.weights import DTYPES, write_tensors
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STREAM_SHARD_BYTES = 1_000_000_000
 
 
