@@ -40,22 +40,79 @@ class RopeConfig(Frozen):
 
 
 class BalanceTerm(Frozen):
-    """One auxiliary balance loss: `sequence` is DeepSeek-V3's complementary loss (V3 eq. 17–20)."""
+    """One auxiliary loss on every router, added as weight · loss; the formulas are in `routing/balance.py`.
 
-    kind: Literal["sequence"]
+    `sequence` is DeepSeek-V3's, `expert` Switch's and DeepSeekMoE's, `first_choice` GShard's, `device` DeepSeekMoE's,
+    `communication` DeepSeek-V2's, `importance` and `load` Shazeer's, `z` ST-MoE's. `over` says what the shares of
+    `expert`, `device` and `communication` are counted on: every sequence, or all tokens of a forward pass.
+    """
+
+    kind: Literal["sequence", "expert", "first_choice", "device", "communication", "importance", "load", "z"]
     weight: float = Field(ge=0)
+    over: Literal["batch", "sequence"] = "batch"
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether cutting a batch into micro-batches would change the loss."""
+        return self.kind not in ("sequence", "z") and not (self.kind in SHARE_KINDS and self.over == "sequence")
+
+
+SHARE_KINDS = ("expert", "device", "communication")
+
+
+class CapacityConfig(Frozen):
+    """How many choices an expert, or a device (a group of experts), accepts from one forward pass.
+
+    The limit is factor · mean load; 0 sets none. What exceeds it passes by on the residual: the last ones in the order
+    of the batch, first choices before second ones (GShard, Switch), or those of the lowest affinity (DeepSeek-V2).
+    Tokens of a random `spared_fraction` of the sequences are always accepted (V2: 0.1).
+    """
+
+    factor: float = Field(0.0, ge=0)
+    eval_factor: float = Field(0.0, ge=0)
+    unit: Literal["expert", "device"] = "expert"
+    order: Literal["position", "affinity"] = "position"
+    spared_fraction: float = Field(0.0, ge=0, le=1)
 
 
 class RouterConfig(Frozen):
-    """How tokens choose experts: a scheme is data, not a class (V3 eq. 12–16; V2 §2.2)."""
+    """How tokens choose experts: a scheme is data, not a class. Presets in `presets/routers/`.
 
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    score           of an expert: sigmoid (V3), softmax, sqrt_softplus (V4), or constant (no learned gate: Hash layers)
+    selection       the top_k by score, or by a hash of the token id; the first `num_hash_layers` MoE layers by hash
+                    whatever it says (V4)
+    group_score     of a group of experts: the sum of its two best (V3) or its best (V2)
+    normalize       weights of the chosen experts sum to `scale`
+    noise           in training: none; learned, Shazeer's noisy top-k (both matrices start at zero); jitter, Switch's
+    random_second   in training, a choice after the first is followed with probability 2 · weight (GShard)
+    bias            none; sign, b += γ sign(e) (V3); error, b += γ e; multiplicative, s · (1 + b) with the sign rule,
+                    where e = (mean load − load) / mean load (arXiv 2408.15664)
+    """
+
+    score: Literal["sigmoid", "softmax", "sqrt_softplus", "constant"] = "sigmoid"
+    selection: Literal["top_k", "hash"] = "top_k"
+    num_hash_layers: int = Field(0, ge=0)
     group_score: Literal["top2", "max"] = "top2"
     normalize: bool = True
     scale: float = Field(2.5, gt=0)
-    bias: Literal["sign", "none"] = "sign"
+    noise: Literal["none", "learned", "jitter"] = "none"
+    random_second: bool = False
+    bias: Literal["none", "sign", "error", "multiplicative"] = "sign"
     bias_speed: float = Field(0.001, ge=0)
     balance: tuple[BalanceTerm, ...] = (BalanceTerm(kind="sequence", weight=1e-4),)
+    capacity: CapacityConfig = CapacityConfig()
+
+    @model_validator(mode="after")
+    def check_scheme(self) -> Self:
+        """Refuse losses and biases that the scheme has nothing for."""
+        kinds = {term.kind for term in self.balance}
+        if "load" in kinds and self.noise != "learned":
+            raise ValueError("the balance term 'load' is an estimate over the noise: it needs noise='learned'")
+        if self.score == "constant" and self.selection != "hash":
+            raise ValueError("score='constant' cannot choose experts: it needs selection='hash'")
+        if self.score == "constant" and kinds:
+            raise ValueError("score='constant' has no gradient: balance must be []")
+        return self
 
 
 class ModelConfig(Frozen):
@@ -85,10 +142,14 @@ class ModelConfig(Frozen):
     num_groups: int = Field(1, gt=0)
     top_k_groups: int = Field(1, gt=0)
     expert_dim: int = Field(128, gt=0)
+    moe_every: int = Field(1, gt=0, description="of the blocks after the dense ones, every so many has experts")
     mtp_depth: int = Field(0, ge=0)
     tie_embeddings: bool = False
     norm_eps: float = Field(1e-6, gt=0)
     init_std: float = Field(0.02, gt=0)
+    init_scale: float = Field(
+        0.0, ge=0, description="> 0: σ = √(init_scale / inputs) instead of init_std (Switch: 0.1)"
+    )
     rope: RopeConfig = RopeConfig()
     router: RouterConfig = RouterConfig()
 
@@ -110,12 +171,26 @@ class ModelConfig(Frozen):
             raise ValueError(f"top_k={self.top_k} exceeds the {self.top_k_groups * group_dim} experts in reach")
         if self.router.group_score == "top2" and self.num_groups > 1 and group_dim < 2:
             raise ValueError("group_score='top2' needs groups of at least two experts")
+        hashed = self.router.selection == "hash" or self.router.num_hash_layers
+        if hashed and self.num_experts % self.top_k:
+            raise ValueError(
+                f"hash routing needs num_experts={self.num_experts} to be a multiple of top_k={self.top_k}"
+            )
+        if self.top_k == self.num_experts and any(term.kind == "load" for term in self.router.balance):
+            raise ValueError("the balance term 'load' needs top_k below num_experts")
         return self
+
+    def is_moe(self, index: int) -> bool:
+        """Whether block `index` has experts; MTP blocks follow the main ones, as blocks num_layers + k."""
+        if index >= self.num_layers:
+            return self.num_experts > 0
+        past_dense = index - self.num_dense_layers
+        return self.num_experts > 0 and past_dense >= 0 and past_dense % self.moe_every == 0
 
     @property
     def num_moe_layers(self) -> int:
         """Blocks with a router, MTP blocks included."""
-        return (self.num_layers - self.num_dense_layers + self.mtp_depth) if self.num_experts else 0
+        return sum(self.is_moe(index) for index in range(self.num_layers + self.mtp_depth))
 
 
 class TrainConfig(Frozen):
@@ -173,21 +248,32 @@ class Config(Frozen):
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
 
+    @model_validator(mode="after")
+    def check_accumulation(self) -> Self:
+        """Losses over a whole batch cannot be summed from its parts."""
+        cut = [term.kind for term in self.model.router.balance if term.needs_whole_batch]
+        if cut and self.train.accumulate > 1 and self.model.num_experts:
+            raise ValueError(
+                f"the balance term '{cut[0]}' is over the whole batch, which train.accumulate="
+                f"{self.train.accumulate} would cut: set train.accumulate=1, or over='sequence' where it applies"
+            )
+        return self
+
 
 SETTINGS = "settings.json"  # a run directory's resolved configuration; config.json would make it look like a model
 
 
-def preset_names() -> list[str]:
-    """Names that `load_preset` takes."""
-    folder = resources.files("moestro") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+def preset_names(folder: str = "presets") -> list[str]:
+    """Names that `load_preset` takes; those of router schemes lie in `presets/routers`."""
+    entries = (resources.files("moestro") / folder).iterdir()
+    return sorted(entry.name.removesuffix(".toml") for entry in entries if entry.name.endswith(".toml"))
 
 
-def load_preset(name: str) -> dict[str, Any]:
+def load_preset(name: str, folder: str = "presets") -> dict[str, Any]:
     """The raw tree of a shipped preset; raises `ConfigError` for an unknown name."""
-    if name not in preset_names():
-        raise ConfigError(f"no preset '{name}'; there are: {', '.join(preset_names())}")
-    return tomllib.loads((resources.files("moestro") / "presets" / f"{name}.toml").read_text("utf-8"))
+    if name not in preset_names(folder):
+        raise ConfigError(f"no preset '{name}'; there are: {', '.join(preset_names(folder))}")
+    return tomllib.loads((resources.files("moestro") / folder / f"{name}.toml").read_text("utf-8"))
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_every_module_says_what_it_does() -> None:
 
 
 def test_presets_are_short_toml() -> None:
-    for path in sorted((PACKAGE / "presets").glob("*")):
+    for path in sorted((PACKAGE / "presets").rglob("*.toml")):
         text = path.read_text("utf-8")
         assert tomllib.loads(text), f"{path.name} is empty"
         assert len(text.splitlines()) <= MAX_PRESET_LINES, f"{path.name} is longer than {MAX_PRESET_LINES} lines"

@@ -34,7 +34,7 @@ class LanguageModel:
     """Model, tokenizer, and the ids that end a text."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> None:
-        self.model = model
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
 

@@ -7,6 +7,8 @@ The routing is returned, never kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -25,21 +27,24 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_dim, config.expert_dim))
 
     def forward(self, x: Tensor, routes: Routes) -> Tensor:
-        return ops.grouped_experts(x, self.gate_up.to(x.dtype), self.down.to(x.dtype), routes.ids, routes.weights)
+        ids = routes.ids
+        if routes.accepted is not None:
+            ids = ids.masked_fill(~routes.accepted, self.gate_up.shape[0])
+        return ops.grouped_experts(x, self.gate_up.to(x.dtype), self.down.to(x.dtype), ids, routes.weights)
 
 
 class MoE(nn.Module):
-    """x [N, D] -> (output [N, D], routes)."""
+    """x [N, D] -> (output [N, D], routes); `layer` is the index of the block."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.router = Router(config)
+        self.router = Router(config, layer)
         self.experts = Experts(config)
         self.shared = (
             MLP(config.hidden_dim, config.expert_dim * config.num_shared_experts) if config.num_shared_experts else None
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routes]:
-        routes = self.router(x)
+    def forward(self, x: Tensor, tokens: Tensor, starts: Sequence[int]) -> tuple[Tensor, Routes]:
+        routes = self.router(x, tokens, starts)
         out = self.experts(x, routes)
         return (out if self.shared is None else out + self.shared(x)), routes

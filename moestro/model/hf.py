@@ -71,6 +71,12 @@ def is_hf_compatible(config: ModelConfig) -> bool:
         and config.num_shared_experts > 0
         and router.score == "sigmoid"
         and router.group_score == "top2"
+        and router.selection == "top_k"
+        and router.num_hash_layers == 0
+        and router.noise != "learned"
+        and router.bias != "multiplicative"
+        and router.capacity.eval_factor == 0
+        and config.moe_every == 1
         and config.num_experts // config.num_groups >= 2
     )
 
@@ -195,9 +201,8 @@ def tensor_map(config: ModelConfig) -> dict[str, Slot]:
     entries = {"model.embed_tokens.weight": Slot("embed.weight"), "model.norm.weight": Slot("norm.weight")}
     if not config.tie_embeddings:
         entries["lm_head.weight"] = Slot("head.weight")
-    first_moe = config.num_dense_layers if config.num_experts else config.num_layers
     for layer in range(config.num_layers):
-        entries |= _block_map(config, f"model.layers.{layer}", f"layers.{layer}", dense=layer < first_moe)
+        entries |= _block_map(config, f"model.layers.{layer}", f"layers.{layer}", dense=not config.is_moe(layer))
     for depth in range(config.mtp_depth):
         theirs, ours = f"model.layers.{config.num_layers + depth}", f"mtp.{depth}"
         entries |= _block_map(config, theirs, f"{ours}.block", dense=config.num_experts == 0)
@@ -236,7 +241,10 @@ def _block_map(config: ModelConfig, theirs: str, ours: str, *, dense: bool) -> d
     entries = {f"{theirs}.{name}.weight": Slot(f"{ours}.{own}.weight") for name, own in names.items()}
     if dense:
         return entries | _mlp_map(f"{theirs}.mlp", f"{ours}.ffn", config.dense_dim)
-    entries[f"{theirs}.mlp.gate.weight"] = Slot(f"{ours}.ffn.router.weight")
+    if config.router.score != "constant":
+        entries[f"{theirs}.mlp.gate.weight"] = Slot(f"{ours}.ffn.router.weight")
+    if config.router.noise == "learned":
+        entries[f"{theirs}.mlp.gate.noise.weight"] = Slot(f"{ours}.ffn.router.noise")
     entries[f"{theirs}.mlp.gate.e_score_correction_bias"] = Slot(f"{ours}.ffn.router.bias")
     if config.num_shared_experts:
         width = config.expert_dim * config.num_shared_experts

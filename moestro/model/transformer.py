@@ -35,22 +35,22 @@ class Output:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then a dense FFN or a mixture of experts."""
+    """Pre-norm residual block: attention, then a dense FFN or a mixture of experts. x [N, D], tokens [N] -> [N, D]."""
 
-    def __init__(self, config: ModelConfig, *, dense: bool) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.attention = LatentAttention(config) if config.attention == "mla" else HeadAttention(config)
         self.ffn_norm = RMSNorm(config.hidden_dim, config.norm_eps)
-        self.ffn = MLP(config.hidden_dim, config.dense_dim) if dense else MoE(config)
+        self.ffn = MoE(config, index) if config.is_moe(index) else MLP(config.hidden_dim, config.dense_dim)
 
     def forward(
-        self, x: Tensor, rope: RopeTables, batch: AttentionBatch, cache: CacheLayer | None = None
+        self, x: Tensor, tokens: Tensor, rope: RopeTables, batch: AttentionBatch, cache: CacheLayer | None = None
     ) -> tuple[Tensor, Routes | None]:
         x = x + self.attention(self.attention_norm(x), rope, batch, cache)
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
-            out, routes = self.ffn(normed)
+            out, routes = self.ffn(normed, tokens, batch.starts)
             return x + out, routes
         return x + self.ffn(normed), None
 
@@ -58,12 +58,12 @@ class Block(nn.Module):
 class MTPModule(nn.Module):
     """One more prediction depth: combine the previous hidden state with the next token, run one block."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.embed_norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.project = Linear(2 * config.hidden_dim, config.hidden_dim)
-        self.block = Block(config, dense=config.num_experts == 0)
+        self.block = Block(config, index)
         self.norm = RMSNorm(config.hidden_dim, config.norm_eps)
 
     def combine(self, embedded: Tensor, hidden: Tensor) -> Tensor:
@@ -80,11 +80,10 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.embed = nn.Embedding(config.vocab_size, config.hidden_dim)
-        first_moe = config.num_dense_layers if config.num_experts else config.num_layers
-        self.layers = nn.ModuleList(Block(config, dense=i < first_moe) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_dim, config.vocab_size)
-        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.mtp_depth))
+        self.mtp = nn.ModuleList(MTPModule(config, config.num_layers + k) for k in range(config.mtp_depth))
 
     def blocks(self) -> list[tuple[str, Block]]:
         """Every block with its name: "0", "1", …, then "mtp.0", …"""
@@ -122,7 +121,7 @@ class Transformer(nn.Module):
         x, routes = self.embed(tokens).to(self.dtype), []
         for index, block in enumerate(self.layers):
             layer = cache[index] if cache is not None else None
-            x, chosen = _run(block, (x, rope, batch, layer), recompute)
+            x, chosen = _run(block, (x, tokens, rope, batch, layer), recompute)
             if chosen is not None:
                 routes.append(chosen)
         return Output(self.norm(x), routes)
@@ -136,14 +135,14 @@ class Transformer(nn.Module):
         for module, tokens in zip(self.mtp, ahead, strict=True):
             assert isinstance(module, MTPModule)
             x = module.combine(self.embed(tokens).to(self.dtype), hidden)
-            x, chosen = _run(module.block, (x, rope, batch, None), recompute)
+            x, chosen = _run(module.block, (x, tokens, rope, batch, None), recompute)
             hidden = module.norm(x)
             outputs.append(Output(hidden, [] if chosen is None else [chosen]))
         return outputs
 
 
 def _run(
-    block: nn.Module, arguments: tuple[Tensor, RopeTables, AttentionBatch, CacheLayer | None], recompute: bool
+    block: nn.Module, arguments: tuple[Tensor, Tensor, RopeTables, AttentionBatch, CacheLayer | None], recompute: bool
 ) -> tuple[Tensor, Routes | None]:
     if recompute:
         x, chosen = checkpoint(block, *arguments, use_reentrant=False)
@@ -153,13 +152,24 @@ def _run(
 
 
 def init_weights(model: Transformer, seed: int) -> None:
-    """Normal(0, init_std) for every matrix, ones for norms, zero biases (V3 §4.2)."""
+    """Normal(0, init_std) for every matrix, ones for norms, zero biases (V3 §4.2).
+
+    With `init_scale`, σ = √(init_scale / inputs), cut at 2σ (Switch §2.4); routers with learned noise start at zero
+    (Shazeer, appendix A).
+    """
     generator = torch.Generator().manual_seed(seed)
+    scale = model.config.init_scale
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, model.config.init_std, generator=generator)
-            else:
+            if parameter.dim() == 1:
                 parameter.fill_(1.0)
+            elif scale:
+                std = (scale / parameter.shape[-1]) ** 0.5
+                nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator=generator)
+            else:
+                parameter.normal_(0.0, model.config.init_std, generator=generator)
         for _, router in model.routers():
             router.bias.zero_()
+            if router.noise is not None and router.weight is not None:
+                router.weight.zero_()
+                router.noise.zero_()

@@ -27,13 +27,16 @@ def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
 
 
 def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """ids [N, A] -> (order [N·A] of flat slots by expert, inverse [N·A], offsets of E + 1 slices)."""
+    """ids [N, A] -> (order [N·A] of flat slots by expert, inverse [N·A], E + 1 bounds of slices).
+
+    Slots of id E, choices that are not carried out, come last and belong to no slice.
+    """
     flat = ids.flatten()
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     counts = torch.bincount(flat, minlength=num_experts)
-    return order, inverse, [0, *counts.cumsum(0).tolist()]
+    return order, inverse, [0, *counts[:num_experts].cumsum(0).tolist()]
 
 
 def _expert_slices(offsets: list[int]) -> Iterator[tuple[int, slice]]:
@@ -56,6 +59,7 @@ class _GroupedExperts(torch.autograd.Function):
             gate, up = h[rows].chunk(2, dim=-1)
             act = F.silu(gate).mul_(up).mul_(ws[rows])
             torch.mm(act, down[e].T, out=y[rows])
+        y[offsets[-1] :] = 0
         ctx.save_for_backward(x, gate_up, down, weights, order, inverse, h)
         ctx.offsets = offsets
         return y.index_select(0, inverse).view(n, top_k, width).sum(1)
@@ -83,6 +87,8 @@ class _GroupedExperts(torch.autograd.Function):
             d_gate.copy_(torch.ops.aten.silu_backward(d_act.mul_(up), gate))
             torch.mm(dh, gate_up[e], out=dxs[rows])
             torch.mm(dh.T, xs[rows], out=d_gate_up[e])
+        dxs[ctx.offsets[-1] :] = 0
+        dws[ctx.offsets[-1] :] = 0
         dx = dxs.index_select(0, inverse).view(n, top_k, width).sum(1)
         d_weights = dws[inverse].view(n, top_k).to(weights.dtype)
         return dx, d_gate_up, d_down, None, d_weights

@@ -18,6 +18,7 @@ def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
     """Σ_a weights[n,a] · Expert_ids[n,a](x[n]), each expert a SwiGLU FFN (V3 eq. 12).
 
     x [N, D], gate_up [E, 2F, D] (gate rows first), down [E, D, F], ids [N, A] int64, weights [N, A] fp32 -> [N, D].
+    A choice with id E is not carried out: it adds nothing.
     """
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):

@@ -48,6 +48,7 @@ class Score:
 @torch.no_grad()
 def score_batches(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor) -> Score:
     """Score every target once."""
+    model.eval()
     nll, tokens, text_bytes = 0.0, 0, 0
     loads = torch.zeros(len(model.routers()), model.config.num_experts, dtype=torch.int64)
     for batch in batches:

@@ -166,6 +166,7 @@ class Loop:
                 config.model.router.bias_speed,
                 config.train.bias_frozen_fraction,
             ),
+            noise_seed=config.train.seed * 1_000_003 + state.step,
         )
         self.check_divergence(result)
         now = time.perf_counter()
@@ -209,6 +210,7 @@ class Loop:
             "max_vio": float(stats.max_vio(loads).mean()) if routers else 0.0,
             "dead_experts": int(stats.dead_experts(loads).sum()) if routers else 0,
             "seconds": state.seconds,
+            "dropped": result.overflow / max(int(loads.sum()), 1),
             "bits_per_byte": result.nll / np.log(2) / max(result.text_bytes, 1),
             "mtp_agreement": result.agreement,
             "max_over_mean": float(stats.max_over_mean(loads).mean()) if routers else 0.0,

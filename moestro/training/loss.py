@@ -19,7 +19,7 @@ from moestro import ops
 from moestro.data.packing import PADDING, Batch
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer
-from moestro.routing.balance import count_loads, sequence_balance_loss
+from moestro.routing.balance import balance_loss, count_loads
 from moestro.routing.router import Routes
 
 
@@ -35,25 +35,29 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a global batch is normalised by: targets per depth (0 is the next token) and sequences."""
+    """What a global batch is normalised by: targets per depth (0 is the next token), sequences, tokens."""
 
     targets: tuple[int, ...]
     sequences: int
+    tokens: int
 
     @staticmethod
     def of(batches: Sequence[Batch], depth: int) -> Counts:
         """Counts over all micro-batches of a step."""
         targets = tuple(sum(int((b.targets(k) >= 0).sum()) for b in batches) for k in range(depth + 1))
-        return Counts(targets, sum(len(b.tokens) for b in batches))
+        tokens = sum(int((b.segments[:, :-1] != PADDING).sum()) for b in batches)
+        return Counts(targets, sum(len(b.tokens) for b in batches), tokens)
 
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """One micro-batch: its loss terms; loads [L, E] of every router; nll [N] per token in nats, 0 where no target;
-    how often MTP depth 1 and the main head name the same token, of how many."""
+    """One micro-batch: its loss terms; loads [L, E] of every router, choices that found no room included, and their
+    number; nll [N] per token in nats, 0 where no target; how often MTP depth 1 and the main head name the same token,
+    of how many."""
 
     terms: LossTerms
     loads: Tensor
+    overflow: int
     nll: Tensor
     agreed: int
     compared: int
@@ -103,19 +107,20 @@ def compute_loss(
     routed: list[tuple[Routes, Tensor]] = [(routes, present) for routes in output.routes]
     for k, extra in enumerate(outputs, start=1):
         routed += [(routes, targets[k] >= 0) for routes in extra.routes]
-    balance = _balance_loss(model, routed, batch, counts.sequences)
+    balance = _balance_loss(model, routed, batch, counts)
     terms = LossTerms(main.detach(), mtp.detach(), balance.detach(), main + mtp_weight * mtp + balance)
     agreed, compared = _agreement(main_choice, choices, targets, batch.inputs.shape[1])
-    return ForwardResult(terms, _loads(model, routed), nll, agreed, compared)
+    overflow = sum(int(routes.overflow) for routes, _ in routed if routes.overflow is not None)
+    return ForwardResult(terms, _loads(model, routed), overflow, nll, agreed, compared)
 
 
-def _balance_loss(model: Transformer, routed: list[tuple[Routes, Tensor]], batch: Batch, sequences: int) -> Tensor:
-    config = model.config
+def _balance_loss(model: Transformer, routed: list[tuple[Routes, Tensor]], batch: Batch, counts: Counts) -> Tensor:
     total = torch.zeros((), device=batch.tokens.device)
-    for term in config.router.balance:
+    for term in model.config.router.balance:
+        divisor = 1 if term.needs_whole_batch else counts.tokens if term.kind == "z" else counts.sequences
         for routes, valid in routed:
-            loss = sequence_balance_loss(routes.scores, config.top_k, len(batch.tokens), valid)
-            total = total + term.weight * loss / sequences
+            loss = balance_loss(term, routes, model.config, valid, len(batch.tokens))
+            total = total + term.weight * loss / max(divisor, 1)
     return total
 
 

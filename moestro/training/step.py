@@ -19,8 +19,8 @@ from moestro.training.optim import Optimizers
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. Losses in nats per token over the global batch; loads [L, E] tokens per router and expert;
-    `nll` and `text_bytes` summed over targets; `applied` is False where a non-finite gradient was thrown away."""
+    """What a step did. Losses in nats per token over the global batch; loads [L, E] choices per router and expert,
+    `overflow` of which found no room; `nll` and `text_bytes` summed over targets; `applied` is False where a non-finite gradient was thrown away."""
 
     loss: float
     main: float
@@ -28,6 +28,7 @@ class StepResult:
     balance: float
     grad_norm: float
     loads: Tensor
+    overflow: int
     nll: float
     text_bytes: int
     agreement: float | None
@@ -44,12 +45,18 @@ def train_step(
     lr: float,
     mtp_weight: float,
     bias_speed: float,
+    noise_seed: int = 0,
 ) -> StepResult:
-    """One step on the global batch `batches`. `token_bytes` [V] is the text length of each token id."""
+    """One step on the global batch `batches`. `token_bytes` [V] is the text length of each token id.
+
+    Noise of the routers is drawn from `noise_seed` alone, so that a resumed run draws the same.
+    """
+    model.train()
+    torch.manual_seed(noise_seed)
     counts = Counts.of(batches, len(model.mtp))
     totals = torch.zeros(4, dtype=torch.float64)
     loads: Tensor | None = None
-    nll, text_bytes, agreed, compared = 0.0, 0, 0, 0
+    nll, text_bytes, overflow, agreed, compared = 0.0, 0, 0, 0, 0
     optimizers.zero_grad()
     for batch in batches:
         result = compute_loss(
@@ -64,6 +71,7 @@ def train_step(
         terms = result.terms
         totals += torch.tensor([float(t.detach()) for t in (terms.total, terms.main, terms.mtp, terms.balance)])
         loads = result.loads if loads is None else loads + result.loads
+        overflow += result.overflow
         nll += float(result.nll.sum(dtype=torch.float64))
         text_bytes += int(token_bytes[batch.targets(0).clamp(min=0)][batch.targets(0) >= 0].sum())
         agreed, compared = agreed + result.agreed, compared + result.compared
@@ -73,9 +81,10 @@ def train_step(
     applied = math.isfinite(grad_norm) and math.isfinite(float(totals[0]))
     if applied:
         optimizers.step(lr)
-        if model.config.router.bias == "sign":
+        rule = model.config.router.bias
+        if rule != "none":
             for (_, router), load in zip(model.routers(), loads, strict=True):
-                router.bias.copy_(updated_bias(router.bias, load, bias_speed))
+                router.bias.copy_(updated_bias(router.bias, load, bias_speed, rule))
     loss, main, mtp, balance = totals.tolist()
     agreement = agreed / compared if compared else None
-    return StepResult(loss, main, mtp, balance, grad_norm, loads, nll, text_bytes, agreement, applied)
+    return StepResult(loss, main, mtp, balance, grad_norm, loads, overflow, nll, text_bytes, agreement, applied)
