@@ -171,10 +171,11 @@ def sweep(rounds: int) -> None:
     variants: dict[str, tuple[dict[str, Any], int]] = {f"experts {e}": ({"num_experts": e}, 512) for e in (8, 32, 128)}
     variants |= {f"top-k {k}": ({"top_k": k}, 512) for k in (1, 2, 4, 8)}
     variants |= {f"length {t}": ({}, t) for t in (128, 512, 2048)}
+    from moestro.config import build_config
     from moestro.machine import describe_machine
-    from moestro.training.prepare import TrainConfig, resolve_dtype
+    from moestro.training.precision import resolve_dtype
 
-    dtype = resolve_dtype(TrainConfig())
+    dtype = resolve_dtype(build_config({"model": MODEL}))
     print(f"{describe_machine().cpu}, {dtype}")
     workers = {
         name: Worker(f"ours:{dtype}", KEEP, MODEL | changes, 8192 // length, length)

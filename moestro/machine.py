@@ -69,7 +69,7 @@ class Machine:
         """Whether the CPU has bf16 instructions; elsewhere bf16 is emulated and always slower than fp32.
 
         Necessary, not sufficient: some CPUs with avx512_bf16 multiply bf16 at half the rate of fp32. Only
-        measuring tells, see `bf16_speedup`.
+        measuring tells, see `training/precision.py`.
         """
         return not FAST_BF16.isdisjoint(self.instruction_sets)
 
@@ -163,14 +163,6 @@ def measure_machine(seconds: float = 3.0) -> Measurement:
         bf16_gflops=bf16 / 1e9,
         seconds=time.perf_counter() - start,
     )
-
-
-def bf16_speedup(seconds: float = 0.5) -> float:
-    """Rate of bf16 matrix products over fp32 ones, measured in about `seconds` with torch's threads."""
-    import torch
-
-    bf16, fp32 = (_measure_product(dtype, seconds / 2) for dtype in (torch.bfloat16, torch.float32))
-    return bf16 / fp32
 
 
 def usable_threads() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from moestro import machine
-from moestro.config import SETTINGS, Config, TrainConfig, build_config
+from moestro.config import SETTINGS, Config, build_config
 from moestro.data.corpus import iterate_documents
 from moestro.data.packing import Batch, Packer, evaluation_batches
 from moestro.data.shards import ShardSet, open_shards, prepare
@@ -25,6 +25,7 @@ from moestro.model.transformer import Transformer, init_weights
 from moestro.model.weights import read_json
 from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from moestro.training.optim import Optimizers
+from moestro.training.precision import resolve_dtype
 
 TOKENIZER_SAMPLE = 20_000  # documents a tokenizer is trained on
 # changing these would make a resumed run another run
@@ -62,14 +63,6 @@ class Session:
         }
 
 
-def resolve_dtype(config: TrainConfig) -> str:
-    """`bf16` or `fp32`: under `auto`, bf16 on a CPU with bf16 instructions on which it is measured to be faster."""
-    if config.dtype != "auto":
-        return config.dtype
-    fast = machine.describe_machine().bf16_is_fast and machine.bf16_speedup() > 1.0
-    return "bf16" if fast else "fp32"
-
-
 def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Session:
     """Start a run in an empty directory, or continue the one that is there."""
     torch.set_num_threads(config.train.threads or machine.usable_threads())
@@ -81,7 +74,7 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Sessio
         config = check_same_run(config, read_json(saved), run)
     else:
         _refuse_foreign_directory(run)
-        dtype = resolve_dtype(config.train)
+        dtype = resolve_dtype(config)
         config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
     tokenizer, shards = open_data(config, run, log)
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -1,0 +1,62 @@
+"""fp32 or bf16: the faster of the two for this model on this machine, by trying.
+
+Instruction sets do not tell: there are CPUs with bf16 instructions whose large bf16 products run at half, the same or
+twice the rate of fp32, and small products differ again. So what a step spends most of its time in is timed in both, at
+the model's own shapes: the experts of one layer and the output head, forward and backward.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from moestro import machine, ops
+from moestro.config import Config, ModelConfig
+from moestro.model.layers import MLP
+
+ROUNDS = 2
+MAX_TOKENS = 4096  # enough to fill the experts as a step does, little enough to take a second or two
+
+
+def resolve_dtype(config: Config) -> str:
+    """`bf16` or `fp32`: what `train.dtype` says, or under `auto` the one whose steps are measured to be shorter."""
+    if config.train.dtype != "auto":
+        return config.train.dtype
+    if not machine.describe_machine().bf16_is_fast:
+        return "fp32"
+    tokens = min(config.train.batch_size * config.train.seq_len, MAX_TOKENS)
+    seconds = {dtype: float("inf") for dtype in ("fp32", "bf16")}
+    for _ in range(1 + ROUNDS):  # the first round warms up; the shortest time counts
+        for dtype in seconds:
+            seconds[dtype] = min(seconds[dtype], time_hot_path(config.model, tokens, dtype))
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def time_hot_path(config: ModelConfig, tokens: int, dtype: str) -> float:
+    """Seconds of all feed-forward layers and heads of one step of `tokens`, extrapolated from one of each."""
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(0.02).to(precision).requires_grad_()
+
+    x, head = random(tokens, config.hidden_dim), random(config.vocab_size, config.hidden_dim)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    start = time.perf_counter()
+    ops.linear_cross_entropy(x, head, targets)  # forms the gradients, too
+    head_seconds = time.perf_counter() - start
+    if config.num_experts:
+        width = config.expert_dim
+        gate_up = random(config.num_experts, 2 * width, config.hidden_dim)
+        down = random(config.num_experts, config.hidden_dim, width)
+        ids = torch.randint(0, config.num_experts, (tokens, config.top_k), generator=generator)
+        start = time.perf_counter()
+        ops.grouped_experts(x, gate_up, down, ids, torch.ones(ids.shape)).sum().backward()
+    else:
+        mlp = MLP(config.hidden_dim, config.dense_dim)
+        start = time.perf_counter()
+        mlp(x).sum().backward()
+    layers_seconds = (time.perf_counter() - start) * (config.num_layers + config.mtp_depth)
+    return layers_seconds + head_seconds * (1 + config.mtp_depth)
