@@ -1,17 +1,18 @@
-"""The fused operations: one public function each, one signature, two implementations.
+"""The fused operations: one public function each, one signature, up to three implementations.
 
-`reference.py` is the specification in plain, obvious torch. `fused.py` computes the same with hand-written
-backward passes, no padding and little memory. `MOESTRO_OPS=reference` forces the first, for debugging.
-Native kernels will join here behind the same signatures.
+`reference.py` is the specification in plain, obvious torch. `fused.py` computes the same with hand-written backward
+passes, no padding and little memory. `native.py` calls the compiled kernels for what they cover, where they were built.
+`MOESTRO_OPS=reference` or `MOESTRO_OPS=fused` forces one of the first two.
 """
 
 import os
 
-from moestro.ops import fused, reference
+from moestro.ops import fused, native, reference
 
-_chosen = reference if os.environ.get("MOESTRO_OPS") == "reference" else fused
+_wish = os.environ.get("MOESTRO_OPS")
+_chosen = reference if _wish == "reference" else fused
 
-grouped_experts = _chosen.grouped_experts
+grouped_experts = _chosen.grouped_experts if _wish in ("reference", "fused") else native.grouped_experts
 packed_attention = _chosen.packed_attention
 linear_cross_entropy = _chosen.linear_cross_entropy
 

@@ -26,7 +26,7 @@ def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
     return out
 
 
-def _sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
     """ids [N, A] -> (order [N·A] of flat slots by expert, inverse [N·A], E + 1 bounds of slices).
 
     Slots of id E, choices that are not carried out, come last and belong to no slice.
@@ -49,7 +49,7 @@ class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         (n, width), top_k = x.shape, ids.shape[1]
-        order, inverse, offsets = _sort_by_expert(ids, gate_up.shape[0])
+        order, inverse, offsets = sort_by_expert(ids, gate_up.shape[0])
         xs = x.index_select(0, order // top_k)
         ws = weights.flatten()[order].to(x.dtype)[:, None]
         h = x.new_empty(len(order), gate_up.shape[1])

@@ -90,7 +90,7 @@ def share_loss(kind: str, scores: Tensor, ids: Tensor, valid: Tensor, *, num_gro
     mask = valid[..., None].to(scores.dtype)
     chosen = torch.zeros_like(scores).scatter_(-1, ids, 1.0) * mask
     length = mask.sum(1).clamp(min=1)
-    p = (scores / scores.sum(-1, keepdim=True) * mask).sum(1) / length  # [S, E]
+    p = (normalized(scores) * mask).sum(1) / length  # [S, E]
     if kind == "expert":
         return (chosen.sum(1) * num_experts / (top_k * length) * p).sum()
     grouped = chosen.unflatten(-1, (num_groups, -1))
@@ -106,7 +106,12 @@ def first_choice_loss(scores: Tensor, ids: Tensor) -> Tensor:
     """E Σ_i (c_i / N) m_i over all tokens: scores [N, E], ids [N, A] with the best first (GShard algorithm 1)."""
     num_tokens, num_experts = max(len(scores), 1), scores.shape[-1]
     first = torch.bincount(ids[:, 0], minlength=num_experts).to(scores.dtype) / num_tokens
-    return num_experts * (first * scores.sum(0) / num_tokens).sum()
+    return num_experts * (first * normalized(scores).sum(0) / num_tokens).sum()
+
+
+def normalized(scores: Tensor) -> Tensor:
+    """scores [..., E] over their sum."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
 def squared_variation(values: Tensor) -> Tensor:

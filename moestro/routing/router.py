@@ -148,7 +148,7 @@ class Router(nn.Module):
             return wanted, ids.new_zeros(())
         per_unit = config.num_experts // config.num_groups if capacity.unit == "device" else 1
         units = ids // per_unit
-        room = math.ceil(factor * ids.numel() * per_unit / config.num_experts)
+        room = math.ceil(round(factor * ids.numel() * per_unit / config.num_experts, 6))  # 110.00000000000001 is 110
         affinity = weights if capacity.order == "affinity" else None
         spared = spare_sequences(len(ids), starts, capacity.spared_fraction if self.training else 0.0)
         overflow = find_overflow(units, wanted, room, affinity=affinity, spared=spared)
@@ -163,7 +163,7 @@ def score_experts(logits: Tensor, score: str) -> Tensor:
         case "softmax":
             return logits.softmax(-1)
         case "sqrt_softplus":
-            return F.softplus(logits).sqrt()
+            return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()  # √ has no slope at 0
     return torch.ones_like(logits)
 
 

@@ -50,6 +50,15 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """The routes of one router, its rows that count, and how many count in the global batch."""
+
+    routes: Routes
+    valid: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
 class ForwardResult:
     """One micro-batch: its loss terms; loads [L, E] of every router, choices that found no room included, and their
     number; nll [N] per token in nats, 0 where no target; how often MTP depth 1 and the main head name the same token,
@@ -104,29 +113,29 @@ def compute_loss(
         choices.append(choice)
 
     present = (batch.segments[:, :-1] != PADDING).flatten()
-    routed: list[tuple[Routes, Tensor]] = [(routes, present) for routes in output.routes]
+    routed = [Routed(routes, present, counts.tokens) for routes in output.routes]
     for k, extra in enumerate(outputs, start=1):
-        routed += [(routes, targets[k] >= 0) for routes in extra.routes]
+        routed += [Routed(routes, targets[k] >= 0, counts.targets[k]) for routes in extra.routes]
     balance = _balance_loss(model, routed, batch, counts)
     terms = LossTerms(main.detach(), mtp.detach(), balance.detach(), main + mtp_weight * mtp + balance)
     agreed, compared = _agreement(main_choice, choices, targets, batch.inputs.shape[1])
-    overflow = sum(int(routes.overflow) for routes, _ in routed if routes.overflow is not None)
+    overflow = sum(int(routes.overflow) for routes in (r.routes for r in routed) if routes.overflow is not None)
     return ForwardResult(terms, _loads(model, routed), overflow, nll, agreed, compared)
 
 
-def _balance_loss(model: Transformer, routed: list[tuple[Routes, Tensor]], batch: Batch, counts: Counts) -> Tensor:
+def _balance_loss(model: Transformer, routed: list[Routed], batch: Batch, counts: Counts) -> Tensor:
     total = torch.zeros((), device=batch.tokens.device)
     for term in model.config.router.balance:
-        divisor = 1 if term.needs_whole_batch else counts.tokens if term.kind == "z" else counts.sequences
-        for routes, valid in routed:
-            loss = balance_loss(term, routes, model.config, valid, len(batch.tokens))
+        for entry in routed:
+            divisor = 1 if term.needs_whole_batch else entry.tokens if term.kind == "z" else counts.sequences
+            loss = balance_loss(term, entry.routes, model.config, entry.valid, len(batch.tokens))
             total = total + term.weight * loss / max(divisor, 1)
     return total
 
 
-def _loads(model: Transformer, routed: list[tuple[Routes, Tensor]]) -> Tensor:
+def _loads(model: Transformer, routed: list[Routed]) -> Tensor:
     num_experts = model.config.num_experts
-    loads = [count_loads(routes.ids, num_experts, valid) for routes, valid in routed]
+    loads = [count_loads(entry.routes.ids, num_experts, entry.valid) for entry in routed]
     return torch.stack(loads) if loads else torch.zeros(0, num_experts, dtype=torch.int64)
 
 

@@ -20,7 +20,8 @@ from moestro.training.optim import Optimizers
 @dataclass(frozen=True)
 class StepResult:
     """What a step did. Losses in nats per token over the global batch; loads [L, E] choices per router and expert,
-    `overflow` of which found no room; `nll` and `text_bytes` summed over targets; `applied` is False where a non-finite gradient was thrown away."""
+    `overflow` of which found no room; `nll` and `text_bytes` summed over targets; `applied` is False where a
+    non-finite gradient was thrown away."""
 
     loss: float
     main: float

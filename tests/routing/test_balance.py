@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -57,3 +59,32 @@ def test_gradient_of_the_sequence_loss_pushes_down_the_overloaded() -> None:
     sequence_balance_loss(scores, 1, 1).backward()
     assert scores.grad is not None
     assert bool((scores.grad[:, 0] > 0).all()) and bool((scores.grad[:, 1:] < 0).all())
+
+
+def biases_slowly(bias: list[float], loads: list[int], speed: float, rule: str) -> list[float]:
+    """arXiv 2408.15664: e_i = mean − load_i; b += γ sign(e), in the multiplicative form too, or γ e / mean."""
+    mean, moved = Fraction(sum(loads), len(loads)), []
+    for b, load in zip(bias, loads, strict=True):
+        e = mean - load
+        step = e / mean if rule == "error" and mean else Fraction((e > 0) - (e < 0))
+        moved.append(b + speed * float(step))
+    return moved
+
+
+@pytest.mark.parametrize("rule", ["sign", "error", "multiplicative"])
+@pytest.mark.parametrize(
+    "loads", [[0, 0, 0], [7], [5, 5, 5, 5], [100, 0, 0, 0], [3, 3, 4], [10**6, 10**6 + 1], [12, 7, 0, 31, 2, 9]]
+)
+def test_every_bias_rule_equals_its_formula(rule: str, loads: list[int]) -> None:
+    bias = torch.linspace(-0.5, 0.75, len(loads))
+    before = bias.clone()
+    moved = updated_bias(bias, torch.tensor(loads), 0.01, rule)
+    assert moved.dtype == torch.float32 and torch.equal(bias, before)
+    assert moved.tolist() == pytest.approx(biases_slowly(before.tolist(), loads, 0.01, rule), abs=1e-7)
+
+
+def test_error_rule_moves_in_proportion_and_conserves_the_sum() -> None:
+    moved = updated_bias(torch.zeros(4), torch.tensor([8, 4, 4, 0]), 0.5, "error")
+    assert moved.tolist() == [-0.5, 0.0, 0.0, 0.5]
+    random = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(0))
+    assert float(updated_bias(torch.zeros(9), random, 1.0, "error").sum()) == pytest.approx(0.0, abs=1e-5)

@@ -107,7 +107,7 @@ def hidden_of_depths(model: Transformer, document: torch.Tensor) -> list[torch.T
         halves = [module.embed_norm(ahead), module.hidden_norm(hidden[-1][:kept])]
         x = torch.cat(halves, -1) @ module.project.weight.T
         rope = rope_tables(model.config, torch.arange(kept))
-        hidden.append(module.norm(module.block(x, rope, AttentionBatch.causal(1, kept))[0]))
+        hidden.append(module.norm(module.block(x, document[k : k + kept], rope, AttentionBatch.causal(1, kept))[0]))
     return hidden
 
 

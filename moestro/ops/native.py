@@ -1,0 +1,137 @@
+"""The compiled kernels of `csrc/`, called through ctypes on the memory of CPU tensors.
+
+Optional and never the specification: where the library was not built, or the CPU lacks AVX2, or a tensor is not fp32 or
+bf16 in CPU memory, `fused.py` computes the same. Results depend neither on the number of threads nor on what else is in
+the batch. `MOESTRO_ISA` (avx2, avx512, avx512bf16) forces a lower path than the best one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.errors import ConfigError
+from moestro.ops import fused
+
+ISAS = ("avx2", "avx512", "avx512bf16")
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
+LIBRARY = Path(__file__).parent / "libmoestro.so"
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "moestro_matmul": [_POINTER] * 3 + [_SIZE] * 6 + [_INT] * 5,
+    "moestro_experts_forward": [_POINTER] * 8 + [_SIZE] * 4 + [_INT] * 2,
+    "moestro_experts_backward": [_POINTER] * 12 + [_SIZE] * 4 + [_INT] * 2,
+    "moestro_combine": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 2,
+    "moestro_set_isa": [ctypes.c_char_p],
+}
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The library on its best path, or the one `MOESTRO_ISA` names; None where it is missing or cannot run.
+
+    Loaded after torch, so that both use the one OpenMP runtime. ConfigError for a name that this CPU cannot run.
+    """
+    wish = os.environ.get("MOESTRO_ISA", "")
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        library = None
+    if library is None:
+        if wish:
+            raise ConfigError(f"MOESTRO_ISA={wish}, but the native kernels are not built (moestro doctor)")
+        return None
+    library.moestro_isa.restype = ctypes.c_char_p
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    if wish and library.moestro_set_isa(wish.encode()):
+        raise ConfigError(f"MOESTRO_ISA={wish} is not one of {', '.join(ISAS)} that this CPU can run")
+    return library if library.moestro_isa() else None
+
+
+def current_isa() -> str:
+    """Name of the instruction set in use; empty where plain torch computes."""
+    library = load_library()
+    return library.moestro_isa().decode() if library else ""
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these: one type, fp32 or bf16, in CPU memory."""
+    kind = tensors[0].dtype
+    return kind in TYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
+
+
+def call(name: str, *arguments: Tensor | int) -> None:
+    """Call a kernel with the addresses of contiguous tensors, and sizes; raises on its error code."""
+    library = load_library()
+    assert library is not None
+    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    code = getattr(library, name)(*raw)
+    if code:
+        raise RuntimeError(f"{name}: {ERRORS.get(code, code)}")
+
+
+def matmul(a: Tensor, b: Tensor, *, a_transposed: bool = False, b_transposed: bool = False) -> Tensor:
+    """a [M, K] or, transposed, [K, M]; b [K, N] or [N, K]; rows contiguous -> [M, N] in their type, sums in fp32."""
+    m, k = a.shape[::-1] if a_transposed else a.shape
+    k_b, n = b.shape[::-1] if b_transposed else b.shape
+    if k != k_b or a.stride(1) != 1 or b.stride(1) != 1:
+        raise ValueError(f"cannot multiply [{m}, {k}] by [{k_b}, {n}], strides {a.stride()} and {b.stride()}")
+    out = a.new_empty(m, n)
+    kind = TYPES[a.dtype]
+    strides = (n, max(a.stride(0), a.shape[1]), max(b.stride(0), b.shape[1]))
+    flags = (int(a_transposed), int(b_transposed), kind, kind, torch.get_num_threads())
+    call("moestro_matmul", out, a, b, m, n, k, *strides, *flags)
+    return out
+
+
+def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """See `reference.grouped_experts`."""
+    if load_library() is None or not fits(x, gate_up, down):
+        return fused.grouped_experts(x, gate_up, down, ids, weights)
+    out: Tensor = _GroupedExperts.apply(x, gate_up, down, ids, weights)
+    return out
+
+
+class _GroupedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        (n, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
+        x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
+        order, inverse, bounds = fused.sort_by_expert(ids, num_experts)
+        token, by_slot = order // top_k, weights.flatten()[order].float()
+        offsets, slots = torch.tensor(bounds), bounds[-1]
+        h, y = x.new_empty(slots, 2 * width), x.new_empty(slots, hidden)
+        sizes = (num_experts, n, hidden, width, TYPES[x.dtype], torch.get_num_threads())
+        call("moestro_experts_forward", y, h, x, gate_up, down, token, by_slot, offsets, *sizes)
+        ctx.save_for_backward(x, gate_up, down, h, token, by_slot, offsets, inverse)
+        ctx.sizes, ctx.shape, ctx.weights_dtype = sizes, ids.shape, weights.dtype
+        return _combine(y, inverse, ids.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, down, h, token, by_slot, offsets, inverse = ctx.saved_tensors
+        d_out = grads[0].contiguous()
+        dx, d_weights = x.new_empty(len(h), x.shape[1]), by_slot.new_zeros(len(by_slot))
+        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+        gradients = (dx, d_weights, d_gate_up, d_down)
+        call("moestro_experts_backward", *gradients, d_out, x, h, gate_up, down, token, by_slot, offsets, *ctx.sizes)
+        by_choice = d_weights[inverse].view(ctx.shape).to(ctx.weights_dtype)
+        return _combine(dx, inverse, ctx.shape), d_gate_up, d_down, None, by_choice
+
+
+def _combine(slots: Tensor, inverse: Tensor, shape: torch.Size) -> Tensor:
+    """Sum the slots of every token: slots [S, D], inverse [N·A] the slot of each choice -> [N, D]."""
+    (num_tokens, top_k), (num_slots, hidden) = shape, slots.shape
+    out = slots.new_empty(num_tokens, hidden)
+    sizes = (num_tokens, top_k, num_slots, hidden, TYPES[slots.dtype], torch.get_num_threads())
+    call("moestro_combine", out, slots, inverse, *sizes)
+    return out
