@@ -25,6 +25,7 @@ LAYERS = (
     ("model",),
     ("engine",),
     ("training",),
+    ("compare",),
     ("report",),
     ("cli",),
 )

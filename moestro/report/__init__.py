@@ -1,5 +1,6 @@
-"""The report of a run: one self-contained HTML file."""
+"""Reports of a run and of a comparison: one self-contained HTML file each."""
 
+from moestro.report.comparison import write_comparison
 from moestro.report.html import write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]

@@ -1,27 +1,18 @@
-"""A run as one HTML file that needs nothing else: no network, no server, no other file.
-
-The template escapes every text; the figures' data lie in a JSON block in which `<`, `>` and `&` are escaped;
-the page's policy allows no request and only the very style and script written here, by their hashes. Line
-charts are drawn by uPlot (MIT, in `assets/`), everything else by the page's own script.
-"""
+"""The report of a run. Line charts are drawn by uPlot (MIT, in `assets/`), everything else by the page's script."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from moestro.errors import MoestroError
 from moestro.report import lines, maps
-from moestro.report.tiles import format_count, headline
+from moestro.report.page import render_page, write_page
+from moestro.report.tiles import headline
 from moestro.training import metrics as log
 
 STYLES = ("uPlot.min.css", "report.css")
@@ -41,15 +32,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     if not (run / "metrics.jsonl").is_file():
         raise MoestroError(f"{run} is not a run: it has no metrics.jsonl; give the folder of train --out")
-    target = out or run / "report.html"
-    target = target / "report.html" if target.is_dir() else target
-    page = render(run)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        log.write_atomic(target, page.encode("utf-8", "replace"))
-    except OSError as error:
-        raise MoestroError(f"cannot write the report {target}: {error.strerror}") from error
-    return target
+    return write_page(render(run), run / "report.html", out)
 
 
 def render(run: Path) -> str:
@@ -57,24 +40,17 @@ def render(run: Path) -> str:
     steps, evals = log.read_metrics(run), log.read_evals(run)
     about = _read_about(run)
     figures, missing, table = collect_figures(run, steps, evals)
-    style, script = _assets(STYLES), _assets(SCRIPTS)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.lstrip_blocks = True
-    environment.filters["count"] = format_count
-    return environment.from_string(_asset("report.html.j2")).render(
-        name=run.resolve().name,
-        about=about,
-        tiles=headline(about, steps, evals),
-        figures=figures,
-        missing=missing,
-        table=table,
-        samples=group_samples(log.read_samples(run)),
-        data=Markup(_script_json(figures)),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-    )
+    context = {
+        "name": run.resolve().name,
+        "about": about,
+        "versions": about["versions"],
+        "tiles": headline(about, steps, evals),
+        "figures": figures,
+        "missing": missing,
+        "table": table,
+        "samples": group_samples(log.read_samples(run)),
+    }
+    return render_page("report.html.j2", STYLES, SCRIPTS, figures, context)
 
 
 def collect_figures(
@@ -151,22 +127,3 @@ def _read_about(run: Path) -> Record:
         raise MoestroError(f"{path} is damaged: {error}") from error
     known = about if isinstance(about, dict) else {}
     return {key: known.get(key) for key in ABOUT}
-
-
-def _script_json(value: Any) -> str:
-    """JSON that cannot end its script element: `<`, `>` and `&` as \\u escapes."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _assets(names: Sequence[str]) -> str:
-    return "\n".join(_asset(name) for name in names)
-
-
-def _asset(name: str) -> str:
-    return (resources.files("moestro.report") / "assets" / name).read_text("utf-8")
-
-
-def _hash(text: str) -> str:
-    """The source expression of a content security policy for an inline element with this text."""
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"

@@ -31,7 +31,7 @@ def column(records: Sequence[Record], key: str) -> Floats:
 def downsample(x: Floats, y: Floats, limit: int = MAX_POINTS) -> dict[str, list[float | None]]:
     """`{x, y}` of at most `limit` points, with `{low, high}` when points had to be merged."""
     if len(x) <= limit:
-        return {"x": _plain(x, 12), "y": _plain(y)}
+        return {"x": to_plain(x, 12), "y": to_plain(y)}
     edges = np.linspace(0, len(x), limit + 1).astype(int)
     parts = [y[start:stop] for start, stop in itertools.pairwise(edges)]
     finite = [part[np.isfinite(part)] for part in parts]
@@ -39,7 +39,7 @@ def downsample(x: Floats, y: Floats, limit: int = MAX_POINTS) -> dict[str, list[
         name: np.array([reduce(part) if part.size else np.nan for part in finite])
         for name, reduce in (("y", np.mean), ("low", np.min), ("high", np.max))
     }
-    return {"x": _plain(x[edges[1:] - 1], 12)} | {name: _plain(values) for name, values in reduced.items()}
+    return {"x": to_plain(x[edges[1:] - 1], 12)} | {name: to_plain(values) for name, values in reduced.items()}
 
 
 def line(label: str, x: Floats, y: Floats, role: str = "plain", color: int = 0) -> list[Record]:
@@ -135,5 +135,6 @@ def _domain(record: Record, name: str) -> Record:
     return domain
 
 
-def _plain(values: Floats, digits: int = 5) -> list[float | None]:
+def to_plain(values: Floats, digits: int = 5) -> list[float | None]:
+    """Numbers for JSON, rounded to significant digits; None for what is not finite."""
     return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]

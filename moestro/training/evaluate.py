@@ -25,6 +25,8 @@ from moestro.errors import DataError
 from moestro.model.transformer import Transformer
 from moestro.training.loss import Counts, compute_loss
 
+Domains = Mapping[str, Callable[[], Iterator[Batch]]]  # name -> what makes its batches, from the start each time
+
 
 @dataclass(frozen=True)
 class Score:
@@ -63,7 +65,7 @@ def score_batches(model: Transformer, batches: Iterable[Batch], token_bytes: Ten
 
 
 def score_domains(
-    model: Transformer, domains: Mapping[str, Callable[[], Iterator[Batch]]], token_bytes: Tensor
+    model: Transformer, domains: Domains, token_bytes: Tensor
 ) -> tuple[dict[str, Any], NDArray[np.int64]]:
     """The evaluation record `{loss, bits_per_byte, tokens, domains}` and loads [domains, L, E]."""
     scores = {name: score_batches(model, batches(), token_bytes) for name, batches in domains.items()}
@@ -90,7 +92,27 @@ def score_source(
     max_tokens: int | None,
     scratch: Path,
 ) -> dict[str, Any]:
-    """Evaluate on a source of text, or on what the run held out where `source` is None.
+    """Evaluate on a source of text, or on what the run held out where `source` is None; see `open_domains`."""
+    domains = open_domains(
+        language_model, source, run=run, split=split, seq_len=seq_len, max_tokens=max_tokens, scratch=scratch
+    )
+    model = language_model.model
+    token_bytes = pad_token_bytes(language_model.tokenizer.token_bytes, model.config.vocab_size)
+    record, _ = score_domains(model, domains, token_bytes)
+    return record
+
+
+def open_domains(
+    language_model: LanguageModel,
+    source: str | None,
+    *,
+    run: Path,
+    split: str,
+    seq_len: int,
+    max_tokens: int | None,
+    scratch: Path,
+) -> Domains:
+    """The batches of each domain of a source of text, or of what the run held out where `source` is None.
 
     `split` is "all", "valid" or "auto" (valid for the built-in corpus and a run's own data). Shards are made in
     `scratch`. Raises DataError where there is nothing to evaluate on.
@@ -102,8 +124,6 @@ def score_source(
         shards = prepare(iterate_documents(source), language_model.tokenizer, scratch / "shards", 0.02)
         valid_only = split == "valid" or (split == "auto" and source == "builtin")
         splits = ["valid"] if valid_only else ["train", "valid"]
-    model = language_model.model
-    token_bytes = pad_token_bytes(language_model.tokenizer.token_bytes, model.config.vocab_size)
     domains = {
         domain: partial(_chain_splits, shards, domain, splits, seq_len, max_tokens)
         for domain in shards.domains
@@ -111,8 +131,7 @@ def score_source(
     }
     if not domains:
         raise DataError("there is no held-out text to evaluate on; give --data PATH or --split all")
-    record, _ = score_domains(model, domains, token_bytes)
-    return record
+    return domains
 
 
 def _chain_splits(

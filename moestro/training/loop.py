@@ -260,6 +260,7 @@ class Loop:
             return
         scores, loads = score_domains(self.session.model, domains, self.token_bytes)
         state = self.session.state
+        scores["evaluated_tokens"] = scores.pop("tokens")
         self.evaluation = {"step": state.step, "tokens": state.tokens, "seconds": state.seconds} | scores
         self.log.evaluation(self.evaluation, loads if loads.shape[1] else None)
         self.progress.evaluation(self.evaluation)

@@ -1,7 +1,6 @@
 "use strict";
 // Line charts: uPlot for the plane, own legend with values under the cursor. Colours come from the style sheet.
 
-const sync = uPlot.sync("tokens");
 const redraws = [];
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -22,7 +21,12 @@ function compact(value) {
   return String(+value.toPrecision(3));
 }
 
+// Cells of a comparison: the first in ink, then eight colours solid, dashed and dotted.
+const cellColor = (index) => color(index ? `line-${(index - 1) % 8}` : "ink");
+const cellDash = (index) => [undefined, [7, 4], [2, 3]][index ? Math.floor((index - 1) / 8) % 3 : 0];
+
 function lineColor(line) {
+  if (line.role === "cell") return cellColor(line.color);
   if (line.role === "total") return color("ink");
   if (line.role === "train") return color("faint");
   return color(`line-${line.color % 8}`);
@@ -45,14 +49,15 @@ function seriesOf(lines, columns) {
   const bands = [];
   lines.forEach((line, index) => {
     const stroke = () => lineColor(line);
-    const dash = line.role === "domain" && line.color >= 8 ? [6, 4] : undefined;
+    const dash = line.role === "cell" ? cellDash(line.color) : line.role === "domain" && line.color >= 8 ? [6, 4] : undefined;
+    const marked = line.role === "plain" || line.role === "train" ? line.x.length < 2 : line.x.length < 40;
     series.push({
       label: line.label,
       stroke,
-      width: { total: 2.5, domain: 1.75, train: 1.25, plain: 1.75 }[line.role],
+      width: { total: 2.5, cell: 2, domain: 1.75, train: 1.25, plain: 1.75 }[line.role],
       dash,
       spanGaps: true,
-      points: { show: line.role === "domain" || line.role === "total" ? line.x.length < 40 : line.x.length < 2, size: 5, fill: stroke },
+      points: { show: marked, size: 5, fill: stroke },
     });
     if (!columns[index].low) return;
     series.push({ width: 0, points: { show: false } }, { width: 0, points: { show: false } });
@@ -75,6 +80,16 @@ function axes(format) {
   ];
 }
 
+function paintSwatch(swatch, line) {
+  const dash = line.role === "cell" && cellDash(line.color);
+  const paint = () => {
+    const ink = lineColor(line);
+    swatch.style.background = dash ? `repeating-linear-gradient(90deg, ${ink} 0 ${dash[0]}px, transparent ${dash[0]}px ${dash[0] + dash[1]}px)` : ink;
+  };
+  redraws.push(paint);
+  paint();
+}
+
 function legend(lines, format) {
   const list = element("ul", "legend");
   const values = lines.map((line) => {
@@ -83,9 +98,7 @@ function legend(lines, format) {
     button.type = "button";
     button.setAttribute("aria-pressed", "true");
     const swatch = element("span", `swatch ${line.role}`);
-    const paint = () => { swatch.style.background = lineColor(line); };
-    redraws.push(paint);
-    paint();
+    paintSwatch(swatch, line);
     const value = element("span", "value");
     button.append(swatch, element("bdi", "", line.label), value);
     item.append(button);
@@ -124,7 +137,7 @@ function drawChart(box, chart) {
     height,
     padding: [8, 10, 0, 0],
     legend: { show: false },
-    cursor: { sync: { key: sync.key, setSeries: false }, drag: { x: true, y: false }, points: { size: 7 }, y: false },
+    cursor: { sync: { key: "tokens", setSeries: false }, drag: { x: true, y: false }, points: { size: 7 }, y: false },
     scales: { x: { time: false }, y: { range: (plot, low, high) => rangeOf(low, high) } },
     axes: axes(format),
     series,

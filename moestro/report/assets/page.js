@@ -126,7 +126,7 @@ function drawBiases(box, biases) {
     height: 300,
     padding: [8, 10, 0, 0],
     legend: { show: false },
-    cursor: { sync: { key: sync.key, setSeries: false }, focus: { prox: 24 }, points: { show: false }, drag: { x: true, y: false }, y: false },
+    cursor: { sync: { key: "tokens", setSeries: false }, focus: { prox: 24 }, points: { show: false }, drag: { x: true, y: false }, y: false },
     focus: { alpha: 0.25 },
     scales: { x: { time: false } },
     axes: axes(compact),

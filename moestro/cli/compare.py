@@ -1,0 +1,265 @@
+"""`moestro compare`: routers against each other, at equal cost, over seeds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from moestro.cli.output import print_json, print_note
+from moestro.config import load_preset
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moestro.compare.plan import Plan
+    from moestro.compare.results import CellSummary, Estimate, Record, Summary
+
+LARGEST_DEVIATION = 0.03  # of FLOPs per token from the base's, before a warning
+PLAIN_WIDTH = 160  # of tables that do not go to a terminal
+
+
+def compare(
+    *,
+    routers: str = "dense,switch,glam,deepseek-moe,deepseek-v3",
+    seeds: int = 3,
+    budget: str = "5m",
+    equal: str | None = None,
+    preset: str = "compare",
+    data: str | None = None,
+    settings: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    expansion: int = 8,
+    jobs: int = 1,
+    out: Path = Path("runs/compare"),
+    dry_run: bool = False,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Train router schemes of equal FLOPs per token on the same data and compare them.
+
+    The same command goes on where it was stopped; cells and seeds may be added.
+
+    Parameters
+    ----------
+    routers
+        Cells, separated by commas: [label=]scheme[:key=value…]. A scheme is a shipped one or a .toml file, keys are
+        those of [model], such as mha=deepseek-v3:attention=mha. Differences are to the first cell.
+    seeds
+        Runs per cell: seeds 0, 1, …; each decides the order of the data and the initial weights.
+    budget
+        Per run: 10m, 90s, 1h of training, or 500ktok, 20Mtok, 2Btok.
+    equal
+        What is equal among cells: seconds or tokens follow from the budget; flops with a budget in tokens.
+    preset
+        The base that cells share, as a dense model: its FLOPs per token are every cell's.
+    data
+        What to train on, as in moestro train; the same for all.
+    settings
+        Changes of the base for all cells, as section.key=value; may be repeated.
+    expansion
+        All experts over the active ones.
+    jobs
+        Runs at a time; each gets its share of the cores.
+    out
+        The directory of the comparison.
+    dry_run
+        Show the cells and stop.
+    json_output
+        Print the summary as one JSON object on the last line.
+    """
+    from moestro.compare.plan import make_plan
+
+    overrides = [*([f"data.source={json.dumps(data)}"] if data is not None else []), *settings]
+    options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
+    plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)
+    print_table(cells_table(plan), error=not dry_run)
+    for warning in deviations(plan):
+        print_note(warning)
+    if dry_run:
+        if json_output:
+            print_json({"cells": [describe_cell(plan, index) for index in range(len(plan.cells))]})
+        return 0
+    return run_and_show(plan, json_output=json_output)
+
+
+def run_and_show(plan: Plan, *, json_output: bool) -> int:
+    """Train, write the report, print the table; returns the exit code."""
+    from moestro.compare.plan import prepare_directory
+    from moestro.compare.results import FAILED, FINISHED, summarise, verdicts
+    from moestro.compare.runner import Runner
+    from moestro.report.comparison import sentences, write_comparison
+
+    command = shlex.join(["moestro", *sys.argv[1:]])
+    prepare_directory(plan, command, print_note)
+    total = len(plan.cells) * len(plan.seeds)
+    runner = Runner(plan, report=lambda record: print_note(describe_run(record)))
+    signal = runner.run()
+    records = list(runner.records.values())
+    report = write_comparison(plan.directory)
+    summary, found = summarise(records), verdicts(records, plan.budget.kind)
+    finished = sum(record["status"] == FINISHED for record in records)
+    failed = sum(record["status"] == FAILED for record in records)
+    if finished:
+        print_table(results_table(summary), error=False)
+        print("\n".join([*sentences(found, summary), f"The report is {report}: open it in a browser."]))
+    if failed:
+        print_note(f"{failed} of {total} runs failed; the same command tries them again")
+    if signal is not None:
+        print_note(f"Stopped; {finished} of {total} runs are finished. Go on with:\n  {command}")
+    if json_output:
+        print_json(
+            {"out": str(plan.directory), "report": str(report), "runs": total, "finished": finished, "failed": failed,
+             **asdict(summary), "verdicts": [asdict(verdict) for verdict in found]}
+        )  # fmt: skip
+    return 128 + signal if signal is not None else int(failed > 0)
+
+
+def print_table(table: Table, *, error: bool) -> None:
+    """A table on standard output, or beside the results on standard error."""
+    from rich.console import Console
+
+    stream = sys.stderr if error else sys.stdout
+    Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False).print(table)
+
+
+def new_table(*columns: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    return table
+
+
+def describe_cell(plan: Plan, index: int) -> dict[str, Any]:
+    """What a cell is before it is trained."""
+    from moestro.compare.cells import token_flops, training_cost
+    from moestro.model.size import cache_bytes_per_token, measure_size
+
+    cell = plan.cells[index]
+    model, size = cell.config.model, measure_size(cell.config.model)
+    return {
+        "label": cell.cell.label,
+        "parameters": {"total": size.total, "active": size.active},
+        "num_experts": model.num_experts,
+        "top_k": model.top_k,
+        "num_shared_experts": model.num_shared_experts,
+        "expert_dim": model.expert_dim,
+        "dense_dim": model.dense_dim,
+        "flops_ratio": cell.flops_ratio,
+        "flops_per_token": token_flops(cell.config),
+        "training_flops_per_token": training_cost(cell.config),
+        "cache_bytes_per_token": cache_bytes_per_token(model)["bf16"],
+        "steps": plan.config(cell, 0).train.steps if plan.budget.kind != "seconds" else None,
+    }
+
+
+def cells_table(plan: Plan) -> Table:
+    """Every cell with what it costs."""
+    table = new_table("cell", "total", "active", "experts", "per token", "width", "FLOPs/base", "cache bytes", "run")
+    for index in range(len(plan.cells)):
+        cell = describe_cell(plan, index)
+        moe = cell["num_experts"] > 0
+        table.add_row(
+            plain(cell["label"]),
+            f"{cell['parameters']['total'] / 1e6:.2f}M",
+            f"{cell['parameters']['active'] / 1e6:.2f}M",
+            str(cell["num_experts"]) if moe else "–",
+            f"{cell['top_k']}+{cell['num_shared_experts']}" if moe else "–",
+            str(cell["expert_dim"] if moe else cell["dense_dim"]),
+            f"{cell['flops_ratio']:.3f}",
+            f"{cell['cache_bytes_per_token']:,}",
+            plan.budget.text if cell["steps"] is None else f"{cell['steps']:,} steps",
+        )
+    return table
+
+
+def deviations(plan: Plan) -> list[str]:
+    """A warning for every cell whose tokens cost something else than the base's."""
+    return [
+        f"warning: a token of {cell.cell.label} costs {cell.flops_ratio:.3f} times what one of the base does; "
+        "differences may come from that"
+        for cell in plan.cells
+        if abs(cell.flops_ratio - 1) > LARGEST_DEVIATION
+    ]
+
+
+def describe_run(record: Record) -> str:
+    """One line on how a run ended."""
+    from moestro.training.progress import format_duration
+
+    name = f"{record['label']}, seed {record['seed']}"
+    if record["error"] is not None:
+        return f"{name} failed: {record['error']}"
+    if record["status"] != "finished":
+        return f"{name} stopped at step {record['steps'] or 0}"
+    bits = "no held-out text" if record["bits_per_byte"] is None else f"{record['bits_per_byte']:.4f} bits per byte"
+    return f"{name}: {bits}, {record['tokens']:,} tokens in {format_duration(record['seconds'])}"
+
+
+def results_table(summary: Summary) -> Table:
+    """What the finished runs of every cell came to, means over seeds."""
+    target = "" if summary.target is None else f" to {summary.target:.3f}"
+    table = new_table(
+        *("cell", "seeds", "bits per byte", f"− {plain(summary.baseline)} (95%)", "MaxVio batch", "whole"),
+        *("entropy", "dead", "dropped", "tokens/s", f"seconds{target}"),
+    )
+    for cell in summary.cells:
+        figures = cell.figures
+        table.add_row(
+            plain(cell.label),
+            f"{cell.finished}" + (f" ({cell.failed} failed)" if cell.failed else ""),
+            spread(figures.get("bits_per_byte")),
+            difference_text(cell),
+            mean_text(figures.get("max_vio_batch"), "{:.2f}"),
+            mean_text(figures.get("max_vio_global"), "{:.2f}"),
+            mean_text(figures.get("entropy"), "{:.3f}"),
+            mean_text(figures.get("dead_experts"), "{:.1f}"),
+            mean_text(figures.get("dropped"), "{:.1%}"),
+            mean_text(figures.get("tokens_per_second"), "{:,.0f}"),
+            target_text(cell),
+        )
+    return table
+
+
+def plain(text: str) -> str:
+    """Text in which brackets are no markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def mean_text(estimate: Estimate | None, form: str) -> str:
+    """The mean, or a dash where the cell has no such figure."""
+    return "–" if estimate is None else form.format(estimate.mean)
+
+
+def spread(estimate: Estimate | None) -> str:
+    """Mean ± standard deviation over seeds."""
+    if estimate is None:
+        return "–"
+    return f"{estimate.mean:.4f}" + ("" if estimate.sd is None else f" ± {estimate.sd:.4f}")
+
+
+def difference_text(cell: CellSummary) -> str:
+    """The difference to the baseline with its interval; of a single seed there is none."""
+    difference = cell.difference
+    if difference is None:
+        return "–"
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.4f} (one seed)"
+    return f"{difference.mean:+.4f} ({difference.low:+.4f} … {difference.high:+.4f})"
+
+
+def target_text(cell: CellSummary) -> str:
+    """Seconds until the target, and how many runs reach it where not all do."""
+    estimate = cell.to_target.get("seconds")
+    if estimate is None:
+        return "–"
+    return f"{estimate.mean:,.0f}" + ("" if estimate.n == cell.finished else f" ({estimate.n} of {cell.finished})")

@@ -1,0 +1,30 @@
+"""One run of a comparison as a process: `python -m moestro.compare.worker CONFIG RUN`.
+
+As `moestro train --resume`, without progress and without a report. SIGTERM saves a checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from moestro.config import build_config, load_file
+from moestro.errors import MoestroError
+from moestro.training.loop import train
+
+
+def main(config: Path, run: Path) -> int:
+    """Train to the end or to a signal; returns the exit code."""
+    try:
+        outcome = train(build_config(load_file(config)), run, resume=True, quiet=True)
+    except MoestroError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if outcome.stopped_by is not None:
+        print(f"stopped by signal {outcome.stopped_by} at step {outcome.step}", file=sys.stderr)
+        return 128 + outcome.stopped_by
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
