@@ -1,7 +1,15 @@
-// What every AVX2 machine shares: eight rows of eight steps, turned.
+// What every AVX2 machine shares: reading a step, and turning eight rows of eight steps.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <immintrin.h>
+
+// A step of a row of bf16 may lie at any even address.
+inline float step_as_float(const uint32_t *p) {
+    float f;
+    memcpy(&f, p, 4);
+    return f;
+}
 
 inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *from, int64_t from_bytes) {
     const char *p = static_cast<const char *>(from);

@@ -11,7 +11,7 @@ struct Isa {
     static Vector load(const float *p) { return _mm512_load_ps(p); }
     static void store(float *p, Vector v) { _mm512_store_ps(p, v); }
     static Vector load_steps(const uint32_t *p) { return _mm512_load_ps(p); }
-    static Vector broadcast(const uint32_t *p) { return _mm512_set1_ps(*reinterpret_cast<const float *>(p)); }
+    static Vector broadcast(const uint32_t *p) { return _mm512_set1_ps(step_as_float(p)); }
     template <bool PAIRS> static Vector multiply_add(Vector c, Vector a, Vector b) {
 #if MOESTRO_HAS_BF16
         if (PAIRS) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);

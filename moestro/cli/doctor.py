@@ -24,20 +24,25 @@ def doctor(
     """
     from moestro import machine as machines
     from moestro.errors import ConfigError
+    from moestro.ops import native
 
     if not 0.5 <= seconds <= 60:
         raise ConfigError(f"--seconds must lie between 0.5 and 60, not {seconds:g}")
     machine = machines.describe_machine()
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
+    isa = native.current_isa()
+    if not isa and "avx2" in machine.instruction_sets:
+        problems.append("native kernels are not built; install a C++ compiler, then moestro again, for faster experts")
     if json_output:
-        print_json({"machine": asdict(machine), "measured": asdict(measured), "problems": problems})
+        print_json({"machine": asdict(machine), "measured": asdict(measured), "native": isa, "problems": problems})
         return
     print_rows(
         [
             ("system", f"{machine.os}, Python {machine.python}, torch {machine.torch}"),
             ("CPU", f"{machine.cpu}, {machine.cores} usable cores, {machine.threads} threads"),
             ("instruction sets", " ".join(machine.instruction_sets) or "unknown"),
+            ("native kernels", isa or "none: plain torch computes"),
             ("memory", f"{machine.memory_gib:.1f} GiB, {machine.available_gib:.1f} GiB free"),
             ("GPU", ", ".join(machine.gpus) or "none"),
             ("OpenMP", ", ".join(machine.openmp) or "none loaded"),
