@@ -119,19 +119,23 @@ class Router(nn.Module):
 
     def choose(self, scores: Tensor, tokens: Tensor | None) -> Tensor:
         """Biased selection, or the hash of the token: ids [N, A]."""
-        config, bias = self.config, self.bias
+        config = self.config
         if self.hashed:
             if tokens is None:
                 raise ValueError("hash routing needs the token ids")
             return hash_experts(tokens, num_experts=config.num_experts, top_k=config.top_k, layer=self.layer)
-        free = scores.detach()
         return select_experts(
-            free * (1 + bias) if config.router.bias == "multiplicative" else free + bias,
+            self.biased(scores),
             top_k=config.top_k,
             num_groups=config.num_groups,
             top_k_groups=config.top_k_groups,
             group_score=config.router.group_score,
         )
+
+    def biased(self, scores: Tensor) -> Tensor:
+        """Scores [N, E] as they are compared: with the bias, without gradient."""
+        free = scores.detach()
+        return free * (1 + self.bias) if self.config.router.bias == "multiplicative" else free + self.bias
 
     @torch.no_grad()
     def accept(self, ids: Tensor, weights: Tensor, starts: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:

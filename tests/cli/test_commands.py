@@ -194,7 +194,7 @@ def test_help_does_not_wait_for_torch() -> None:
     program = """
 import sys
 from moestro.cli import main
-for command in ([], ["train"], ["eval"], ["generate"], ["chat"], ["report"], ["inspect"], ["init"], ["doctor"]):
+for command in ([], ["train"], ["eval"], ["generate"], ["chat"], ["report"], ["inspect"], ["init"], ["doctor"], ["compare"], ["ablate"]):
     sys.argv = ["moestro", *command, "--help"]
     try:
         main()
