@@ -48,7 +48,9 @@ class Block:
         """Arguments of every `moestro` command: from its name to a pipe or redirection."""
         found = []
         for command in self.commands:
-            words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
+            lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True  # a comma inside a word is no end of it
+            words = list(lexer)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]
             end = next((place for place, word in enumerate(words) if set(word) <= set("|&;<>()")), len(words))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from moestro.cli import main
-from moestro.ops import native
 from moestro.config import Config
 from moestro.errors import MoestroError
+from moestro.ops import native
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -194,8 +194,8 @@ def test_help_does_not_wait_for_torch() -> None:
     program = """
 import sys
 from moestro.cli import main
-for command in ([], ["train"], ["eval"], ["generate"], ["chat"], ["report"], ["inspect"], ["init"], ["doctor"], ["compare"], ["ablate"]):
-    sys.argv = ["moestro", *command, "--help"]
+for command in ("", "train", "eval", "generate", "chat", "report", "inspect", "init", "doctor", "compare", "ablate"):
+    sys.argv = ["moestro", *command.split(), "--help"]
     try:
         main()
     except SystemExit as end:
