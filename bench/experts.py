@@ -2,8 +2,8 @@
 
     python bench/experts.py [--rounds 9]
 
-Printed for each shape and precision: median GFLOP/s of both with their spread, the ratio, and the share of the machine's
-matrix-product peak in that precision, measured in the same run. A product's forward counts once and its backward twice.
+Printed for each shape and precision: median GFLOP/s of both with their spread, the ratio, and the share of the
+machine's matrix-product peak in that precision, measured in the same run. A backward pass counts twice its forward.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ def main() -> None:
     torch.set_num_threads(machine.usable_threads())
     peaks = machine.measure_machine(3)
     described = machine.describe_machine()
-    print(
-        f"{described.cpu}, {described.threads} threads, torch {described.torch}, kernels {native.current_isa() or 'none'}"
-    )
+    kernels = native.current_isa() or "none"
+    print(f"{described.cpu}, {described.threads} threads, torch {described.torch}, kernels {kernels}")
     print(f"peak: {peaks.fp32_gflops:.0f} GFLOP/s fp32, {peaks.bf16_gflops:.0f} bf16\n")
     print(f"{'shape':<22} {'':<5} {'native':>20} {'torch':>20} {'ratio':>6} {'of peak':>8}")
     for name, shape in SHAPES.items():

@@ -22,6 +22,7 @@ from moestro.ops import fused
 ISAS = ("avx2", "avx512", "avx512bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
+MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
 LIBRARY = Path(__file__).parent / "libmoestro.so"
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -95,8 +96,14 @@ def matmul(a: Tensor, b: Tensor, *, a_transposed: bool = False, b_transposed: bo
 
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """See `reference.grouped_experts`."""
-    if load_library() is None or not fits(x, gate_up, down):
+    worth_packing = ids.numel() >= MIN_LOAD * len(down)
+    if not worth_packing or load_library() is None or not fits(x, gate_up, down):
         return fused.grouped_experts(x, gate_up, down, ids, weights)
+    return run_experts(x, gate_up, down, ids, weights)
+
+
+def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The kernels themselves, for any number of tokens; see `reference.grouped_experts`."""
     out: Tensor = _GroupedExperts.apply(x, gate_up, down, ids, weights)
     return out
 
