@@ -217,7 +217,8 @@ def compare_maps(out: Path, cell: str = "mla") -> None:
 
     Correlation, over pairs of domains, of the likeness in one seed with that in another, layer by layer.
     """
-    runs = sorted(path for path in (out / "cells" / cell).iterdir() if path.is_dir())
+    records = [r for r in read_results(out) if r["label"] == cell and r["status"] == FINISHED]
+    runs = [out / record["run"] for record in records]
     maps, names = [], []
     for run in runs:
         names, by_step = read_domain_loads(run)
