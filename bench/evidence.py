@@ -73,7 +73,7 @@ class Claim:
 
 CLAIMS = {
     "order": Claim(
-        "Dense > Hash > Switch > GShard > DeepSeekMoE at equal active compute, and the shared expert",
+        "Loss at equal active compute, and the shared expert",
         ("dense", "hash", "switch", "gshard", "deepseek-moe", "no-shared"),
         ("tokens_per_second", "max_vio_global", "dropped"),
     ),
