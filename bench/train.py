@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from workers import Worker, answer
 
 MODEL = {
     "vocab_size": 4096, "hidden_dim": 256, "num_layers": 6, "num_dense_layers": 1, "dense_dim": 640, "num_heads": 4,
@@ -97,40 +97,16 @@ def work(mode: str, model_tree: dict[str, Any], rows: int, length: int) -> None:
     kind, dtype, *rest = mode.split(":")
     step = our_step(dtype, model_tree, rows, length) if kind == "ours" else hf_step(dtype, rest[0], rows, length)
     step()
-    print("ready", flush=True)
+    answer("ready")
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
-        print(time.perf_counter() - start, flush=True)
+        answer(time.perf_counter() - start)
 
 
-class Worker:
-    """A mode's process, warmed up (alone, as the next starts after it); `time_step` lets it take one step."""
-
-    def __init__(self, mode: str, environment: dict[str, str], tree: dict[str, Any], rows: int, length: int) -> None:
-        command = [sys.executable, __file__, "--worker", mode, json.dumps(tree), str(rows), str(length)]
-        self.process = subprocess.Popen(
-            command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._read_line()
-
-    def time_step(self) -> float:
-        """Seconds of one step; RuntimeError if the process has died."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return float(self._read_line())
-
-    def _read_line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"worker failed: {' '.join(self.process.args[2:4])}")  # type: ignore[index]
-        return line
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()
+def start_worker(mode: str, environment: dict[str, str], tree: dict[str, Any], rows: int, length: int) -> Worker:
+    """A mode's process, warmed up (alone, as the next starts after it); every question lets it take one step."""
+    return Worker(__file__, mode, json.dumps(tree), str(rows), str(length), environment=environment)
 
 
 def compare(rounds: int, steps: int, names: list[str]) -> None:
@@ -148,11 +124,11 @@ def compare(rounds: int, steps: int, names: list[str]) -> None:
         f"{measured.read_gb_per_second:.0f} GB/s read; N_active {size.active_without_embedding / 1e6:.1f}M"
     )
     rows, length = 16, 512
-    workers = {name: Worker(*MODES[name], MODEL, rows, length) for name in names}
+    workers = {name: start_worker(*MODES[name], MODEL, rows, length) for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, worker in workers.items():
-            speeds[name] += [rows * length / worker.time_step() for _ in range(steps)]
+            speeds[name] += [rows * length / worker.ask() for _ in range(steps)]
     for worker in workers.values():
         worker.close()
     medians = {name: statistics.median(values) for name, values in speeds.items()}
@@ -178,13 +154,13 @@ def sweep(rounds: int) -> None:
     dtype = resolve_dtype(build_config({"model": MODEL}))
     print(f"{describe_machine().cpu}, {dtype}")
     workers = {
-        name: Worker(f"ours:{dtype}", KEEP, MODEL | changes, 8192 // length, length)
+        name: start_worker(f"ours:{dtype}", KEEP, MODEL | changes, 8192 // length, length)
         for name, (changes, length) in variants.items()
     }
     speeds: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
-            speeds[name].append(8192 / worker.time_step())
+            speeds[name].append(8192 / worker.ask())
     for name, values in speeds.items():
         workers[name].close()
         print(f"{name:<12} {statistics.median(values):>7.0f} tok/s  ({min(values):.0f}–{max(values):.0f})")

@@ -9,12 +9,14 @@ Reading order of values: defaults < preset or file < `--depth` dial < `key=value
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,7 +32,7 @@ class Frozen(BaseModel):
 class RopeConfig(Frozen):
     """Rotary embedding, with YaRN (arXiv 2309.00071) when `factor` > 1."""
 
-    theta: float = Field(10000.0, gt=0)
+    theta: float = Field(10000.0, gt=1)
     factor: float = Field(1.0, ge=1)
     original_max_seq_len: int = Field(4096, gt=0)
     beta_fast: float = Field(32.0, gt=0)
@@ -196,7 +198,7 @@ class ModelConfig(Frozen):
 class TrainConfig(Frozen):
     """The run: length, schedule, optimizer, precision, what is written when."""
 
-    seed: int = 0
+    seed: int = Field(0, gt=-(2**43), lt=2**43, description="seed and step together seed a step's noise, 64 bits")
     steps: int = Field(1000, gt=0)
     minutes: float = Field(0.0, ge=0, description="> 0: after 20 steps, `steps` is lowered to fit this time")
     seq_len: int = Field(512, gt=1)
@@ -207,7 +209,7 @@ class TrainConfig(Frozen):
     warmup_steps: int = Field(20, ge=0)
     decay_fraction: float = Field(0.3, ge=0, le=1)
     final_lr_ratio: float = Field(0.05, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0)
     mtp_weight: float = Field(0.3, ge=0)
@@ -220,7 +222,7 @@ class TrainConfig(Frozen):
     keep_checkpoints: int = Field(2, gt=0)
     eval_every: int = Field(100, gt=0)
     eval_tokens: int = Field(65536, gt=0, description="validation tokens per domain while training")
-    threads: int = Field(0, ge=0, description="0: every core this process may use")
+    threads: int = Field(0, ge=0, le=1024, description="0: every core this process may use")
     mirror: Literal["none", "tensorboard", "trackio"] = "none"
 
 
@@ -290,7 +292,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Set `section.key=value` pairs in a copy of `tree`; values are read as TOML, else as plain strings."""
-    result: dict[str, Any] = json.loads(json.dumps(tree))
+    result: dict[str, Any] = copy.deepcopy(dict(tree))
     for pair in overrides:
         key, separator, text = pair.partition("=")
         *path, leaf = key.strip().split(".")
@@ -320,17 +322,30 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> Conf
         raise ConfigError(_describe(error)) from error
 
 
+def _suggest(key: str) -> str:
+    """The known key that is nearest: of the same name in another section, else of similar spelling."""
+    known = list(_list_keys(Config().model_dump()))
+    leaf = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    nearest = same or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def _list_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _list_keys(value, f"{prefix}{key}.")
+
+
 def _describe(error: ValidationError) -> str:
     problems = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'")
+            problems.append(f"unknown key '{key}'" + _suggest(key))
         else:
             message = item["msg"].removeprefix("Value error, ")
-            problems.append(
-                f"{key}: {message} (got {item['input']!r})"
-                if not isinstance(item["input"], dict)
-                else f"{key}: {message}"
-            )
+            given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            problems.append((f"{key}: " if key else "") + message + given)
     return "config: " + "; ".join(problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,38 @@ def test_files_are_read_or_refused_by_name(tmp_path: Path) -> None:
         load_file(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="nothing"):
         load_preset("nothing")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("model.hiden_dim", "model.hidden_dim"), ("trian.steps", "train"), ("train.top_k", "model.top_k"),
+     ("model.router.bais", "model.router.bias")],
+)  # fmt: skip
+def test_an_unknown_key_names_the_nearest_known_one(key: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"; did you mean '{nearest}'\\?$"):
+        build_config({}, [f"{key}=1"])
+
+
+def test_a_key_like_no_other_has_no_suggestion() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.xyzzy'$"):
+        build_config({}, ["model.xyzzy=1"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.betas=[2,3]", f"train.seed={2**60}", "model.rope.theta=1", "train.threads=100000"],
+)
+def test_values_that_torch_would_refuse_are_refused_here(override: str) -> None:
+    with pytest.raises(ConfigError):
+        build_config({}, [override])
+
+
+def test_a_mistake_of_the_whole_has_no_empty_key() -> None:
+    balance = 'model.router.balance=[{kind="expert", weight=1}]'
+    with pytest.raises(ConfigError, match=r"^config: the balance term"):
+        build_config({}, [balance, "train.accumulate=2"])
+
+
+def test_dates_in_a_file_are_no_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        build_config({"train": {"steps": datetime.date(2000, 1, 1)}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from moestro.cli.output import print_note
+from moestro.cli.output import print_note, read_input
 
 
 def chat(
@@ -60,6 +60,6 @@ def chat(
 def read_line() -> str:
     """The next line without spaces around it; empty at the end of input."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return read_input(lambda: input("> " if sys.stdin.isatty() else "")).strip()
     except EOFError:
         return ""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moestro.cli.output import print_json
+from moestro.cli.output import print_json, read_input
 
 
 def generate(
@@ -47,7 +47,7 @@ def generate(
     from moestro.engine.language_model import load
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_input(sys.stdin.read)
     language_model = load(model, dtype)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -1,11 +1,13 @@
-"""What commands print for programs and for people."""
+"""What commands print for programs and for people, and read from standard input."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from moestro.errors import DataError
 
 
 def print_json(tree: Mapping[str, Any]) -> None:
@@ -18,6 +20,14 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def read_input(read: Callable[[], str]) -> str:
+    """Text from standard input; DataError where it is not valid UTF-8."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not valid UTF-8 ({error.reason})") from error
 
 
 def print_note(text: str) -> None:

@@ -16,20 +16,23 @@ def report(
     out: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write the report of a run: losses, loads, experts by domain, biases, samples. No network needed to view it.
+    """Write the report of a run (losses, loads, experts by domain, biases, samples) or of a comparison.
+
+    No network is needed to view it.
 
     Parameters
     ----------
     run
-        A run directory.
+        A run directory, or that of a comparison.
     out
-        Where to write; RUN/report.html by default.
+        Where to write; report.html in the directory by default.
     json_output
         Print {"report": path} instead of the path.
     """
-    from moestro.report import write_report
+    from moestro.compare.results import REQUEST
+    from moestro.report import write_comparison, write_report
 
-    path = write_report(run, out)
+    path = (write_comparison if (run / REQUEST).is_file() else write_report)(run, out)
     if json_output:
         print_json({"report": str(path)})
     else:

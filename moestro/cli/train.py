@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,7 @@ def train(
     tree, name = choose_tree(preset, config, depth)
     if data is not None:
         tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
-        name = Path(data).stem or name
+        name = Path(os.path.abspath(data)).stem or name  # .. is a name of no folder
     run = out or free_directory(Path("runs"), name, resume)
     settings = resume_config(tree, overrides, run, given=bool(preset or config or depth or data), resume=resume)
     if dry_run:

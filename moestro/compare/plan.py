@@ -110,13 +110,14 @@ def prepare_directory(plan: Plan, command: str, log: Callable[[str], None]) -> N
     """
     directory = plan.directory
     request = describe_request(plan, command)
-    if (directory / REQUEST).exists():
+    fresh = not (directory / REQUEST).exists()
+    if not fresh:
         check_request(load_file(directory / REQUEST), request, directory)
     elif directory.is_file() or (directory.is_dir() and any(entry.name != "data" for entry in directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not a comparison; choose another --out")
     for cell, seed in plan.runs():
         check_run(plan.run(cell, seed), plan.config(cell, seed))
-    open_data(plan.base, directory, log)
+    open_data(plan.base, directory, log, fresh=fresh)
     write_atomic(directory / REQUEST, _to_json(request))
     for cell, seed in plan.runs():
         run = plan.run(cell, seed)

@@ -1,8 +1,8 @@
-"""The only place that knows Hugging Face names: config.json and tensor names of `deepseek_v3`, both ways.
+"""The only place that knows Hugging Face names: config.json and tensor names of `deepseek_v3` and `deepseek_v2`.
 
-A model that Hugging Face's `DeepseekV3ForCausalLM` can run is written as `model_type: deepseek_v3`; any other
-(dense, softmax routing, MHA …) as `model_type: moestro` with Moestro's own config under the key `moestro`, and the
-same tensor names wherever they exist. MTP modules follow as layers `num_hidden_layers + k`, as DeepSeek ships them.
+A model that Hugging Face's `DeepseekV3ForCausalLM` or `DeepseekV2ForCausalLM` can run is written as such; any other
+(dense, MHA, capacity …) as `model_type: moestro` with Moestro's own config under the key `moestro`, and the same tensor
+names wherever they exist. MTP modules follow as layers `num_hidden_layers + k`, as DeepSeek ships them.
 
 Strict accounting: a tensor or config key that nothing uses, and a parameter that nothing fills, are errors.
 """
@@ -41,60 +41,59 @@ PLAIN_KEYS = {
     "init_std": "initializer_range",
 }
 # keys that must have this value where they are given: anything else is a model that is not supported
-FIXED_KEYS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "rope_interleave": True,
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "pretraining_tp": 1,
+COMMON_KEYS: dict[str, Any] = {
+    "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "pretraining_tp": 1,
     "output_router_logits": False,
+}  # fmt: skip
+FIXED_KEYS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": COMMON_KEYS | {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "deepseek_v2": COMMON_KEYS | {"scoring_func": "softmax", "mlp_bias": False, "norm_topk_prob": False},
 }
+ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
+SAME_AS = {"kimi_k2": "deepseek_v3"}  # Kimi-K2 is DeepSeek-V3 by another name
 # keys that do not change what the model computes
 IGNORED_KEYS = {
     "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads", "attention_dropout", "aux_loss_alpha",
     "seq_aux", "ep_size", "q_lora_rank", "norm_topk_prob", "routed_scaling_factor", "rope_theta", "rope_scaling",
-    "rope_parameters", "quantization_config", "head_dim", "qk_head_dim", "num_local_experts", "num_mtp_layers",
-    "_name_or_path", "router_aux_loss_coef", "chunk_size_feed_forward", "return_dict", "output_hidden_states",
-    "output_attentions", "id2label", "label2id", "problem_type", "is_encoder_decoder",
+    "rope_parameters", "quantization_config", "topk_method", "head_dim", "qk_head_dim", "num_local_experts",
+    "num_mtp_layers", "_name_or_path", "router_aux_loss_coef", "chunk_size_feed_forward", "return_dict",
+    "output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "is_encoder_decoder",
 }  # fmt: skip
 
 
-def is_hf_compatible(config: ModelConfig) -> bool:
-    """Whether Hugging Face's DeepseekV3ForCausalLM computes the same function."""
+def hf_family(config: ModelConfig) -> str | None:
+    """The Hugging Face model type that computes the same function: deepseek_v3, deepseek_v2 or None."""
     router = config.router
-    return (
+    shared = (
         config.attention == "mla"
         and config.num_experts > 0
         and config.num_shared_experts > 0
-        and router.score == "sigmoid"
-        and router.group_score == "top2"
         and router.selection == "top_k"
         and router.num_hash_layers == 0
         and router.noise != "learned"
-        and router.bias != "multiplicative"
         and router.capacity.eval_factor == 0
         and config.moe_every == 1
-        and config.num_experts // config.num_groups >= 2
     )
+    group_dim = config.num_experts // config.num_groups
+    if shared and router.score == "sigmoid" and router.group_score == "top2" and group_dim >= 2:
+        return None if router.bias == "multiplicative" else "deepseek_v3"
+    grouped_alike = router.group_score == "max" or config.num_groups == 1
+    if shared and router.score == "softmax" and grouped_alike and router.bias == "none" and not router.normalize:
+        return None if config.mtp_depth else "deepseek_v2"
+    return None
 
 
 def config_to_hf(config: ModelConfig, *, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
     """config.json of a model directory; `dtype` is the stored precision, such as "float32"."""
-    if not is_hf_compatible(config):
-        return {
-            "model_type": "moestro",
-            "architectures": ["MoestroForCausalLM"],
-            "moestro": config.model_dump(mode="json"),
-            "bos_token_id": bos_id,
-            "eos_token_id": eos_id,
-            "torch_dtype": dtype,
-        }
-    tree: dict[str, Any] = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    family = hf_family(config)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "torch_dtype": dtype}
+    if family is None:
+        own = {"model_type": "moestro", "architectures": ["MoestroForCausalLM"]}
+        return own | {"moestro": config.model_dump(mode="json")} | ids
+    tree: dict[str, Any] = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
     tree |= {theirs: getattr(config, ours) for ours, theirs in PLAIN_KEYS.items()}
-    tree |= FIXED_KEYS
+    tree |= FIXED_KEYS[family]
     tree |= {
         "num_key_value_heads": config.num_heads,
         "q_lora_rank": config.q_lora_rank or None,
@@ -102,11 +101,10 @@ def config_to_hf(config: ModelConfig, *, bos_id: int, eos_id: int, dtype: str) -
         "routed_scaling_factor": config.router.scale,
         "rope_theta": config.rope.theta,
         "rope_scaling": _rope_to_hf(config),
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "torch_dtype": dtype,
     }
-    return tree
+    if family == "deepseek_v2":
+        tree["topk_method"] = "greedy" if config.num_groups == 1 else "group_limited_greedy"
+    return tree | ids
 
 
 def _rope_to_hf(config: ModelConfig) -> dict[str, Any] | None:
@@ -130,38 +128,68 @@ def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
     model_type = tree.get("model_type")
     if model_type == "moestro" and isinstance(tree.get("moestro"), dict):
         return build_config({"model": tree["moestro"]}).model
-    if model_type != "deepseek_v3":
-        raise CheckpointError(f"config.json has model_type '{model_type}'; supported is deepseek_v3")
+    family = SAME_AS.get(str(model_type), model_type)
+    if family not in FIXED_KEYS:
+        supported = ", ".join([*FIXED_KEYS, *SAME_AS])
+        raise CheckpointError(f"config.json has model_type '{model_type}'; supported are {supported}")
+    _refuse_what_is_unsupported(tree, FIXED_KEYS[family])
+    defaults = HF_DEFAULTS[family] | {theirs: value for theirs, value in tree.items() if value is not None}
+    model: dict[str, Any] = {ours: defaults[theirs] for ours, theirs in PLAIN_KEYS.items()}
+    model["q_lora_rank"] = tree.get("q_lora_rank", 1536) or 0
+    model["router"] = {"normalize": defaults["norm_topk_prob"], "scale": defaults["routed_scaling_factor"]}
+    model["rope"] = _rope_from_hf(tree, int(model["max_seq_len"]))
+    if family == "deepseek_v2":
+        model["router"] |= {"score": "softmax", "group_score": "max", "bias": "none"}
+        match defaults["topk_method"]:
+            case "greedy":
+                model |= {"num_groups": 1, "top_k_groups": 1}
+            case "group_limited_greedy":
+                pass
+            case other:
+                raise CheckpointError(
+                    f"config.json has topk_method={other!r}; supported are greedy and group_limited_greedy"
+                )
+    return build_config({"model": model}).model
+
+
+def _refuse_what_is_unsupported(tree: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "rope_scaling", "rope_parameters"):
+        if not isinstance(tree.get(key) or {}, Mapping):
+            raise CheckpointError(f"config.json has {key}={tree[key]!r}, which is no object")
     if tree.get("quantization_config"):
         method = tree["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
             f"the weights are quantised ({method}); fp8 and other quantised checkpoints are not supported yet: "
             "convert them to bf16 first"
         )
-    for key, value in FIXED_KEYS.items():
+    for key, value in fixed.items():
         if tree.get(key, value) not in (value, None):
             raise CheckpointError(f"config.json has {key}={tree[key]!r}; supported is {value!r}")
-    unknown = sorted(set(tree) - set(PLAIN_KEYS.values()) - set(FIXED_KEYS) - IGNORED_KEYS)
+    unknown = sorted(set(tree) - set(PLAIN_KEYS.values()) - set(fixed) - IGNORED_KEYS)
     if unknown:
         raise CheckpointError(f"config.json has keys that nothing here uses: {', '.join(unknown)}")
-    required = [theirs for theirs in ("vocab_size", "hidden_size", "num_hidden_layers") if theirs not in tree]
+    required = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if tree.get(key) is None]
     if required:
         raise CheckpointError(f"config.json lacks {', '.join(required)}")
-    defaults = HF_DEFAULTS | {theirs: value for theirs, value in tree.items() if value is not None}
-    model: dict[str, Any] = {ours: defaults[theirs] for ours, theirs in PLAIN_KEYS.items()}
-    model["q_lora_rank"] = tree.get("q_lora_rank", 1536) or 0
-    model["router"] = {"normalize": defaults["norm_topk_prob"], "scale": defaults["routed_scaling_factor"]}
-    model["rope"] = _rope_from_hf(tree, int(model["max_seq_len"]))
-    return build_config({"model": model}).model
 
 
 # what transformers assumes where config.json is silent
-HF_DEFAULTS: dict[str, Any] = {
-    "first_k_dense_replace": 3, "intermediate_size": 18432, "max_position_embeddings": 4096,
-    "num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-    "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
-    "topk_group": 4, "moe_intermediate_size": 2048, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6, "initializer_range": 0.02, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "first_k_dense_replace": 3, "intermediate_size": 18432, "max_position_embeddings": 4096,
+        "num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+        "topk_group": 4, "moe_intermediate_size": 2048, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6, "initializer_range": 0.02, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
+    "deepseek_v2": {
+        "first_k_dense_replace": 0, "intermediate_size": 11008, "max_position_embeddings": 2048,
+        "num_attention_heads": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 1, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 1407, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6, "initializer_range": 0.02, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
+    },
 }  # fmt: skip
 
 
@@ -174,7 +202,10 @@ def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
         return rope
     if kind != "yarn":
         raise CheckpointError(f"config.json has rope type '{kind}'; supported are default and yarn")
-    original = scaling.get("original_max_position_embeddings", 4096)
+    for key, value in {"attention_factor": None, "truncate": True}.items():
+        if scaling.get(key, value) not in (value, None):
+            raise CheckpointError(f"config.json has rope {key}={scaling[key]!r}, which is not supported")
+    original = scaling.get("original_max_position_embeddings") or 4096
     rope |= {
         "factor": scaling.get("factor") or max_seq_len / original,
         "original_max_seq_len": original,
@@ -245,7 +276,8 @@ def _block_map(config: ModelConfig, theirs: str, ours: str, *, dense: bool) -> d
         entries[f"{theirs}.mlp.gate.weight"] = Slot(f"{ours}.ffn.router.weight")
     if config.router.noise == "learned":
         entries[f"{theirs}.mlp.gate.noise.weight"] = Slot(f"{ours}.ffn.router.noise")
-    entries[f"{theirs}.mlp.gate.e_score_correction_bias"] = Slot(f"{ours}.ffn.router.bias")
+    if hf_family(config) != "deepseek_v2":
+        entries[f"{theirs}.mlp.gate.e_score_correction_bias"] = Slot(f"{ours}.ffn.router.bias")
     if config.num_shared_experts:
         width = config.expert_dim * config.num_shared_experts
         entries |= _mlp_map(f"{theirs}.mlp.shared_experts", f"{ours}.ffn.shared", width)

@@ -28,6 +28,8 @@ def write_random_model(config: ModelConfig, directory: Path, *, seed: int, dtype
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be bf16 or fp32, not '{dtype}'")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"the seed must be 0 or more and below 2⁶³, not {seed}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not empty; choose another --out")
     counted = {"parameters": 0, "bytes": 0}

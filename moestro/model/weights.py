@@ -49,6 +49,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Transformer
     """The model of a directory, parameters and arithmetic in `dtype` (stored precision where None), routers in fp32."""
     config = read_config(directory)
     sources = tensor_files(directory)
+    config = _without_absent_mtp(config, sources)
     stored = _stored_dtype(sources)
     dtype = dtype or stored
     with torch.device("meta"):
@@ -67,14 +68,22 @@ def _set_tensor(model: Transformer, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, value)
 
 
+def _without_absent_mtp(config: ModelConfig, sources: dict[str, Path]) -> ModelConfig:
+    """transformers drops MTP modules when it saves, and goes on naming them in config.json."""
+    prefixes = tuple(f"model.layers.{config.num_layers + depth}." for depth in range(config.mtp_depth))
+    if any(name.startswith(prefixes) for name in sources):
+        return config
+    return config.model_copy(update={"mtp_depth": 0})
+
+
 def _stored_dtype(sources: dict[str, Path]) -> torch.dtype:
-    path = next(iter(sources.values()))
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            if name.endswith("embed_tokens.weight"):
+    name = "model.embed_tokens.weight"
+    if name in sources:
+        with _open(sources[name]) as file:
+            if name in file.keys():  # noqa: SIM118
                 dtype: torch.dtype = file.get_tensor(name).dtype
                 return dtype if dtype in FLOAT_DTYPES else torch.float32
-    return torch.float32
+    return torch.float32  # what is missing is named when the model is filled
 
 
 def fill_model(model: Transformer, sources: dict[str, Path]) -> None:
@@ -84,7 +93,7 @@ def fill_model(model: Transformer, sources: dict[str, Path]) -> None:
     duplicates = set(duplicate_names(config)) - set(tensor_map(config))
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     unexpected = sorted(name for name in sources if name not in slots and name not in duplicates)
-    filled = dict.fromkeys(parameters, 0)
+    filled = dict.fromkeys((slot.parameter for slot in slots.values()), 0)
     for path in sorted(set(sources.values())):
         with _open(path) as file:
             for name in (name for name in file.keys() if name in slots):  # noqa: SIM118
@@ -133,7 +142,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index where there is one; refuses pickled weights by name."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names: dict[str, str] = read_json(index).get("weight_map", {})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensors to files")
         if any(Path(name).name != name for name in names.values()):
             raise CheckpointError(f"{index} names files outside its directory")
         sources = {tensor: directory / name for tensor, name in names.items()}

@@ -7,9 +7,12 @@ passes, no padding and little memory. `native.py` calls the compiled kernels for
 
 import os
 
+from moestro.errors import ConfigError
 from moestro.ops import fused, native, reference
 
 _wish = os.environ.get("MOESTRO_OPS")
+if _wish not in (None, "", "reference", "fused"):
+    raise ConfigError(f"MOESTRO_OPS={_wish} is neither reference nor fused")
 _chosen = reference if _wish == "reference" else fused
 
 grouped_experts = _chosen.grouped_experts if _wish in ("reference", "fused") else native.grouped_experts

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,11 @@ def save_checkpoint(
     return final
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, or None if it has none; CheckpointError if all are damaged."""
+def latest_checkpoint(run: Path, log: Callable[[str], None] | None = None) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None if it has none; CheckpointError if all are damaged.
+
+    `log` hears of those that are passed over.
+    """
     candidates = _checkpoints(run)
     broken = []
     for directory in reversed(candidates):
@@ -112,6 +116,8 @@ def latest_checkpoint(run: Path) -> Path | None:
         if fault is None:
             return directory
         broken.append(fault)
+        if log is not None:
+            log(f"Passing over a damaged checkpoint: {fault}")
     if broken:
         raise CheckpointError(f"no checkpoint of {run} is whole: {broken[0]}")
     return None
@@ -123,11 +129,14 @@ def find_fault(directory: Path) -> str | None:
         manifest = read_json(directory / "manifest.json")
     except CheckpointError as error:
         return str(error)
+    if "train_state/state.json" not in manifest:
+        return f"{directory}/manifest.json does not name the files of a checkpoint"
     for name, expected in manifest.items():
         path = directory / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"] or _fingerprint(path) != expected:
+        size = expected.get("bytes") if isinstance(expected, dict) else None
+        if path.stat().st_size != size or _fingerprint(path) != expected:
             return f"{path} differs from its manifest"
     return None
 

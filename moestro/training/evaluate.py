@@ -119,7 +119,7 @@ def open_domains(
     """
     if source is None:
         shards = open_shards(find_run_shards(run))
-        splits: list[Split] = ["valid"]
+        splits: list[Split] = ["train", "valid"] if split == "all" else ["valid"]
     else:
         shards = prepare(iterate_documents(source), language_model.tokenizer, scratch / "shards", 0.02)
         valid_only = split == "valid" or (split == "auto" and source == "builtin")
@@ -137,10 +137,14 @@ def open_domains(
 def _chain_splits(
     shards: ShardSet, domain: str, splits: list[Split], seq_len: int, max_tokens: int | None
 ) -> Iterator[Batch]:
+    left = max_tokens
     for split in splits:
-        yield from evaluation_batches(
-            shards, domain, split=split, batch_size=EVALUATION_ROWS, seq_len=seq_len, max_tokens=max_tokens
-        )
+        for batch in evaluation_batches(
+            shards, domain, split=split, batch_size=EVALUATION_ROWS, seq_len=seq_len, max_tokens=left
+        ):
+            yield batch
+            if left is not None:  # as of the next split
+                left -= int((batch.targets() >= 0).sum())
 
 
 def find_run_shards(model: Path) -> Path:

@@ -62,7 +62,13 @@ def train(config: Config, out: str | Path = "runs/model", *, resume: bool = Fals
             return Loop(session, log, progress, stop).run()
     except OSError as error:
         raise MoestroError(
-            f"{error.filename or run}: {error.strerror}; what was saved is intact, continue with --resume"
+            f"{error.filename or run}: {error.strerror or error}; what was saved is intact, continue with --resume"
+        ) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch has no class of its own for it
+            raise
+        raise MoestroError(
+            "there is not enough memory: lower the sizes of the model, train.batch_size or train.seq_len"
         ) from error
 
 
@@ -128,11 +134,13 @@ class Loop:
             if config.minutes and len(self.step_seconds) == MEASURED_STEPS:
                 self.plan_steps()
             at_end = step == session.state.total_steps
-            if step % config.checkpoint_every == 0 or at_end or self.stop.signal is not None:
+            if step % config.checkpoint_every == 0 or at_end:
                 self.save()
             if step % config.eval_every == 0 and not at_end and self.stop.signal is None:
                 self.evaluate(config.eval_tokens)
         finished = session.state.step == session.state.total_steps
+        if not finished:  # a signal, which may have come in the middle of an evaluation
+            self.save()
         if finished and (self.evaluation or {}).get("step") != session.state.step:
             self.evaluate(None)
         samples = self.sample() if finished and self.step_seconds else []
@@ -274,7 +282,8 @@ class Loop:
         samples = []
         for domain in session.validation(None):
             start, end = session.shards.offsets(domain, "valid")[:2].tolist()
-            prompt = session.shards.tokens(domain, "valid")[start : min(end - 1, start + PROMPT_TOKENS)].tolist()
+            longest = min(PROMPT_TOKENS, session.config.model.max_seq_len // 2)
+            prompt = session.shards.tokens(domain, "valid")[start : min(end - 1, start + longest)].tolist()
             length = min(SAMPLE_TOKENS, session.config.model.max_seq_len - len(prompt))
             written = writer.generate(prompt, max_tokens=length, temperature=0.7, top_p=0.9, seed=0)
             sample = {"domain": domain, "prompt": session.tokenizer.decode(prompt), "text": written.text}

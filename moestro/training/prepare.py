@@ -7,16 +7,16 @@ and logs. Resuming reads all of it back and refuses a configuration that would t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from moestro import machine
 from moestro.config import SETTINGS, Config, build_config
-from moestro.data.corpus import iterate_documents
+from moestro.data.corpus import Document, iterate_documents
 from moestro.data.packing import Batch, Packer, evaluation_batches
 from moestro.data.shards import ShardSet, open_shards, prepare
 from moestro.data.tokenizer import Tokenizer
@@ -24,10 +24,11 @@ from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights
 from moestro.model.weights import read_json
 from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from moestro.training.metrics import write_atomic
 from moestro.training.optim import Optimizers
 from moestro.training.precision import resolve_dtype
 
-TOKENIZER_SAMPLE = 20_000  # documents a tokenizer is trained on
+TOKENIZER_SAMPLE = 20_000  # documents of a domain that a tokenizer is trained on
 # changing these would make a resumed run another run
 FIXED_TRAIN_KEYS = ("seed", "seq_len", "batch_size", "accumulate", "optimizer", "dtype", "mask_documents")
 Log = Callable[[str], None]
@@ -68,20 +69,24 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Sessio
     torch.set_num_threads(config.train.threads or machine.usable_threads())
     machine.keep_freed_memory()
     saved = run / SETTINGS
+    then: Config | None = None
     if saved.exists():
         if not resume:
             raise ConfigError(f"{run} holds a run; continue it with --resume or choose another --out")
-        config = check_same_run(config, read_json(saved), run)
+        then = build_config(read_json(saved))
+        config = check_same_run(config, then, run)
     else:
         _refuse_foreign_directory(run)
+        length, longest = config.train.seq_len, config.model.max_seq_len
+        if length > longest:
+            raise ConfigError(f"train.seq_len={length} exceeds model.max_seq_len={longest}")
         dtype = resolve_dtype(config)
         config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
-    tokenizer, shards = open_data(config, run, log)
+    tokenizer, shards = open_data(config, run, log, fresh=then is None)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    save_config(config, run)
     model, optimizers = build_model(config)
     packer = Packer(
         shards,
@@ -91,9 +96,10 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Sessio
         seed=config.train.seed,
     )
     state = TrainState(0, config.train.steps, 0, 0.0, 0, packer.start().to_json())
-    checkpoint = latest_checkpoint(run)
+    save_config(config, run)  # what cannot be trained leaves no run behind
+    checkpoint = latest_checkpoint(run, log)
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizers)
+        state = replan(load_checkpoint(checkpoint, model, optimizers), config, then)
         log(f"Resuming after step {state.step} from {checkpoint}")
     return Session(config, run, tokenizer, shards, packer, model, optimizers, state)
 
@@ -106,9 +112,15 @@ def build_model(config: Config) -> tuple[Transformer, Optimizers]:
     return model, Optimizers(model, config.train)
 
 
-def check_same_run(config: Config, saved_tree: dict[str, object], run: Path) -> Config:
+def replan(state: TrainState, config: Config, then: Config | None) -> TrainState:
+    """The state with the steps that `config` asks for; those that were planned from `train.minutes` stay."""
+    if then is not None and config.train.minutes == then.train.minutes > 0 and config.train.steps == then.train.steps:
+        return state
+    return replace(state, total_steps=max(config.train.steps, state.step))
+
+
+def check_same_run(config: Config, saved: Config, run: Path) -> Config:
     """The configuration to resume with; ConfigError naming what differs from the saved run."""
-    saved = build_config(saved_tree)
     if config.train.dtype == "auto":
         train = config.train.model_copy(update={"dtype": saved.train.dtype})
         config = config.model_copy(update={"train": train})
@@ -125,7 +137,7 @@ def check_same_run(config: Config, saved_tree: dict[str, object], run: Path) -> 
 def save_config(config: Config, run: Path) -> None:
     """Write RUN/settings.json; `moestro train --config RUN/settings.json` repeats the run."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / SETTINGS).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", "utf-8")
+    write_atomic(run / SETTINGS, (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
 
 
 def _refuse_foreign_directory(run: Path) -> None:
@@ -133,10 +145,14 @@ def _refuse_foreign_directory(run: Path) -> None:
         raise ConfigError(f"{run} exists and is not a run; choose another --out")
 
 
-def open_data(config: Config, run: Path, log: Log) -> tuple[Tokenizer, ShardSet]:
-    """The run's tokenizer and shards, made on the first call and opened on later ones."""
+def open_data(config: Config, run: Path, log: Log, *, fresh: bool) -> tuple[Tokenizer, ShardSet]:
+    """The run's tokenizer and shards, made for a `fresh` run and opened on later calls.
+
+    What a failed attempt left is made again: its text and settings may have been others. A linked folder belongs to a
+    comparison.
+    """
     folder = run / "data"
-    if (folder / "shards" / "index.json").exists():
+    if (folder / "shards" / "index.json").exists() and (folder.is_symlink() or not fresh):
         return Tokenizer.from_file(folder / "tokenizer.json"), open_shards(folder / "shards")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = choose_tokenizer(config, log)
@@ -150,6 +166,15 @@ def open_data(config: Config, run: Path, log: Log) -> tuple[Tokenizer, ShardSet]
     return tokenizer, shards
 
 
+def sample_texts(documents: Iterable[Document], most: int) -> Iterator[str]:
+    """The first `most` texts of every domain: domains come one after another, and each needs words of its own."""
+    seen: Counter[str] = Counter()
+    for document in documents:
+        seen[document.domain] += 1
+        if seen[document.domain] <= most:
+            yield document.text
+
+
 def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
     """What `data.tokenizer` names; `auto` is the shipped one for the built-in corpus, else one trained on the text."""
     choice = config.data.tokenizer
@@ -159,7 +184,7 @@ def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
         return Tokenizer.builtin()
     if choice == "train":
         log(f"Training a tokenizer of up to {config.model.vocab_size} ids")
-        texts = (document.text for document in islice(iterate_documents(config.data.source), TOKENIZER_SAMPLE))
+        texts = sample_texts(iterate_documents(config.data.source), TOKENIZER_SAMPLE)
         return Tokenizer.train(texts, config.model.vocab_size)
     path = Path(choice)
     if not path.exists():

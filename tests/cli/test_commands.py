@@ -154,6 +154,8 @@ MISTAKES = [
     ("generate", "{run}", "--prompt", "x", "--temperature", "-1"),
     ("generate", "{run}", "--prompt", "x", "--top-p", "2"),
     ("generate", "{run}", "--prompt", "x", "--dtype", "fp4"),
+    ("generate", "{run}", "--prompt", "x", "--max-tokens", "2", "--seed", "99999999999999999999"),
+    ("init", "--preset", "demo", "--out", "{tmp}/x", "--seed", "99999999999999999999"),
     ("eval", "{run}", "--data", "/nowhere"),
     ("eval", "{run}", "--split", "test"),
     ("eval", "{run}", "--seq-len", "0"),
@@ -213,3 +215,29 @@ def test_the_module_is_the_command() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "/nowhere" in done.stderr
+
+
+def test_max_tokens_and_split_hold_for_the_whole_domain(call: Call, tiny_run: Path, text_file: Path) -> None:
+    few = last_json(call("eval", tiny_run, "--data", text_file, "--max-tokens", 4000, "--json"))
+    assert few["tokens"] == 4000
+    held_out, whole = (last_json(call("eval", tiny_run, "--split", s, "--json"))["tokens"] for s in ("valid", "all"))
+    assert whole > 2 * held_out
+
+
+def test_a_run_has_the_name_of_the_folder_even_if_that_is_dots(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "books" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "books" / "inner")
+    code, _, err = call("train", "--data", "..", "--quiet")
+    assert code == 2 and "below .." in err
+    assert [path.name for path in Path("runs").iterdir()] == ["books"]
+
+
+def test_input_that_is_no_text_is_one_line(call: Call, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    for command in (("generate", tiny_run, "--prompt", "-"), ("chat", tiny_run)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+        code, _, err = call(*command)
+        assert code == 2 and "not valid UTF-8" in err and err.count("\n") == 1

@@ -52,7 +52,9 @@ def small(text_file: Path) -> list[str]:
     return ["--data", str(text_file), *(part for pair in SMALL for part in ("--set", pair)), "--seeds", "1"]
 
 
-def test_cells_are_trained_shown_and_not_trained_again(call: Call, small: list[str], tmp_path: Path) -> None:
+def test_cells_are_trained_shown_and_not_trained_again(
+    call: Call, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     cells = "dense,v3=deepseek-v3:mtp_depth=1,bad=switch:vocab_size=10"
     arguments = ("--routers", cells, "--budget", "1ktok", "--out", out, *small, "--json")
@@ -71,6 +73,13 @@ def test_cells_are_trained_shown_and_not_trained_again(call: Call, small: list[s
     assert 0 <= v3["entropy"] <= 1 and v3["max_vio_global"] >= 0 and v3["mtp_agreement"] is not None
     assert dense["entropy"] is None and set(dense["domains"]) == {"words"}
     assert tree["cells"][1]["difference"]["mean"] == pytest.approx(v3["bits_per_byte"] - dense["bits_per_byte"])
+
+    page = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    monkeypatch.setattr(sys, "argv", ["moestro", "report", str(out)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0 and (out / "report.html").read_bytes() == page
 
     changed = (out / v3["run"] / "run.json").stat().st_mtime_ns
     code, _, stderr = call("--routers", "dense,v3=deepseek-v3:mtp_depth=1", "--budget", "1ktok", "--out", out, *small)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from moestro.config import build_config, load_preset, preset_names
+from moestro.config import ModelConfig, build_config, load_preset, preset_names
 from moestro.errors import CheckpointError
-from moestro.model.hf import config_to_hf, hf_to_config, is_hf_compatible
+from moestro.model.hf import config_to_hf, hf_family, hf_to_config
 
 YARN = {"factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
         "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
@@ -22,16 +22,44 @@ def tree_of(name: str = "demo", *overrides: str) -> dict[str, Any]:
 def test_presets_survive(name: str) -> None:
     config = build_config(load_preset(name)).model
     tree = config_to_hf(config, bos_id=0, eos_id=1, dtype="bfloat16")
-    assert tree["model_type"] == ("deepseek_v3" if is_hf_compatible(config) else "moestro")
+    assert tree["model_type"] == (hf_family(config) or "moestro")
     training_only = {"bias_speed": config.router.bias_speed, "balance": config.router.balance}
     again = hf_to_config(tree)
     assert again.model_copy(update={"router": again.router.model_copy(update=training_only)}) == config
 
 
-def test_v2_is_not_run_by_transformers_v3() -> None:
-    compatible = {name for name in preset_names() if is_hf_compatible(build_config(load_preset(name)).model)}
-    assert {"deepseek-v3", "moonlight-16b-a3b", "demo", "small"} <= compatible
-    assert not {"deepseek-v2", "deepseek-v2-lite"} & compatible
+def test_presets_belong_to_the_family_that_can_run_them() -> None:
+    families = {name: hf_family(build_config(load_preset(name)).model) for name in preset_names()}
+    for name in ("deepseek-v3", "moonlight-16b-a3b", "demo", "small"):
+        assert families[name] == "deepseek_v3"
+    for name in ("deepseek-v2", "deepseek-v2-lite"):
+        assert families[name] == "deepseek_v2"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.mtp_depth=1", "model.router.normalize=true", "model.router.bias=sign", "model.attention=mha",
+     "model.router.capacity.eval_factor=2", "model.num_shared_experts=0"],
+)  # fmt: skip
+def test_what_no_transformers_model_computes_is_written_as_our_own(override: str) -> None:
+    assert tree_of("deepseek-v2-lite", override)["model_type"] == "moestro"
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name() -> None:
+    tree = tree_of("moonlight-16b-a3b")
+    assert hf_to_config(tree | {"model_type": "kimi_k2"}) == hf_to_config(tree)
+
+
+def test_v2_selects_greedily_or_in_groups() -> None:
+    tree = tree_of("deepseek-v2")
+    assert tree["topk_method"] == "group_limited_greedy"
+    assert hf_to_config(tree).num_groups == 8
+    assert hf_to_config(tree | {"topk_method": "greedy"}).num_groups == 1
+    assert tree_of("deepseek-v2-lite")["topk_method"] == "greedy"
+    with pytest.raises(CheckpointError, match="topk_method='noaux_tc'"):
+        hf_to_config(tree | {"topk_method": "noaux_tc"})
+    with pytest.raises(CheckpointError, match="norm_topk_prob"):
+        hf_to_config(tree | {"norm_topk_prob": True})
 
 
 def test_an_unknown_key_is_named() -> None:
@@ -51,7 +79,7 @@ def test_fp8_is_refused_clearly() -> None:
     assert "bf16" in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "deepseek_v2", None])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v4", None])
 def test_other_models_are_refused_by_name(model_type: str | None) -> None:
     with pytest.raises(CheckpointError, match=str(model_type)):
         hf_to_config(tree_of() | {"model_type": model_type})
@@ -96,3 +124,14 @@ def test_the_published_file_of_v3_is_the_preset() -> None:
     }  # fmt: skip
     expected = build_config(load_preset("deepseek-v3"), ["model.init_std=0.02"]).model
     assert hf_to_config(published) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_scaling": "yarn"}, {"quantization_config": "fp8"}, {"num_hidden_layers": None},
+     {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 2.0}}],
+)  # fmt: skip
+def test_malformed_and_unsupported_values_are_named(change: dict[str, Any]) -> None:
+    tree = config_to_hf(ModelConfig(), bos_id=0, eos_id=1, dtype="float32")
+    with pytest.raises(CheckpointError, match=next(iter(change))[:4]):
+        hf_to_config(tree | change)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moestro.config import Config
 from moestro.errors import CheckpointError, ConfigError
@@ -169,3 +169,39 @@ def test_places_in_use_and_unknown_precisions_are_refused(make_config: Make, dir
         write_random_model(make_config().model, directory, seed=0, dtype="fp32")
     with pytest.raises(ConfigError, match="fp4"):
         write_random_model(make_config().model, tmp_path / "x", seed=0, dtype="fp4")
+
+
+@pytest.fixture
+def saved_by_transformers(tmp_path: Path) -> Path:
+    """A directory as `save_pretrained` writes it: bf16, several shards, an MTP module named that is not there."""
+    config = DeepseekV3Config(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, intermediate_size=48,
+        max_position_embeddings=128, num_attention_heads=2, num_key_value_heads=2, kv_lora_rank=16, q_lora_rank=None,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_shared_experts=1, n_group=1,
+        num_experts_per_tok=2, topk_group=1, moe_intermediate_size=16, num_nextn_predict_layers=1,
+    )  # fmt: skip
+    DeepseekV3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    return tmp_path / "hf"
+
+
+def test_a_directory_saved_by_transformers_loads_as_it_is(saved_by_transformers: Path) -> None:
+    model = load_model(saved_by_transformers)
+    assert model.dtype == torch.bfloat16 and model.config.mtp_depth == 0
+
+
+def test_damage_to_a_sharded_directory_is_named(saved_by_transformers: Path) -> None:
+    index = saved_by_transformers / "model.safetensors.index.json"
+    text = index.read_text("utf-8")
+    for shard in sorted(saved_by_transformers.glob("*.safetensors")):
+        data = shard.read_bytes()
+        shard.write_bytes(data[:50])
+        with pytest.raises(CheckpointError, match=shard.name):
+            load_model(saved_by_transformers)
+        shard.write_bytes(data)
+    for damaged in ("{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        index.write_text(damaged)
+        with pytest.raises(CheckpointError, match="weight_map"):
+            load_model(saved_by_transformers)
+    index.write_text(text)
+    load_model(saved_by_transformers)

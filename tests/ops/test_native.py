@@ -211,3 +211,10 @@ def test_a_forced_instruction_set_is_used_or_refused() -> None:
 
     assert ask(runnable()[0]).stdout.strip() == runnable()[0]
     assert "MOESTRO_ISA=avx9" in ask("avx9").stderr
+
+
+def test_an_unknown_wish_for_operations_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import moestro.ops"], env=os.environ | {"MOESTRO_OPS": "refrence"}, capture_output=True
+    )
+    assert b"MOESTRO_OPS=refrence is neither reference nor fused" in done.stderr

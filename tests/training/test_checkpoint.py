@@ -189,3 +189,12 @@ def test_a_copied_checkpoint_stands_alone(tiny_run: Path, tmp_path: Path) -> Non
     assert load(tmp_path / "model").generate("the cat", max_tokens=4) == load(tiny_run).generate(
         "the cat", max_tokens=4
     )
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"train_state/state.json": 3}'])
+def test_a_manifest_that_says_nothing_is_a_fault(save: Saver, tmp_path: Path, manifest: str) -> None:
+    save(1)
+    (save(2) / "manifest.json").write_text(manifest)
+    heard: list[str] = []
+    assert latest_checkpoint(tmp_path, heard.append) == tmp_path / "checkpoints" / "step-00000001"
+    assert len(heard) == 1 and "step-00000002" in heard[0]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from moestro.config import Config
 from moestro.errors import CheckpointError, ConfigError, MoestroError
-from moestro.training import checkpoint, loop
+from moestro.training import checkpoint, loop, prepare
 from moestro.training.checkpoint import latest_checkpoint
 from moestro.training.loop import train
 from moestro.training.metrics import read_evals, read_metrics, read_routing
@@ -235,6 +235,10 @@ def test_more_steps_prolong_a_finished_run_or_leave_it(make_config: Make, tiny_r
     outcome = train(make_config(), tmp_path / "run", resume=True, quiet=True)
     assert outcome.step == outcome.total_steps == 12
     assert_same_run(tmp_path / "run", tiny_run)
+    outcome = train(make_config("train.steps=14"), tmp_path / "run", resume=True, quiet=True)
+    assert outcome.step == outcome.total_steps == 14
+    outcome = train(make_config("train.steps=3"), tmp_path / "run", resume=True, quiet=True)
+    assert outcome.step == outcome.total_steps == 14
 
 
 def test_a_corpus_too_small_and_a_vocabulary_too_large_are_named(make_config: Make, tmp_path: Path) -> None:
@@ -243,6 +247,8 @@ def test_a_corpus_too_small_and_a_vocabulary_too_large_are_named(make_config: Ma
     with pytest.raises(MoestroError) as caught:
         train(make_config(f"data.source={json.dumps(str(small))}"), tmp_path / "a", quiet=True)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"exceeds model\.max_seq_len=128"):
+        train(make_config("train.seq_len=129"), tmp_path / "long", quiet=True)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=8192"):
         train(make_config("data.tokenizer=builtin"), tmp_path / "b", quiet=True)
 
@@ -254,3 +260,85 @@ def test_dense_and_bf16_runs_work(make_config: Make, tmp_path: Path, overrides: 
     path = latest_checkpoint(tmp_path / "run")
     assert path is not None
     assert {t.dtype for t in load_file(path / "model.safetensors").values()} == {torch.float32}  # master weights
+
+
+def test_a_signal_during_an_evaluation_saves_the_step(
+    make_config: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    original = loop.Loop.evaluate
+
+    def interrupted(self: loop.Loop, max_tokens: int | None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        original(self, max_tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "evaluate", interrupted)
+        outcome = train(make_config(), run, quiet=True)
+    assert (outcome.step, outcome.stopped_by) == (6, signal.SIGINT)
+    assert latest_checkpoint(run) == run / "checkpoints" / "step-00000006"
+    train(make_config(), run, resume=True, quiet=True)
+    assert_same_run(run, tiny_run)
+
+
+def test_a_resume_names_the_checkpoint_that_it_passes_over(
+    make_config: Make, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    os.truncate(run / "checkpoints" / "step-00000012" / "model.safetensors", 10)
+    train(make_config(), run, resume=True)
+    assert "step-00000012/model.safetensors differs from its manifest" in capsys.readouterr().err
+
+
+def test_other_text_or_settings_after_a_failed_start_are_read_anew(
+    make_config: Make, text_file: Path, tmp_path: Path
+) -> None:
+    run, text = tmp_path / "run", tmp_path / "more.jsonl"
+    text.write_text('{"text": "hello there"}\n')
+    source = f"data.source={json.dumps(str(text))}"
+    with pytest.raises(MoestroError, match="less than one batch"):
+        train(make_config(source), run, quiet=True)
+    text.write_bytes(text_file.read_bytes())
+    assert train(make_config(source, "train.steps=1"), run, quiet=True).step == 1
+    with pytest.raises(ConfigError, match="8192"):
+        train(make_config("data.tokenizer=builtin"), tmp_path / "other", quiet=True)
+    assert train(make_config("train.steps=1"), tmp_path / "other", quiet=True).step == 1
+
+
+def test_settings_survive_a_full_disk(
+    make_config: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    before = (run / "settings.json").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(MoestroError, match="No space left"):
+            train(make_config("train.lr=1e-3"), run, resume=True, quiet=True)
+    assert (run / "settings.json").read_bytes() == before
+
+
+def test_a_model_beyond_memory_is_one_line(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(MoestroError, match="not enough memory"):
+        train(make_config("model.dense_dim=1000000000000"), tmp_path / "run", quiet=True)
+
+
+def test_a_model_of_short_sequences_writes_samples(make_config: Make, tmp_path: Path) -> None:
+    config = make_config("model.max_seq_len=8", "train.seq_len=8", "train.steps=1")
+    assert train(config, tmp_path / "run", quiet=True).samples
+
+
+def test_a_tokenizer_sees_every_domain(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "TOKENIZER_SAMPLE", 20)
+    for domain, text in (("a", "the cat sat"), ("b", "лунный кот")):
+        (tmp_path / "texts" / domain).mkdir(parents=True)
+        lines = (json.dumps({"text": f"{text} {number}"}) for number in range(40))
+        (tmp_path / "texts" / domain / "all.jsonl").write_text("\n".join(lines))
+    config = make_config(f"data.source={json.dumps(str(tmp_path / 'texts'))}")
+    tokenizer = prepare.choose_tokenizer(config, lambda line: None)
+    assert len(tokenizer.encode("лунный")) < len("лунный")
