@@ -30,7 +30,7 @@ FLAGS = {
     "csrc/dispatch.cpp": [],
     "csrc/kernels_avx2.cpp": AVX2,
     "csrc/kernels_avx512.cpp": AVX512,
-    "csrc/kernels_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "csrc/kernels_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 LIBRARY = "moestro.ops.libmoestro"
 

@@ -5,16 +5,23 @@
 #include <immintrin.h>
 
 // A step of a row of bf16 may lie at any even address.
-inline float step_as_float(const uint32_t *p) {
+inline float step_as_float(const void *p) {
     float f;
     memcpy(&f, p, 4);
     return f;
 }
 
-inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *from, int64_t from_bytes) {
-    const char *p = static_cast<const char *>(from);
+// Four codes of a row of int8.
+inline int step_as_int(const void *p) {
+    int i;
+    memcpy(&i, p, 4);
+    return i;
+}
+
+// to[j · to_stride + i] = from[i][j] for i, j in 0 … 7.
+inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *const *from) {
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(reinterpret_cast<const float *>(p + i * from_bytes));
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(static_cast<const float *>(from[i]));
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);

@@ -1,7 +1,9 @@
 // Runs every kernel on every instruction set of this machine with buffers that end exactly where the sizes say, for
 // AddressSanitizer and UBSan; compares fp32 products with plain loops. Built and run by tests/ops/test_native_memory.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include "moestro.h"
@@ -64,6 +66,83 @@ template <class T> int check_experts(int64_t num_tokens, int64_t hidden, int64_t
     return bad | moestro_combine(out.data(), y.data(), slot.data(), num_tokens, 1, slots, hidden, TYPE<T>, 2);
 }
 
+// Bytes of a packed matrix, from the table in moestro/ops/quantize.py.
+int64_t packed_bytes(int64_t m, int64_t k, int kind) {
+    const int64_t length[] = {1, 2, 64, 32}, bytes[] = {256, 256, 4224, 1152};
+    return (m + 63) / 64 * ((k + length[kind] - 1) / length[kind]) * bytes[kind];
+}
+
+// Any bytes are a packed matrix; those of floats and scales are made small here.
+std::vector<uint16_t> random_panels(int64_t bytes) { return random_vector<uint16_t>(bytes / 2); }
+
+template <class T> int check_linear(int64_t groups, int64_t n, int64_t m, int64_t k, int kind) {
+    const auto x = random_vector<T>(n * groups * k);
+    const auto panels = random_panels(groups * packed_bytes(m, k, kind));
+    std::vector<T> out(n * groups * m), one(groups * m);
+    int bad = moestro_packed_linear(out.data(), x.data(), panels.data(), groups, n, m, k, kind, TYPE<T>, 2);
+    if (n == 0) return bad;
+    const T *last = x.data() + (n - 1) * groups * k;  // a row alone, its memory ending with it
+    bad |= moestro_packed_linear(one.data(), std::vector<T>(last, last + groups * k).data(), panels.data(), groups, 1, m, k, kind, TYPE<T>, 1);
+    return bad | (groups * m && memcmp(one.data(), out.data() + (n - 1) * groups * m, sizeof(T) * groups * m));
+}
+
+template <class T> int check_packed_experts(int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden, int64_t width, int kind) {
+    const auto x = random_vector<T>(num_tokens * hidden);
+    const auto up = random_panels(num_experts * packed_bytes((width + 31) / 32 * 64, hidden, kind));
+    const auto down = random_panels(num_experts * packed_bytes(hidden, width, kind));
+    const auto weights = random_vector<float>(num_tokens * top_k);
+    std::vector<int64_t> ids(num_tokens * top_k);
+    for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i * i) % (num_experts + 1);
+    std::vector<T> out(x.size());
+    return moestro_packed_experts(out.data(), x.data(), ids.data(), weights.data(), up.data(), down.data(), num_tokens, top_k, num_experts, hidden, width, kind, TYPE<T>, 2);
+}
+
+// Sequences of these lengths, of which the last rows query; every page is used to its end.
+template <class T> int check_attention(std::vector<int64_t> lengths, int64_t rows, int64_t heads, int64_t groups, int64_t key, int64_t value) {
+    std::vector<int64_t> starts{0}, first;
+    int64_t num_pages = 0, max_pages = 1;
+    for (int64_t length : lengths) {
+        starts.push_back(starts.back() + std::min(rows, length));
+        first.push_back(length - std::min(rows, length));
+        max_pages = std::max(max_pages, (length + 63) / 64);
+        num_pages += (length + 63) / 64;
+    }
+    std::vector<int32_t> tables(lengths.size() * max_pages, -1);
+    int64_t next = num_pages;
+    for (size_t s = 0; s < lengths.size(); s++)
+        for (int64_t p = 0; p < (lengths[s] + 63) / 64; p++) tables[s * max_pages + p] = int32_t(--next);
+    const int64_t page_width = groups * (key + value), num_rows = starts.back();
+    const auto q = random_vector<T>(num_rows * heads * key), pages = random_vector<T>(num_pages * 64 * page_width);
+    std::vector<T> out(num_rows * heads * value);
+    return moestro_paged_attention(out.data(), q.data(), pages.data(), tables.data(), starts.data(), first.data(), num_rows, num_pages, int64_t(lengths.size()), max_pages, heads, key, value, page_width, groups, key, 0.1f, TYPE<T>, 2);
+}
+
+template <class T> int check_rows(int64_t rows, int64_t width) {
+    const auto x = random_vector<T>(rows * width), both = random_vector<T>(rows * 2 * width), weight = random_vector<T>(width);
+    const auto logits = random_vector<float>(rows * width);
+    std::vector<T> out(x.size());
+    std::vector<float> scores(x.size());
+    int bad = moestro_rms_norm(out.data(), x.data(), weight.data(), rows, width, 1e-6f, TYPE<T>, TYPE<T>, 2);
+    bad |= moestro_swiglu(out.data(), both.data(), rows, width, TYPE<T>, 2);
+    for (int function = 0; function < 3; function++) bad |= moestro_score(scores.data(), logits.data(), rows, width, function, 2);
+    return bad;
+}
+
+template <class T> int check_serving() {
+    int bad = 0;
+    for (int kind = 0; kind < 4; kind++) {
+        for (int64_t n : {0, 1, 5, 7, 25, 101}) bad |= check_linear<T>(1, n, 70, 67, kind) | check_linear<T>(3, n, 33, 64, kind);
+        bad |= check_linear<T>(1, 2, 1, 1, kind) | check_linear<T>(1, 2, 3, 0, kind) | check_linear<T>(1, 2, 0, 3, kind) | check_linear<T>(0, 2, 3, 3, kind);
+        bad |= check_linear<T>(1, 3, 130, 700, kind) | check_linear<T>(1, 30, 64, 2600, kind);
+        bad |= check_packed_experts<T>(1, 2, 4, 33, 17, kind) | check_packed_experts<T>(130, 3, 2, 64, 32, kind) | check_packed_experts<T>(0, 2, 4, 8, 8, kind);
+        bad |= check_packed_experts<T>(3, 1, 1, 1, 1, kind) | check_packed_experts<T>(2, 0, 3, 8, 8, kind) | check_packed_experts<T>(1100, 1, 2, 3, 5, kind);
+    }
+    bad |= check_attention<T>({1}, 1, 1, 1, 1, 1) | check_attention<T>({64, 65, 1}, 3, 16, 1, 48, 32) | check_attention<T>({700}, 1, 20, 1, 33, 70);
+    bad |= check_attention<T>({300, 20}, 90, 6, 2, 24, 17) | check_attention<T>({257, 1, 256, 3, 9, 513, 7, 8, 10}, 2, 4, 4, 7, 5) | check_attention<T>({}, 1, 2, 1, 4, 4);
+    for (int64_t width : {1, 16, 37}) bad |= check_rows<T>(0, width) | check_rows<T>(3, width);
+    return bad | check_rows<T>(2000, 64) | check_rows<T>(4, 0);
+}
+
 template <class T> int check_type() {
     int bad = 0;
     for (int turned = 0; turned < 4; turned++) {
@@ -89,7 +168,7 @@ int main() {
     for (const char *isa : {"avx2", "avx512", "avx512bf16"}) {
         if (moestro_set_isa(isa)) continue;
         paths++;
-        if (check_type<float>() | check_type<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
+        if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
     }
     std::printf("%d paths\n", paths);
     return 0;

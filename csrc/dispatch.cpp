@@ -47,7 +47,7 @@ bool runs_avx512() {
     return runs_avx2() && (saved_state() & 0xe6) == 0xe6 && bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
 }
 
-bool runs_avx512bf16() { return runs_avx512() && bit(cpuid(7, 1).eax, 5); }
+bool runs_avx512bf16() { return runs_avx512() && bit(cpuid(7, 0).ecx, 11) && bit(cpuid(7, 1).eax, 5); }
 
 const Choice CHOICES[] = {
     {"avx512bf16", &kernels_avx512bf16, runs_avx512bf16},
@@ -78,6 +78,32 @@ int check_experts(const int64_t *token, const int64_t *offsets, int64_t num_expe
     if (!fits(slots, 2 * width) || !fits(slots, hidden)) return MOESTRO_BAD_SIZE;
     for (int64_t s = 0; s < slots; s++)
         if (token[s] < 0 || token[s] >= num_tokens) return MOESTRO_BAD_SIZE;
+    return MOESTRO_OK;
+}
+
+bool known_kind(int kind) { return kind >= MOESTRO_KIND_FP32 && kind <= MOESTRO_KIND_INT4; }
+bool sane(int threads) { return threads >= 1 && threads <= 1024; }
+bool fits(int64_t a, int64_t b, int64_t c) { return fits(a, b) && fits(a * b, c); }
+// A packed matrix is padded to whole panels and blocks of 64.
+bool fits_packed(int64_t groups, int64_t m, int64_t k) { return m >= 0 && k >= 0 && m <= LARGEST && k <= LARGEST && fits(groups, m + 63, k + 63); }
+
+int check_attention(const PagedAttention &a, int64_t num_rows, int64_t num_pages) {
+    if (!fits(num_rows, a.num_heads, a.key_width) || !fits(num_rows, a.num_heads, a.value_width + 63) || !fits(num_pages, 64, a.page_width) || !fits(a.num_sequences, a.max_pages) || !fits(a.max_pages, 64)) return MOESTRO_BAD_SIZE;
+    if (a.groups < 1 || a.num_heads < 1 || a.num_heads % a.groups || a.page_width % a.groups) return MOESTRO_BAD_SIZE;
+    const int64_t width = a.page_width / a.groups;
+    if (a.value_width < 0 || a.value_offset < 0 || a.key_width > width || a.value_offset > width || a.value_width > width - a.value_offset) return MOESTRO_BAD_SIZE;
+    if (a.starts[0] != 0 || a.starts[a.num_sequences] != num_rows) return MOESTRO_BAD_SIZE;
+    for (int64_t s = 0; s < a.num_sequences; s++) {
+        const int64_t rows = a.starts[s + 1] - a.starts[s];
+        if (rows < 0 || rows > num_rows || a.first[s] < 0 || a.first[s] > LARGEST) return MOESTRO_BAD_SIZE;
+        if (rows == 0) continue;
+        const int64_t last_page = (a.first[s] + rows - 1) / 64;
+        if (last_page >= a.max_pages) return MOESTRO_BAD_SIZE;
+        for (int64_t p = 0; p <= last_page; p++) {
+            const int32_t page = a.tables[s * a.max_pages + p];
+            if (page < 0 || page >= num_pages) return MOESTRO_BAD_SIZE;
+        }
+    }
     return MOESTRO_OK;
 }
 
@@ -138,6 +164,67 @@ int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_t
     if (!known(type)) return MOESTRO_BAD_TYPE;
     if (!fits(num_tokens, top_k) || !fits(num_tokens, hidden) || !fits(num_slots, hidden) || threads < 1) return MOESTRO_BAD_SIZE;
     chosen->kernels->combine(out, y, slot, num_tokens, top_k, num_slots, hidden, type, threads);
+    return MOESTRO_OK;
+}
+
+int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
+                          int kind, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type) || !known_kind(kind)) return MOESTRO_BAD_TYPE;
+    if (!fits_packed(groups, m, k) || !fits(n, groups, m) || !fits(n, groups, k + 63) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    if (n == 0 || m == 0 || groups == 0) return MOESTRO_OK;
+    const std::lock_guard<std::mutex> lock(running);
+    return chosen->kernels->packed_linear({out, x, static_cast<const char *>(panels), groups, n, m, k}, kind, type, threads);
+}
+
+int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights, const void *gate_up,
+                           const void *down, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
+                           int64_t width, int kind, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type) || !known_kind(kind)) return MOESTRO_BAD_TYPE;
+    if (!fits(num_tokens, top_k) || !fits(num_tokens * top_k, hidden + 63) || !fits(num_tokens, hidden) || !fits(num_tokens * top_k, width + 63) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    if (num_experts < 0 || num_experts > LARGEST || width > LARGEST / 4 || !fits_packed(num_experts, 2 * width + 64, hidden) || !fits_packed(num_experts, hidden, width)) return MOESTRO_BAD_SIZE;
+    for (int64_t i = 0; i < num_tokens * top_k; i++)
+        if (ids[i] < 0 || ids[i] > num_experts) return MOESTRO_BAD_SIZE;
+    const std::lock_guard<std::mutex> lock(running);
+    return chosen->kernels->packed_experts({out, x, ids, weights, static_cast<const char *>(gate_up), static_cast<const char *>(down), num_tokens, top_k, num_experts, hidden, width}, kind, type, threads);
+}
+
+int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
+                            const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
+                            int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
+                            int64_t page_width, int64_t groups, int64_t value_offset, float scale, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    const PagedAttention arguments = {out, q, pages, tables, starts, first, num_sequences, max_pages, num_heads, key_width, value_width, page_width, groups, value_offset, scale};
+    if (num_sequences < 0 || !sane(threads)) return MOESTRO_BAD_SIZE;
+    if (const int error = check_attention(arguments, num_rows, num_pages)) return error;
+    const std::lock_guard<std::mutex> lock(running);
+    return chosen->kernels->paged_attention(arguments, type, threads);
+}
+
+int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
+                     int weight_type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type) || !known(weight_type)) return MOESTRO_BAD_TYPE;
+    if (!fits(rows, width) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->rms_norm(out, x, weight, rows, width, eps, type, weight_type, threads);
+    return MOESTRO_OK;
+}
+
+int moestro_swiglu(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (!fits(rows, width, 2) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->swiglu(out, gate_up, rows, width, type, threads);
+    return MOESTRO_OK;
+}
+
+int moestro_score(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (function < MOESTRO_SIGMOID || function > MOESTRO_SQRT_SOFTPLUS) return MOESTRO_BAD_TYPE;
+    if (!fits(rows, width) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->score(out, logits, rows, width, function, threads);
     return MOESTRO_OK;
 }
 

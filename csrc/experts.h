@@ -1,4 +1,4 @@
-// The kernels of moestro.h for one instruction set, on the products of gemm.h. Work is cut into tasks whose results do not
+// The kernels of training for one instruction set, on the products of gemm.h. Work is cut into tasks whose results do not
 // overlap; tasks are handed out freely, sums inside a task have one order.
 #pragma once
 #include <omp.h>
@@ -271,48 +271,3 @@ void combine(T *out, const T *y, const int64_t *slot, int64_t num_tokens, int64_
 }
 
 }  // namespace
-
-// What dispatch.cpp calls, one set of these per instruction set.
-#include "table.h"
-
-extern const Kernels KERNELS = {
-    [](void *out, const void *a, const void *b, const MatmulSizes &s, int type, int out_type, int threads) {
-        auto run = [&](auto *element, auto *result) {
-            using T = std::remove_pointer_t<decltype(element)>;
-            using Out = std::remove_pointer_t<decltype(result)>;
-            return matmul(static_cast<Out *>(out), static_cast<const T *>(a), static_cast<const T *>(b), s.m, s.n, s.k,
-                          s.out_stride, s.a_stride, s.b_stride, s.a_transposed, s.b_transposed, threads);
-        };
-        float *f = nullptr;
-        uint16_t *h = nullptr;
-        if (type == MOESTRO_FLOAT32) return out_type == MOESTRO_FLOAT32 ? run(f, f) : run(f, h);
-        return out_type == MOESTRO_FLOAT32 ? run(h, f) : run(h, h);
-    },
-    [](const ExpertsForward &p, int type, int threads) {
-        auto run = [&](auto *element) {
-            using T = std::remove_pointer_t<decltype(element)>;
-            return experts_forward(static_cast<T *>(p.y), static_cast<T *>(p.h), static_cast<const T *>(p.x),
-                                   static_cast<const T *>(p.gate_up), static_cast<const T *>(p.down), p.token, p.weights,
-                                   p.offsets, p.num_experts, p.hidden, p.width, threads);
-        };
-        return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
-    },
-    [](const ExpertsBackward &p, int type, int threads) {
-        auto run = [&](auto *element) {
-            using T = std::remove_pointer_t<decltype(element)>;
-            return experts_backward(static_cast<T *>(p.dx), p.d_weights, static_cast<T *>(p.d_gate_up),
-                                    static_cast<T *>(p.d_down), static_cast<const T *>(p.dy), static_cast<const T *>(p.x),
-                                    static_cast<const T *>(p.h), static_cast<const T *>(p.gate_up),
-                                    static_cast<const T *>(p.down), p.token, p.weights, p.offsets, p.num_experts,
-                                    p.hidden, p.width, threads);
-        };
-        return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
-    },
-    [](void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots, int64_t hidden,
-       int type, int threads) {
-        if (type == MOESTRO_FLOAT32)
-            combine(static_cast<float *>(out), static_cast<const float *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
-        else
-            combine(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
-    },
-};

@@ -80,36 +80,49 @@ inline Step make_step(const uint16_t *p, const uint16_t *q) {
     return Step(*p) << 16;  // the float with these upper bits
 }
 
+// Pack columns of k contiguous elements each into panel[steps][width]; missing columns and the odd last element are zero.
+// width is a multiple of 8.
+template <class T> void pack_columns(Step *panel, int width, const T *const *columns, int count, int64_t k) {
+    constexpr int PER = Layout<T>::PER_STEP;
+    const int64_t steps = steps_of<T>(k), whole = k / PER;
+    for (int first = 0; first < width; first += 8) {
+        int64_t s = 0;
+        if (first + 8 <= count && (PER == 2 || sizeof(T) == 4)) {
+            for (; s + 8 <= whole; s += 8) {
+                const void *from[8];
+                for (int n = 0; n < 8; n++) from[n] = columns[first + n] + s * PER;
+                Isa::transpose8(panel + s * width + first, width, from);
+            }
+        }
+        for (; s < steps; s++)
+            for (int n = first; n < first + 8; n++) {
+                const T *p = n < count ? columns[n] + s * PER : nullptr;
+                panel[s * width + n] = p ? make_step(p, s < whole ? p + 1 : nullptr) : 0;
+            }
+    }
+}
+
 // Pack b(k, n), n in [0, columns), into panel[steps][NR]; missing columns and the odd last element are zero.
 // contiguous_k: element (k, n) is src[n * stride + k]; else row(k)[n], row(k) = src + (rows ? rows[k] : k) * stride.
 template <class T>
 void pack_panel(Step *panel, const T *src, int64_t stride, const int64_t *rows, bool contiguous_k, int64_t k,
                 int columns) {
     constexpr int PER = Layout<T>::PER_STEP;
-    const int64_t steps = steps_of<T>(k), whole = k / PER;
-    if (!contiguous_k) {
-        for (int64_t s = 0; s < steps; s++) {
-            const T *p = src + (rows ? rows[s * PER] : s * PER) * stride;
-            const T *q = PER == 2 && s * 2 + 1 < k ? src + (rows ? rows[s * 2 + 1] : s * 2 + 1) * stride : nullptr;
-            Step *out = panel + s * NR;
-            if (q)
-                for (int n = 0; n < columns; n++) out[n] = make_step(p + n, q + n);
-            else
-                for (int n = 0; n < columns; n++) out[n] = make_step(p + n, static_cast<const T *>(nullptr));
-            for (int n = columns; n < NR; n++) out[n] = 0;
-        }
-        return;
+    const int64_t steps = steps_of<T>(k);
+    if (contiguous_k) {
+        const T *starts[NR];
+        for (int n = 0; n < columns; n++) starts[n] = src + n * stride;
+        return pack_columns(panel, NR, starts, columns, k);
     }
-    for (int first = 0; first < NR; first += 8) {
-        int64_t s = 0;
-        if (first + 8 <= columns && (PER == 2 || sizeof(T) == 4)) {
-            for (; s + 8 <= whole; s += 8) Isa::transpose8(panel + s * NR + first, NR, src + first * stride + s * PER, stride * int64_t(sizeof(T)));
-        }
-        for (; s < steps; s++)
-            for (int n = first; n < first + 8; n++) {
-                const T *p = src + n * stride + s * PER;
-                panel[s * NR + n] = n < columns ? make_step(p, s < whole ? p + 1 : nullptr) : 0;
-            }
+    for (int64_t s = 0; s < steps; s++) {
+        const T *p = src + (rows ? rows[s * PER] : s * PER) * stride;
+        const T *q = PER == 2 && s * 2 + 1 < k ? src + (rows ? rows[s * 2 + 1] : s * 2 + 1) * stride : nullptr;
+        Step *out = panel + s * NR;
+        if (q)
+            for (int n = 0; n < columns; n++) out[n] = make_step(p + n, q + n);
+        else
+            for (int n = 0; n < columns; n++) out[n] = make_step(p + n, static_cast<const T *>(nullptr));
+        for (int n = columns; n < NR; n++) out[n] = 0;
     }
 }
 

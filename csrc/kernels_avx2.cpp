@@ -9,12 +9,33 @@ struct Isa {
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector load(const float *p) { return _mm256_load_ps(p); }
     static void store(float *p, Vector v) { _mm256_store_ps(p, v); }
+    static Vector load_any(const void *p) { return _mm256_loadu_ps(static_cast<const float *>(p)); }
+    static void store_any(float *p, Vector v) { _mm256_storeu_ps(p, v); }
     static Vector load_steps(const uint32_t *p) { return _mm256_load_ps(reinterpret_cast<const float *>(p)); }
-    static Vector broadcast(const uint32_t *p) { return _mm256_set1_ps(step_as_float(p)); }
+    static Vector broadcast(const void *p) { return _mm256_set1_ps(step_as_float(p)); }
+    static Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
     template <bool PAIRS> static Vector multiply_add(Vector c, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, c); }
-    static void transpose8(uint32_t *to, int64_t stride, const void *from, int64_t bytes) { transpose8_avx2(to, stride, from, bytes); }
+    static Vector low_half(Vector v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16)); }
+    static Vector high_half(Vector v) { return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(int(0xffff0000)))); }
+
+    using Integers = __m256i;
+    static Integers load_codes(const char *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+    static Integers low_codes(Integers v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+    static Integers high_codes(Integers v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+    static Integers set(int value) { return _mm256_set1_epi32(value); }
+    static Integers dot(Integers c, Integers w, Integers x) {
+        const Integers even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+        const Integers odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
+        return _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
+    }
+    static Vector to_float(Integers v) { return _mm256_cvtepi32_ps(v); }
+    static Vector load_scales(const char *p) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+    static void transpose8(uint32_t *to, int64_t stride, const void *const *from) { transpose8_avx2(to, stride, from); }
 };
 }  // namespace
 
 #define KERNELS kernels_avx2
-#include "experts.h"
+#include "kernels.h"

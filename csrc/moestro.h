@@ -11,6 +11,8 @@ extern "C" {
 #endif
 
 enum { MOESTRO_FLOAT32 = 0, MOESTRO_BFLOAT16 = 1 };
+enum { MOESTRO_KIND_FP32 = 0, MOESTRO_KIND_BF16 = 1, MOESTRO_KIND_INT8 = 2, MOESTRO_KIND_INT4 = 3 };
+enum { MOESTRO_SIGMOID = 0, MOESTRO_SOFTMAX = 1, MOESTRO_SQRT_SOFTPLUS = 2 };
 enum { MOESTRO_OK = 0, MOESTRO_BAD_TYPE = 1, MOESTRO_BAD_SIZE = 2, MOESTRO_NO_MEMORY = 3, MOESTRO_NO_ISA = 4 };
 
 // Name of the instruction set in use: "avx512bf16", "avx512", "avx2", or "" where none of them can run.
@@ -41,6 +43,36 @@ int moestro_experts_backward(void *dx, float *d_weights, void *d_gate_up, void *
 // out[n] = Σ_a y[slot[n, a]], in the order of a; slots outside 0 … num_slots-1 add nothing. slot [N, A], y [S, D].
 int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
                     int64_t hidden, int type, int threads);
+
+// What follows is for serving: a row of results depends on that row's inputs alone, bit for bit.
+
+// out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs). Quantised
+// kinds quantise the rows of x block by block too.
+int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
+                          int kind, int type, int threads);
+
+// out [N, D] = Σ_a weights[n, a] · expert ids[n, a] of x [N, D]; id E is not carried out. ids, weights [N, A]; packed
+// gate_up: for each expert panels of 32 gates and the 32 ups of the same index; packed down: [E, D, F].
+int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights, const void *gate_up,
+                           const void *down, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
+                           int64_t width, int kind, int type, int threads);
+
+// out [N, H, V] of q [N, H, K]. Sequence s owns rows starts[s] … starts[s+1]-1, at positions first[s], first[s]+1, …; a row at
+// position p sees rows 0 … p of its sequence: row i is pages[tables[s, i / 64], i % 64], of page_width = groups · w values,
+// group g's key from g · w on, its value from g · w + value_offset on. Heads h use group h · groups / H.
+// pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S].
+int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
+                            const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
+                            int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
+                            int64_t page_width, int64_t groups, int64_t value_offset, float scale, int type, int threads);
+
+// out = x / rms(x) · weight, rows of x [rows, width]; weight [width] of weight_type.
+int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
+                     int weight_type, int threads);
+// out [rows, width] = silu(gate) · up of gate_up [rows, 2 · width], gates first.
+int moestro_swiglu(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
+// Scores of logits [rows, width]: the sigmoid, the softmax of a row, or √softplus.
+int moestro_score(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
 
 #ifdef __cplusplus
 }

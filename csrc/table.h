@@ -1,4 +1,4 @@
-// The functions of one instruction set, behind one table.
+// The functions of one instruction set, behind one table. What the arguments mean stands in moestro.h.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -28,10 +28,41 @@ struct ExpertsBackward {
     int64_t num_experts, hidden, width;
 };
 
+struct PackedLinear {
+    void *out;
+    const void *x;
+    const char *panels;
+    int64_t groups, n, m, k;
+};
+
+struct PackedExperts {
+    void *out;
+    const void *x;
+    const int64_t *ids;
+    const float *weights;
+    const char *gate_up, *down;
+    int64_t num_tokens, top_k, num_experts, hidden, width;
+};
+
+struct PagedAttention {
+    void *out;
+    const void *q, *pages;
+    const int32_t *tables;
+    const int64_t *starts, *first;
+    int64_t num_sequences, max_pages, num_heads, key_width, value_width, page_width, groups, value_offset;
+    float scale;
+};
+
 struct Kernels {
     int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type, int threads);
     int (*experts_forward)(const ExpertsForward &, int type, int threads);
     int (*experts_backward)(const ExpertsBackward &, int type, int threads);
     void (*combine)(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
                     int64_t hidden, int type, int threads);
+    int (*packed_linear)(const PackedLinear &, int kind, int type, int threads);
+    int (*packed_experts)(const PackedExperts &, int kind, int type, int threads);
+    int (*paged_attention)(const PagedAttention &, int type, int threads);
+    void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads);
+    void (*swiglu)(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
+    void (*score)(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
 };

@@ -25,12 +25,18 @@ ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "u
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
 LIBRARY = Path(__file__).parent / "libmoestro.so"
 
-_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "moestro_matmul": [_POINTER] * 3 + [_SIZE] * 6 + [_INT] * 5,
     "moestro_experts_forward": [_POINTER] * 8 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_experts_backward": [_POINTER] * 12 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_combine": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 2,
+    "moestro_packed_linear": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3,
+    "moestro_packed_experts": [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3,
+    "moestro_paged_attention": [_POINTER] * 6 + [_SIZE] * 10 + [_FLOAT] + [_INT] * 2,
+    "moestro_rms_norm": [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
+    "moestro_swiglu": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
+    "moestro_score": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_set_isa": [ctypes.c_char_p],
 }
 
@@ -70,8 +76,8 @@ def fits(*tensors: Tensor) -> bool:
     return kind in TYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
 
 
-def call(name: str, *arguments: Tensor | int) -> None:
-    """Call a kernel with the addresses of contiguous tensors, and sizes; raises on its error code."""
+def call(name: str, *arguments: Tensor | int | float) -> None:
+    """Call a kernel with the addresses of contiguous tensors, and numbers; raises on its error code."""
     library = load_library()
     assert library is not None
     raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]

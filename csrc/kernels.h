@@ -1,0 +1,75 @@
+// Everything of one instruction set; included by each kernels_*.cpp after it has defined `Isa` and named `KERNELS`.
+#pragma once
+#include "attention.h"
+#include "experts.h"
+#include "packed.h"
+#include "rows.h"
+#include "table.h"
+
+// What dispatch.cpp calls, one set of these per instruction set.
+
+extern const Kernels KERNELS = {
+    [](void *out, const void *a, const void *b, const MatmulSizes &s, int type, int out_type, int threads) {
+        auto run = [&](auto *element, auto *result) {
+            using T = std::remove_pointer_t<decltype(element)>;
+            using Out = std::remove_pointer_t<decltype(result)>;
+            return matmul(static_cast<Out *>(out), static_cast<const T *>(a), static_cast<const T *>(b), s.m, s.n, s.k,
+                          s.out_stride, s.a_stride, s.b_stride, s.a_transposed, s.b_transposed, threads);
+        };
+        float *f = nullptr;
+        uint16_t *h = nullptr;
+        if (type == MOESTRO_FLOAT32) return out_type == MOESTRO_FLOAT32 ? run(f, f) : run(f, h);
+        return out_type == MOESTRO_FLOAT32 ? run(h, f) : run(h, h);
+    },
+    [](const ExpertsForward &p, int type, int threads) {
+        auto run = [&](auto *element) {
+            using T = std::remove_pointer_t<decltype(element)>;
+            return experts_forward(static_cast<T *>(p.y), static_cast<T *>(p.h), static_cast<const T *>(p.x),
+                                   static_cast<const T *>(p.gate_up), static_cast<const T *>(p.down), p.token, p.weights,
+                                   p.offsets, p.num_experts, p.hidden, p.width, threads);
+        };
+        return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
+    },
+    [](const ExpertsBackward &p, int type, int threads) {
+        auto run = [&](auto *element) {
+            using T = std::remove_pointer_t<decltype(element)>;
+            return experts_backward(static_cast<T *>(p.dx), p.d_weights, static_cast<T *>(p.d_gate_up),
+                                    static_cast<T *>(p.d_down), static_cast<const T *>(p.dy), static_cast<const T *>(p.x),
+                                    static_cast<const T *>(p.h), static_cast<const T *>(p.gate_up),
+                                    static_cast<const T *>(p.down), p.token, p.weights, p.offsets, p.num_experts,
+                                    p.hidden, p.width, threads);
+        };
+        return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
+    },
+    [](void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots, int64_t hidden,
+       int type, int threads) {
+        if (type == MOESTRO_FLOAT32)
+            combine(static_cast<float *>(out), static_cast<const float *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
+        else
+            combine(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
+    },
+    [](const PackedLinear &p, int kind, int type, int threads) {
+        return with_product(kind, type, [&](auto product, auto element) { return packed_linear<decltype(product), decltype(element)>(p, threads); });
+    },
+    [](const PackedExperts &p, int kind, int type, int threads) {
+        return with_product(kind, type, [&](auto product, auto element) { return packed_experts<decltype(product), decltype(element)>(p, threads); });
+    },
+    [](const PagedAttention &p, int type, int threads) {
+        return type == MOESTRO_FLOAT32 ? paged_attention<float>(p, threads) : paged_attention<uint16_t>(p, threads);
+    },
+    [](void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads) {
+        const auto run = [&](auto element, auto of_weight) {
+            using T = decltype(element);
+            using W = decltype(of_weight);
+            rms_norm(static_cast<T *>(out), static_cast<const T *>(x), static_cast<const W *>(weight), rows, width, eps, threads);
+        };
+        const bool wide = weight_type == MOESTRO_FLOAT32;
+        if (type == MOESTRO_FLOAT32) return wide ? run(float(), float()) : run(float(), uint16_t());
+        return wide ? run(uint16_t(), float()) : run(uint16_t(), uint16_t());
+    },
+    [](void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads) {
+        if (type == MOESTRO_FLOAT32) return swiglu(static_cast<float *>(out), static_cast<const float *>(gate_up), rows, width, threads);
+        swiglu(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(gate_up), rows, width, threads);
+    },
+    [](float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) { score(out, logits, rows, width, function, threads); },
+};

@@ -1,0 +1,145 @@
+// Products in registers for serving: R rows at one distance from each other times V vectors of a packed panel. A result is
+// one sum over k in order, whatever R and V are, so shapes are chosen freely by the number of rows.
+#pragma once
+#include <utility>
+
+#include "gemm.h"
+
+namespace {
+
+#define MOESTRO_INLINE __attribute__((always_inline))
+
+template <class F, int... I> inline MOESTRO_INLINE void unroll_each(F &&f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F> inline MOESTRO_INLINE void unroll(F &&f) { unroll_each(f, std::make_integer_sequence<int, N>()); }
+
+// Calls f with the constant `rows`, which is 1 … MOST.
+template <int MOST, class F> inline void with_rows(int64_t rows, F &&f) {
+    if constexpr (MOST > 1) {
+        if (rows < MOST) return with_rows<MOST - 1>(rows, f);
+    }
+    f(std::integral_constant<int, MOST>());
+}
+
+struct Rows {
+    const char *data;
+    int64_t bytes;       // from row to row
+    int64_t scales = 0;  // of quantised rows: where their BlockScales begin
+};
+
+// Where to fetch ahead of use, a line a step.
+struct Ahead {
+    const char *at;
+    int64_t bytes;
+};
+
+// Three rows share a pointer: base, base + distance, base + 2 · distance are addresses of one instruction.
+template <int R> struct Pointers {
+    const char *at[(R + 2) / 3];
+    int64_t distance;
+    MOESTRO_INLINE Pointers(const char *data, int64_t bytes) : distance(bytes) {
+        unroll<(R + 2) / 3>([&](auto q) MOESTRO_INLINE { at[q] = data + 3 * q * bytes; });
+    }
+    template <class I> MOESTRO_INLINE const char *operator[](I i) const { return at[i / 3] + i % 3 * distance; }
+    MOESTRO_INLINE void advance(int64_t bytes) {
+        unroll<(R + 2) / 3>([&](auto q) MOESTRO_INLINE { at[q] += bytes; });
+    }
+};
+
+// How a step of a row meets a step of a panel: a float each; a pair of bf16 each; two floats and a pair of bf16.
+enum class Mode { FLOATS, PAIRS, WIDENED };
+
+// c (+)= rows · panel over `steps` steps, which lie panel_bytes apart.
+template <Mode MODE, int R, int V>
+void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t panel_bytes, int64_t steps, bool accumulate, Ahead ahead) {
+    using Vector = typename Isa::Vector;
+    constexpr bool PAIRS = MODE == Mode::PAIRS, WIDENED = MODE == Mode::WIDENED;
+    Vector acc[R][V];
+    Pointers<R> row(rows.data, rows.bytes);
+    unroll<R>([&](auto i) MOESTRO_INLINE {
+        unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = accumulate ? Isa::load_any(c + i * c_stride + v * Isa::WIDTH) : Isa::zero(); });
+    });
+    for (int64_t s = 0; s < steps; s++) {
+        Vector b[V];
+        unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = Isa::load_any(panel + v * Isa::WIDTH * 4); });
+        _mm_prefetch(ahead.at, _MM_HINT_T0);
+        unroll<R>([&](auto i) MOESTRO_INLINE {
+            const Vector a = Isa::broadcast(row[i]);
+            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, WIDENED ? Isa::low_half(b[v]) : b[v]); });
+        });
+        if (WIDENED)
+            unroll<R>([&](auto i) MOESTRO_INLINE {
+                const Vector a = Isa::broadcast(row[i] + 4);
+                unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<false>(acc[i][v], a, Isa::high_half(b[v])); });
+            });
+        row.advance(WIDENED ? 8 : 4);
+        panel += panel_bytes;
+        ahead.at += ahead.bytes;
+    }
+    unroll<R>([&](auto i) MOESTRO_INLINE {
+        unroll<V>([&](auto v) MOESTRO_INLINE { Isa::store_any(c + i * c_stride + v * Isa::WIDTH, acc[i][v]); });
+    });
+}
+
+constexpr int PANEL = 64;  // outputs of a packed panel, on every instruction set
+
+// Quantised blocks of a panel: codes [LENGTH / 4][PANEL][4] around ZERO, of 4 bits with steps s and s + LENGTH / 8 in the low
+// and high halves of a byte; then PANEL scales in bf16.
+template <int BITS> struct Block {
+    static constexpr int LENGTH = BITS == 8 ? 64 : 32, ZERO = BITS == 8 ? 128 : 8;
+    static constexpr int CODES = LENGTH * PANEL * BITS / 8, BYTES = CODES + 2 * PANEL;
+};
+
+// A block of a quantised row: value = scale · code; `start` takes the panel's ZERO off, −ZERO · Σ codes.
+struct BlockScale {
+    float scale;
+    int32_t start;
+};
+
+// c (+)= rows · blocks, at `column` of the panel. Sums inside a block are exact integers.
+template <int BITS, int R, int V>
+void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64_t column, int64_t count, bool accumulate, Ahead ahead) {
+    using Integers = typename Isa::Integers;
+    using B = Block<BITS>;
+    constexpr int LOADS = B::CODES / (4 * PANEL), HIGH = B::LENGTH / 2;  // bytes of a row between low and high codes
+    Pointers<R> row(rows.data, rows.bytes), scale(rows.data + rows.scales, rows.bytes);
+    for (int64_t b = 0; b < count; b++) {
+        Integers acc[R][V];
+        unroll<R>([&](auto i) MOESTRO_INLINE {
+            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::set(step_as_int(scale[i] + 4)); });
+        });
+        const char *codes = blocks + b * B::BYTES + column * 4;
+        for (int s = 0; s < LOADS; s++) {
+            Integers w[V];
+            unroll<V>([&](auto v) MOESTRO_INLINE { w[v] = Isa::load_codes(codes + v * Isa::WIDTH * 4); });
+            _mm_prefetch(ahead.at, _MM_HINT_T0);
+            unroll<R>([&](auto i) MOESTRO_INLINE {
+                const Integers x = Isa::set(step_as_int(row[i]));
+                unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::dot(acc[i][v], BITS == 8 ? w[v] : Isa::low_codes(w[v]), x); });
+            });
+            if (BITS == 4)
+                unroll<R>([&](auto i) MOESTRO_INLINE {
+                    const Integers x = Isa::set(step_as_int(row[i] + HIGH));
+                    unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::dot(acc[i][v], Isa::high_codes(w[v]), x); });
+                });
+            row.advance(4);
+            codes += 4 * PANEL;
+            ahead.at += ahead.bytes;
+        }
+        if (BITS == 4) row.advance(HIGH);
+        const char *scales = blocks + b * B::BYTES + B::CODES + column * 2;
+        unroll<V>([&](auto v) MOESTRO_INLINE {
+            const auto of_columns = Isa::load_scales(scales + v * Isa::WIDTH * 2);
+            unroll<R>([&](auto i) MOESTRO_INLINE {
+                float *to = c + i * c_stride + v * Isa::WIDTH;
+                const auto both = Isa::multiply(of_columns, Isa::broadcast(scale[i]));
+                const auto before = b || accumulate ? Isa::load_any(to) : Isa::zero();
+                Isa::store_any(to, Isa::template multiply_add<false>(before, Isa::to_float(acc[i][v]), both));
+            });
+        });
+        scale.advance(sizeof(BlockScale));
+    }
+}
+
+}  // namespace

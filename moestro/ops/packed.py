@@ -1,0 +1,280 @@
+"""The operations of serving: packed weights, attention over pages, norms, activations and scores of rows.
+
+One promise holds for all of them: a row of the result depends on that row's inputs alone, bit for bit, not on how many
+rows there are, which ones they are, how a prompt was cut, or how many threads compute. Native kernels (csrc/packed.h,
+attention.h, rows.h) keep it by summing in one order; where they are not built, or a tensor is neither fp32 nor bf16,
+`fixed_order.py` computes the same within rounding. Packed layouts are described in `quantize.py`.
+
+No operation here has a gradient.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moestro.ops import fixed_order, native, quantize
+from moestro.ops.quantize import LAYOUTS, PANEL
+
+SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2}
+PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forces plain torch elsewhere does so here
+_KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class PackedLinear:
+    """y = x Wᵀ. Sums are in fp32, products in fp32 or, where both are bf16, in bf16; quantised kinds multiply codes."""
+
+    def __init__(self, panels: Tensor, kind: str, out_features: int, in_features: int) -> None:
+        """Takes panels as `tensors` gives them; ValueError where they do not fit the sizes."""
+        if tuple(panels.shape) != quantize.panel_shape(out_features, in_features, kind) or panels.dtype != torch.uint8:
+            raise ValueError(f"{list(panels.shape)} bytes are not a {kind} matrix of {out_features} x {in_features}")
+        self.panels, self.kind = panels.contiguous(), kind
+        self.out_features, self.in_features = out_features, in_features
+        self.nbytes = panels.nbytes
+        self._address, self._code = self.panels.data_ptr(), LAYOUTS[kind].code
+
+    @classmethod
+    def pack(cls, weight: Tensor, kind: str) -> PackedLinear:
+        """weight [M, K] fp32 or bf16; kind fp32, bf16, int8 or int4."""
+        return cls(quantize.pack_panels(weight, kind), kind, *weight.shape)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedLinear:
+        """What `tensors` gave, perhaps memory-mapped."""
+        kind, rows, columns = _read_sizes(tensors["sizes"], 3)
+        return cls(tensors["panels"], kind, rows, columns)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to save: the panels, and the kind with the sizes."""
+        return {"panels": self.panels, "sizes": torch.tensor([self._code, self.out_features, self.in_features])}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, K] fp32 or bf16 -> [N, M] of its type."""
+        n, k = x.shape
+        if k != self.in_features:
+            raise ValueError(f"rows of {k} values for a matrix of {self.in_features}")
+        if not _native(x):
+            return fixed_order.linear(x, self.panels, self.kind)[:, : self.out_features].to(x.dtype)
+        x = x.contiguous()
+        out = x.new_empty(n, self.out_features)
+        sizes = (1, n, self.out_features, k, self._code, native.TYPES[x.dtype], torch.get_num_threads())
+        native.call("moestro_packed_linear", out, x, self._address, *sizes)
+        return out
+
+
+class PackedHeads:
+    """A small matrix for every head, as in the absorbed form of MLA."""
+
+    def __init__(self, panels: Tensor, kind: str, out_features: int, in_features: int) -> None:
+        """Panels [H, panels, bytes]; ValueError where they do not fit the sizes."""
+        if (
+            tuple(panels.shape[1:]) != quantize.panel_shape(out_features, in_features, kind)
+            or panels.dtype != torch.uint8
+        ):
+            raise ValueError(f"{list(panels.shape)} bytes are not {kind} matrices of {out_features} x {in_features}")
+        self.panels, self.kind = panels.contiguous(), kind
+        self.num_heads, self.out_features, self.in_features = len(panels), out_features, in_features
+        self.nbytes = panels.nbytes
+        self._address, self._code = self.panels.data_ptr(), LAYOUTS[kind].code
+
+    @classmethod
+    def pack(cls, weight: Tensor, kind: str | None = None) -> PackedHeads:
+        """weight [H, V, K] fp32 or bf16; kept in its own type unless a kind is given."""
+        kind = kind or _KIND_OF[weight.dtype]
+        return cls(_pack_each(weight, weight.shape, kind), kind, weight.shape[1], weight.shape[2])
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedHeads:
+        """What `tensors` gave, perhaps memory-mapped."""
+        kind, rows, columns = _read_sizes(tensors["sizes"], 3)
+        return cls(tensors["panels"], kind, rows, columns)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to save: the panels, and the kind with the sizes."""
+        return {"panels": self.panels, "sizes": torch.tensor([self._code, self.out_features, self.in_features])}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, H, K] fp32 or bf16 -> [N, H, V] of its type."""
+        n, heads, k = x.shape
+        if (heads, k) != (self.num_heads, self.in_features):
+            raise ValueError(f"{heads} heads of {k} values for {self.num_heads} matrices of {self.in_features}")
+        if not _native(x):
+            parts = [fixed_order.linear(a, p, self.kind) for a, p in zip(x.unbind(1), self.panels, strict=True)]
+            return torch.stack(parts, 1)[..., : self.out_features].to(x.dtype)
+        x = x.contiguous()
+        out = x.new_empty(n, heads, self.out_features)
+        sizes = (heads, n, self.out_features, k, self._code, native.TYPES[x.dtype], torch.get_num_threads())
+        native.call("moestro_packed_linear", out, x, self._address, *sizes)
+        return out
+
+
+class PackedExperts:
+    """E SwiGLU experts: Σ over a token's choices of weight · W_down(silu(W_gate x) · W_up x)."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, kind: str, hidden_dim: int, expert_dim: int) -> None:
+        """Panels [E, panels, bytes] as `tensors` gives them; ValueError where they do not fit the sizes."""
+        up_shape = quantize.panel_shape(2 * -(-expert_dim // 32) * 32, hidden_dim, kind)
+        shapes = ((len(gate_up), *up_shape), (len(gate_up), *quantize.panel_shape(hidden_dim, expert_dim, kind)))
+        if (tuple(gate_up.shape), tuple(down.shape)) != shapes or {gate_up.dtype, down.dtype} != {torch.uint8}:
+            raise ValueError(
+                f"{list(gate_up.shape)} and {list(down.shape)} bytes are not {kind} experts of {expert_dim}"
+            )
+        self.gate_up, self.down, self.kind = gate_up.contiguous(), down.contiguous(), kind
+        self.num_experts, self.hidden_dim, self.expert_dim = len(gate_up), hidden_dim, expert_dim
+        self.nbytes = gate_up.nbytes + down.nbytes
+        self._addresses, self._code = (self.gate_up.data_ptr(), self.down.data_ptr()), LAYOUTS[kind].code
+
+    @classmethod
+    def pack(cls, gate_up: Tensor, down: Tensor, kind: str) -> PackedExperts:
+        """gate_up [E, 2F, D], gates first, and down [E, D, F], fp32 or bf16; kind fp32, bf16, int8 or int4."""
+        experts, hidden, width = down.shape
+        mixed = _pack_each((_mix(one, width) for one in gate_up), (experts, 2 * -(-width // 32) * 32, hidden), kind)
+        return cls(mixed, _pack_each(down, down.shape, kind), kind, hidden, width)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedExperts:
+        """What `tensors` gave, perhaps memory-mapped."""
+        kind, hidden, width = _read_sizes(tensors["sizes"], 3)
+        return cls(tensors["gate_up"], tensors["down"], kind, hidden, width)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to save: the panels, and the kind with the sizes."""
+        sizes = torch.tensor([self._code, self.hidden_dim, self.expert_dim])
+        return {"gate_up": self.gate_up, "down": self.down, "sizes": sizes}
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [N, D] fp32 or bf16, ids [N, A] int64 (id E: not carried out), weights [N, A] -> [N, D] of x's type."""
+        n, hidden = x.shape
+        if hidden != self.hidden_dim or ids.shape != weights.shape or len(ids) != n:
+            raise ValueError(f"x {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)} do not fit")
+        if not _native(x):
+            parts = (self.gate_up, self.down, self.kind)
+            return fixed_order.experts(x, ids, weights, *parts)[:, :hidden].to(x.dtype)
+        x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
+        out = torch.empty_like(x)
+        sizes = (n, ids.shape[1], self.num_experts, hidden, self.expert_dim)
+        kinds = (self._code, native.TYPES[x.dtype], torch.get_num_threads())
+        native.call("moestro_packed_experts", out, x, ids, weights, *self._addresses, *sizes, *kinds)
+        return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last axis, in fp32. x [..., D], weight [D] -> [..., D] of x's type."""
+    if not _native(x) or weight.dtype not in native.TYPES:
+        return fixed_order.rms_norm(x, weight, eps)
+    x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    sizes = (x.numel() // max(width, 1), width, eps, native.TYPES[x.dtype], native.TYPES[weight.dtype])
+    native.call("moestro_rms_norm", out, x, weight, *sizes, torch.get_num_threads())
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up. gate_up [N, 2F], gates first -> [N, F] of its type."""
+    if not _native(gate_up):
+        return fixed_order.swiglu(gate_up)
+    gate_up = gate_up.contiguous()
+    n, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(n, width)
+    sizes = (n, width, native.TYPES[gate_up.dtype], torch.get_num_threads())
+    native.call("moestro_swiglu", out, gate_up, *sizes)
+    return out
+
+
+def score(logits: Tensor, function: str) -> Tensor:
+    """Router scores of logits [N, E] fp32: sigmoid, softmax, sqrt_softplus, or constant ones -> [N, E]."""
+    if function not in SCORES or logits.dtype != torch.float32 or not _native(logits):
+        return fixed_order.score(logits, function)
+    logits = logits.contiguous()
+    out = torch.empty_like(logits)
+    native.call("moestro_score", out, logits, *logits.shape, SCORES[function], torch.get_num_threads())
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    pages: Tensor,
+    page_tables: Tensor,
+    starts: Tensor,
+    first: Tensor,
+    *,
+    groups: int,
+    value_offset: int,
+    value_width: int,
+    scale: float,
+) -> Tensor:
+    """Softmax attention of the rows of S sequences over their cached rows. q [N, H, K] -> [N, H, V] of its type.
+
+    Sequence s owns query rows starts[s] … starts[s + 1] − 1 at positions first[s], first[s] + 1, …; a row at position
+    p sees the cached rows 0 … p. Row i lies at pages[page_tables[s, i // 64], i % 64]. Of its W = groups · w values,
+    the key of group g starts at g · w and its value at g · w + value_offset; head h uses group h · groups // H.
+
+    pages [P, 64, W] of q's type, page_tables [S, max_pages] int32, starts [S + 1] and first [S] int64.
+    """
+    rows, heads, width = q.shape
+    if not _native(q):
+        numbers = (groups, value_offset, value_width, scale)
+        return _attend(q, pages, page_tables, starts, first, numbers)
+    if pages.dtype != q.dtype or page_tables.dtype != torch.int32 or {starts.dtype, first.dtype} != {torch.int64}:
+        raise ValueError("paged_attention: pages must have the type of q, tables int32, starts and first int64")
+    q, page_tables, starts, first = q.contiguous(), page_tables.contiguous(), starts.contiguous(), first.contiguous()
+    if not pages.is_contiguous() or len(starts) != len(first) + 1 or len(page_tables) != len(first):
+        raise ValueError("paged_attention: pages must be contiguous, with one table, start and first for each sequence")
+    out = q.new_empty(rows, heads, value_width)
+    sizes = (rows, len(pages), *page_tables.shape, heads, width, value_width, pages.shape[2], groups, value_offset)
+    kinds = (scale, native.TYPES[q.dtype], torch.get_num_threads())
+    native.call("moestro_paged_attention", out, q, pages, page_tables, starts, first, *sizes, *kinds)
+    return out
+
+
+def _native(x: Tensor) -> bool:
+    return not PLAIN and native.load_library() is not None and x.dtype in native.TYPES and x.device.type == "cpu"
+
+
+def _pack_each(matrices: Iterable[Tensor], shape: Sequence[int], kind: str) -> Tensor:
+    """Matrices, together of `shape` [number, M, K] -> uint8 [number, panels, bytes of a panel]."""
+    number, rows, columns = shape
+    out = torch.empty(number, *quantize.panel_shape(rows, columns, kind), dtype=torch.uint8)
+    for packed, matrix in zip(out, matrices, strict=True):
+        quantize.pack_panels(matrix, kind, out=packed)
+    return out
+
+
+def _mix(gate_up: Tensor, width: int) -> Tensor:
+    """gate_up [2F, D] -> panels of 32 gates and their 32 ups, [64 · ⌈F / 32⌉, D]."""
+    half = PANEL // 2
+    halves = torch.nn.functional.pad(gate_up.unflatten(0, (2, width)), (0, 0, 0, -width % half))
+    return halves.unflatten(1, (-1, half)).transpose(0, 1).flatten(0, 2)
+
+
+def _read_sizes(sizes: Tensor, count: int) -> tuple[str, int, int]:
+    """(kind, rows, columns) from what `tensors` saved; ValueError for anything else."""
+    numbers = sizes.tolist()
+    names = {layout.code: name for name, layout in LAYOUTS.items()}
+    if sizes.dtype != torch.int64 or len(numbers) != count or numbers[0] not in names or min(numbers) < 0:
+        raise ValueError(f"{numbers} are not the kind and sizes of a packed weight")
+    return names[numbers[0]], numbers[1], numbers[2]
+
+
+def _attend(
+    q: Tensor, pages: Tensor, tables: Tensor, starts: Tensor, first: Tensor, numbers: tuple[int, int, int, float]
+) -> Tensor:
+    groups, value_offset, value_width, scale = numbers
+    heads = q.shape[1] // groups
+    out = q.new_empty(len(q), q.shape[1], value_width)
+    bounds = starts.tolist()
+    for s, (begin, end) in enumerate(pairwise(bounds)):
+        seen = first[s] + 1 + torch.arange(end - begin).repeat_interleave(heads)
+        used = -(-int(seen[-1]) // fixed_order.PAGE) if end > begin else 0
+        rows = pages[tables[s, :used].long()].flatten(0, 1).unflatten(-1, (groups, -1))
+        for g in range(groups):
+            own = slice(g * heads, (g + 1) * heads)
+            mixed = fixed_order.attend(
+                q[begin:end, own].flatten(0, 1), rows[:, g], seen, scale, value_offset, value_width
+            )
+            out[begin:end, own] = mixed.unflatten(0, (-1, heads)).to(q.dtype)
+    return out
