@@ -40,7 +40,7 @@ def ablate(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 directory.
+        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
     what
         Ablations, with commas between: top1 or top:M (the first choices of every token), fraction:F (a random share
         of each layer's experts), shared (the shared experts), shared+1 (and one more routed expert used),

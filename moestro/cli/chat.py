@@ -17,13 +17,14 @@ def chat(
     top_p: float = 0.9,
     seed: int = 0,
     dtype: str = "auto",
+    weights: str | None = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
 
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 directory.
+        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
     system
         A first message that says how to behave.
     max_tokens
@@ -36,12 +37,16 @@ def chat(
         The same seed and messages give the same replies.
     dtype
         auto (as stored), fp32 or bf16.
+    weights
+        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     """
     from moestro.engine.chat import Conversation
     from moestro.engine.language_model import load
 
     beginning = [{"role": "system", "content": system}] if system else []
-    conversation = Conversation(load(model, dtype), max_tokens, temperature, top_p, seed, list(beginning))
+    conversation = Conversation(
+        load(model, dtype, weights=weights, release=True), max_tokens, temperature, top_p, seed, list(beginning)
+    )
     if sys.stdin.isatty():
         print_note("An empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.")
         print_note("A model trained on plain text alone continues your text rather than answering it.")

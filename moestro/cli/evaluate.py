@@ -20,6 +20,7 @@ def evaluate(
     max_tokens: int | None = None,
     seq_len: int = 512,
     dtype: str = "auto",
+    weights: str | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Bits per byte and loss on text, overall and per domain.
@@ -27,7 +28,7 @@ def evaluate(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 directory.
+        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
     data
         What to evaluate on: like train --data. Without it, the documents that the run held out.
     split
@@ -39,6 +40,8 @@ def evaluate(
         Context length: every token is predicted from at most this much of its document.
     dtype
         auto (as stored), fp32 or bf16.
+    weights
+        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     json_output
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """
@@ -51,7 +54,7 @@ def evaluate(
         raise ConfigError(f"--seq-len must be at least 2, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
-    language_model = load(model, dtype)
+    language_model = load(model, dtype, weights=weights)
     seq_len = min(seq_len, language_model.model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(

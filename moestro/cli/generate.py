@@ -21,6 +21,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: str = "auto",
+    weights: str | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Continue a prompt; greedy unless a temperature is given.
@@ -28,7 +29,7 @@ def generate(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 directory.
+        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
     prompt
         The beginning of a text; "-" reads it from standard input.
     max_tokens
@@ -41,6 +42,8 @@ def generate(
         The same seed gives the same text.
     dtype
         auto (as stored), fp32 or bf16.
+    weights
+        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     json_output
         Print one JSON object: text, tokens, finish_reason, tokens_per_second.
     """
@@ -48,7 +51,7 @@ def generate(
 
     if prompt == "-":
         prompt = read_input(sys.stdin.read)
-    language_model = load(model, dtype)
+    language_model = load(model, dtype, weights=weights, release=True)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     seconds = time.perf_counter() - start

@@ -26,12 +26,10 @@ class Conversation:
     def reply(self, text: str) -> Iterator[str]:
         """Say `text`; yield the reply piece by piece. The exchange is kept once the reply has ended."""
         model = self.language_model
-        asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = encode_chat(asked, model.tokenizer)
-        room = model.model.config.max_seq_len - len(prompt)
+        asked, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
         ids = model.stream_ids(
             prompt,
-            max_tokens=min(self.max_tokens, max(room, 1)),
+            max_tokens=min(self.max_tokens, max(model.model.config.max_seq_len - len(prompt), 1)),
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed + len(self.messages),
@@ -41,3 +39,16 @@ class Conversation:
             pieces.append(piece)
             yield piece
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """The messages and their ids, the oldest exchanges left out until a reply fits behind them.
+
+        A system message stays. What is said last is never left out, even if there is no room for a reply.
+        """
+        limit = self.language_model.model.config.max_seq_len - self.max_tokens
+        prompt = encode_chat(messages, self.language_model.tokenizer)
+        while len(prompt) > limit and sum(message["role"] == "user" for message in messages) > 1:
+            first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+            messages = messages[:first] + messages[first + 2 :]
+            prompt = encode_chat(messages, self.language_model.tokenizer)
+        return messages, prompt

@@ -1,22 +1,21 @@
 """A model with its tokenizer, loaded from a directory and ready to write text.
 
-`load` takes a run, a checkpoint of one, or any Hugging Face `deepseek_v3` directory. Generation computes the prompt
-once, then one token a step over the latent cache.
+`load` takes a run, a checkpoint of one, or any Hugging Face `deepseek_v3` or `deepseek_v2` directory. Text is
+written by an engine, the same that serves many requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.latent_cache import new_cache
-from moestro.engine.sampler import Sampler
-from moestro.errors import CheckpointError, ConfigError
-from moestro.model.attention import AttentionBatch
+from moestro.engine.engine import Engine, Event
+from moestro.engine.runtime import Runtime
+from moestro.engine.sequence import Request, SamplingParams
+from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.transformer import Transformer
 from moestro.model.weights import DTYPES, load_model, read_json
 
@@ -31,12 +30,36 @@ class Generation:
 
 
 class LanguageModel:
-    """Model, tokenizer, and the ids that end a text."""
+    """Model, tokenizer, and the ids that end a text.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> None:
+    `weights` is how matrices are packed for serving (`runtime.KINDS`; None: as they are computed with). With `release`
+    only the packed ones are kept: then `model` can no longer compute, and memory holds the weights once.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        stop_ids: frozenset[int],
+        *,
+        weights: str | None = None,
+        release: bool = False,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
+        self.weights = weights
+        self.release = release
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """The model packed for serving, made when it is first asked for."""
+        return Runtime(self.model, self.weights, release=self.release)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """An engine for one sequence at a time; what a prompt shares with the one before is not computed again."""
+        return Engine(self, max_running=1)
 
     def stream_ids(
         self,
@@ -48,30 +71,15 @@ class LanguageModel:
         seed: int = 0,
     ) -> Iterator[int]:
         """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`."""
-        config = self.model.config
-        if not prompt:
-            raise ConfigError("the prompt is empty")
         if max_tokens < 1:
             raise ConfigError(f"max-tokens must be at least 1, not {max_tokens}")
-        if len(prompt) + max_tokens > config.max_seq_len:
-            raise ConfigError(
-                f"prompt ({len(prompt)} tokens) and max-tokens ({max_tokens}) exceed the model's {config.max_seq_len}"
-            )
-        if max(prompt) >= config.vocab_size or min(prompt) < 0:
-            raise ConfigError(f"the prompt has token ids outside the vocabulary of {config.vocab_size}")
-        sampler = Sampler(temperature, top_p, seed)
-        cache = new_cache(config, self.model.dtype)
-        tokens, position = list(prompt), 0
-        for _ in range(max_tokens):
-            with torch.inference_mode():
-                batch = AttentionBatch.causal(1, len(tokens), first_position=position)
-                hidden = self.model(torch.tensor(tokens), batch, cache).hidden[-1]
-                token = sampler.choose(self.model.logits(hidden))
-            position += len(tokens)
-            tokens = [token]
-            yield token
-            if token in self.stop_ids:
-                return
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        request = self.engine.add(Request(prompt, params))
+        try:
+            while self.engine.has_work:
+                yield from (event.token for event in map(check, self.engine.step()) if event.token is not None)
+        finally:
+            self.engine.abort(request)
 
     def generate(
         self,
@@ -91,6 +99,13 @@ class LanguageModel:
         return Generation(text, written, "stop" if stopped else "length")
 
 
+def check(event: Event) -> Event:
+    """The event itself; MoestroError if the model failed."""
+    if event.finish_reason == "error":
+        raise MoestroError(event.error or "the request failed")
+    return event
+
+
 def find_model_directory(path: Path) -> Path:
     """The model directory that `path` means: the newest checkpoint of a run, or itself."""
     checkpoints = sorted(d for d in (path / "checkpoints").glob("step-*") if d.suffix != ".tmp")
@@ -105,14 +120,17 @@ def find_model_directory(path: Path) -> Path:
     raise CheckpointError(f"{path} is neither a run with a checkpoint nor a model directory (no config.json)")
 
 
-def load(path: str | Path, dtype: str = "auto") -> LanguageModel:
-    """Load a run, a checkpoint or a Hugging Face directory; `dtype` is auto (as stored), fp32 or bf16."""
+def load(path: str | Path, dtype: str = "auto", *, weights: str | None = None, release: bool = False) -> LanguageModel:
+    """Load a run, a checkpoint or a Hugging Face directory; `dtype` is auto (as stored), fp32 or bf16.
+
+    `weights` and `release`: see `LanguageModel`.
+    """
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype must be auto, fp32 or bf16, not '{dtype}'")
     directory = find_model_directory(Path(path))
     model = load_model(directory, DTYPES.get(dtype))
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    return LanguageModel(model, tokenizer, _stop_ids(directory, tokenizer))
+    return LanguageModel(model, tokenizer, _stop_ids(directory, tokenizer), weights=weights, release=release)
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

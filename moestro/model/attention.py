@@ -1,21 +1,14 @@
 """Multi-head latent attention (V3 eq. 1–11), and MHA/GQA/MQA behind the same call as baselines.
 
-MLA caches one latent of `kv_lora_rank` values and one rotated key of `rope_dim` values per token, shared by all
-heads. Two algebraically equal ways to attend:
-
-    naive      expand the latents to keys and values per head, then attend: (K + V)·H flops per pair of tokens,
-               and 2·C·(nope + V)·H once per key
-    absorbed   move W_UK to the query and W_UV to the output and attend over the latents themselves:
-               (2C + R)·H per pair, nothing per key
-
-A fresh sequence is cheaper naive, a few queries over a long cache are cheaper absorbed; `forward` counts the flops
-of both and takes the smaller, so a decode step of one or of 1 + k tokens needs no special case.
+MLA's keys and values are expanded from one latent of `kv_lora_rank` values and one rotated key of `rope_dim` values per
+token, shared by all heads: what a cache has to hold. Here they are expanded to keys and values per head, which is the
+cheapest way to compute whole sequences; `engine/runtime.py` attends over the latents themselves, the absorbed form,
+which is the cheapest for a few queries over a long cache. A test holds the two against each other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +23,7 @@ RopeTables = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Which of N tokens may attend to which: `positions` [N] in a sequence, sequence s is rows starts[s]:starts[s+1].
-
-    With a cache there is one sequence, and every token also sees what the cache holds.
-    """
+    """Which of N tokens may attend to which: `positions` [N] in a sequence; sequence s is starts[s]:starts[s+1]."""
 
     positions: Tensor
     starts: tuple[int, ...]
@@ -55,14 +45,6 @@ class AttentionBatch:
         return AttentionBatch(index - first[owner], (*first.tolist(), segments.numel()))
 
 
-class CacheLayer(Protocol):
-    """What attention needs of a cache: append rows, get all rows back."""
-
-    def extend(self, rows: Tensor) -> Tensor:
-        """rows [T, W] -> [S, W], everything cached so far with `rows` last."""
-        ...
-
-
 def cache_width(config: ModelConfig) -> int:
     """Cached values per token and layer (V2 table 1)."""
     if config.attention == "mla":
@@ -75,18 +57,8 @@ def num_kv_heads(config: ModelConfig) -> int:
     return {"mha": config.num_heads, "gqa": config.num_kv_heads, "mqa": 1}[config.attention]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The last T of S tokens attend causally: q [T, H, K], k [S, H|1, K], v [S, H|1, W] -> [T, H, W]."""
-    scores = torch.matmul(q.transpose(0, 1), k.permute(1, 2, 0)).float() * scale  # [H, T, S]
-    num_queries, num_keys = scores.shape[-2:]
-    if num_queries > 1:
-        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
-        scores.masked_fill_(~visible.tril(num_keys - num_queries), float("-inf"))
-    return torch.matmul(scores.softmax(-1).to(v.dtype), v.transpose(0, 1)).transpose(0, 1)
-
-
 class LatentAttention(nn.Module):
-    """MLA. x [N, D] -> [N, D]; with a cache, N tokens continue its one sequence."""
+    """MLA. x [N, D] -> [N, D]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -104,20 +76,14 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.nope_dim + config.v_dim))
         self.out = Linear(heads * config.v_dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch, cache: CacheLayer | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch) -> Tensor:
         config = self.config
         q = self.q_up(self.q_norm(self.q_down(x))) if config.q_lora_rank else self.q(x)
         q_nope, q_rope = q.unflatten(-1, (config.num_heads, -1)).split([config.nope_dim, config.rope_dim], dim=-1)
-        q_rope = apply_rope(q_rope, rope)
         latent, k_rope = self.kv_down(x).split([config.kv_lora_rank, config.rope_dim], dim=-1)
-        latent, k_rope = self.kv_norm(latent), apply_rope(k_rope, rope)
-        if cache is None:
-            k, v = self.expand(latent, k_rope)
-            mixed = ops.packed_attention(torch.cat([q_nope, q_rope], dim=-1), k, v, batch.starts, self.scale)
-        else:
-            rows = cache.extend(torch.cat([latent, k_rope], dim=-1))  # [S, C + R]
-            absorb = absorbed_is_cheaper(config, len(x), len(rows))
-            mixed = (self.absorbed if absorb else self.naive)(q_nope, q_rope, rows)
+        k, v = self.expand(self.kv_norm(latent), apply_rope(k_rope, rope))
+        q = torch.cat([q_nope, apply_rope(q_rope, rope)], dim=-1)
+        mixed = ops.packed_attention(q, k, v, batch.starts, self.scale)
         out: Tensor = self.out(mixed.flatten(1))
         return out
 
@@ -128,31 +94,6 @@ class LatentAttention(nn.Module):
             self.kv_up(latent).unflatten(-1, (config.num_heads, -1)).split([config.nope_dim, config.v_dim], dim=-1)
         )
         return torch.cat([k_nope, k_rope[:, None].expand(-1, config.num_heads, -1)], dim=-1), v
-
-    def naive(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor) -> Tensor:
-        """Attend over expanded keys and values: rows [S, C + R] -> [T, H, V]."""
-        config = self.config
-        k, v = self.expand(*rows.split([config.kv_lora_rank, config.rope_dim], dim=-1))
-        return attend(torch.cat([q_nope, q_rope], dim=-1), k, v, self.scale)
-
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor) -> Tensor:
-        """Attend over the latents: rows [S, C + R] -> [T, H, V]."""
-        config = self.config
-        up = self.kv_up.weight.to(rows.dtype).view(config.num_heads, -1, config.kv_lora_rank)
-        up_k, up_v = up.split([config.nope_dim, config.v_dim], dim=1)
-        q_latent = torch.einsum("thn,hnc->thc", q_nope, up_k)
-        latent = rows[:, None, : config.kv_lora_rank]
-        mixed = attend(torch.cat([q_latent, q_rope], dim=-1), rows[:, None], latent, self.scale)
-        return torch.einsum("thc,hvc->thv", mixed, up_v)
-
-
-def absorbed_is_cheaper(config: ModelConfig, num_queries: int, num_keys: int) -> bool:
-    """Compare the flops of both forms per head, for T queries over S cached tokens."""
-    latent, nope, rope, v = config.kv_lora_rank, config.nope_dim, config.rope_dim, config.v_dim
-    pairs = num_queries * num_keys
-    naive = pairs * (nope + rope + v) + num_keys * latent * (nope + v)
-    absorbed = pairs * (2 * latent + rope) + num_queries * latent * (nope + v)
-    return absorbed < naive
 
 
 class HeadAttention(nn.Module):
@@ -168,19 +109,13 @@ class HeadAttention(nn.Module):
         self.kv = Linear(config.hidden_dim, self.num_kv_heads * (self.key_dim + config.v_dim))
         self.out = Linear(config.num_heads * config.v_dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch, cache: CacheLayer | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch) -> Tensor:
         q = self.rotate(self.q(x).unflatten(-1, (self.config.num_heads, -1)), rope)
         k, v = self.kv(x).unflatten(-1, (self.num_kv_heads, -1)).split([self.key_dim, self.config.v_dim], dim=-1)
         rows = torch.cat([self.rotate(k, rope), v], dim=-1)
-        if cache is not None:
-            rows = cache.extend(rows.flatten(1)).unflatten(-1, (self.num_kv_heads, -1))
         rows = rows.repeat_interleave(self.config.num_heads // self.num_kv_heads, dim=1)
         k, v = rows.split([self.key_dim, self.config.v_dim], dim=-1)
-        if cache is None:
-            mixed = ops.packed_attention(q, k, v, batch.starts, self.scale)
-        else:
-            mixed = attend(q, k, v, self.scale)
-        out: Tensor = self.out(mixed.flatten(1))
+        out: Tensor = self.out(ops.packed_attention(q, k, v, batch.starts, self.scale).flatten(1))
         return out
 
     def rotate(self, heads: Tensor, rope: RopeTables) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moestro.config import ModelConfig
-from moestro.model.attention import AttentionBatch, CacheLayer, HeadAttention, LatentAttention, RopeTables
+from moestro.model.attention import AttentionBatch, HeadAttention, LatentAttention, RopeTables
 from moestro.model.experts import MoE
 from moestro.model.layers import MLP, Linear, RMSNorm
 from moestro.model.rope import rope_tables
@@ -45,9 +45,9 @@ class Block(nn.Module):
         self.ffn = MoE(config, index) if config.is_moe(index) else MLP(config.hidden_dim, config.dense_dim)
 
     def forward(
-        self, x: Tensor, tokens: Tensor, rope: RopeTables, batch: AttentionBatch, cache: CacheLayer | None = None
+        self, x: Tensor, tokens: Tensor, rope: RopeTables, batch: AttentionBatch
     ) -> tuple[Tensor, Routes | None]:
-        x = x + self.attention(self.attention_norm(x), rope, batch, cache)
+        x = x + self.attention(self.attention_norm(x), rope, batch)
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
             out, routes = self.ffn(normed, tokens, batch.starts)
@@ -105,23 +105,15 @@ class Transformer(nn.Module):
         """hidden [N, D] -> [N, V]."""
         return F.linear(hidden, self.head_weight)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        batch: AttentionBatch,
-        cache: list[CacheLayer] | None = None,
-        *,
-        recompute: bool = False,
-    ) -> Output:
+    def forward(self, tokens: Tensor, batch: AttentionBatch, *, recompute: bool = False) -> Output:
         """tokens [N] -> hidden [N, D] after the final norm, and the routes of the main MoE layers.
 
         `recompute` keeps only block inputs and computes blocks again in the backward pass.
         """
         rope = rope_tables(self.config, batch.positions)
         x, routes = self.embed(tokens).to(self.dtype), []
-        for index, block in enumerate(self.layers):
-            layer = cache[index] if cache is not None else None
-            x, chosen = _run(block, (x, tokens, rope, batch, layer), recompute)
+        for block in self.layers:
+            x, chosen = _run(block, (x, tokens, rope, batch), recompute)
             if chosen is not None:
                 routes.append(chosen)
         return Output(self.norm(x), routes)
@@ -135,14 +127,14 @@ class Transformer(nn.Module):
         for module, tokens in zip(self.mtp, ahead, strict=True):
             assert isinstance(module, MTPModule)
             x = module.combine(self.embed(tokens).to(self.dtype), hidden)
-            x, chosen = _run(module.block, (x, tokens, rope, batch, None), recompute)
+            x, chosen = _run(module.block, (x, tokens, rope, batch), recompute)
             hidden = module.norm(x)
             outputs.append(Output(hidden, [] if chosen is None else [chosen]))
         return outputs
 
 
 def _run(
-    block: nn.Module, arguments: tuple[Tensor, Tensor, RopeTables, AttentionBatch, CacheLayer | None], recompute: bool
+    block: nn.Module, arguments: tuple[Tensor, Tensor, RopeTables, AttentionBatch], recompute: bool
 ) -> tuple[Tensor, Routes | None]:
     if recompute:
         x, chosen = checkpoint(block, *arguments, use_reentrant=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +95,20 @@ class Router(nn.Module):
             rows = rows * torch.empty_like(rows).uniform_(1 - JITTER, 1 + JITTER)
         logits = self.logits(rows)
         noisy, std = self.add_noise(rows, logits)
-        scores = score_experts(noisy, router.score)
+        routes = self.decide(logits, score_experts(noisy, router.score), tokens, starts)
+        return routes if std is None else replace(routes, noisy=noisy, noise_std=std)
+
+    def decide(
+        self, logits: Tensor, scores: Tensor, tokens: Tensor | None = None, starts: Sequence[int] = ()
+    ) -> Routes:
+        """Scores [N, E] -> routes: the experts with the best biased scores, weighted by the scores as they are."""
+        router = self.config.router
         ids = self.choose(scores, tokens)
         weights = scores.gather(1, ids)
         if router.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         accepted, overflow = self.accept(ids, weights, starts)
-        kept = (noisy, std) if std is not None else (None, None)
-        return Routes(ids, weights * router.scale, scores, logits, accepted, overflow, *kept)
+        return Routes(ids, weights * router.scale, scores, logits, accepted, overflow)
 
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, D] fp32 -> [N, E]; zeros where nothing is learned."""

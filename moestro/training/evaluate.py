@@ -5,6 +5,7 @@ Bits per byte = Σ nll / (ln 2 · bytes of the predicted text): comparable betwe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,16 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moestro.data.corpus import iterate_documents
-from moestro.data.packing import Batch, evaluation_batches
+from moestro.data.packing import PADDING, Batch, evaluation_batches
 from moestro.data.shards import ShardSet, Split, open_shards, prepare
 from moestro.engine.language_model import LanguageModel
+from moestro.engine.paged_cache import PagedCache, count_moe_layers
+from moestro.engine.runtime import Runtime
+from moestro.engine.scheduler import pages_for
 from moestro.errors import DataError
 from moestro.model.transformer import Transformer
-from moestro.training.loss import Counts, compute_loss
+from moestro.routing.balance import count_loads
+from moestro.training.loss import Counts, attention_batch, compute_loss
 
 Domains = Mapping[str, Callable[[], Iterator[Batch]]]  # name -> what makes its batches, from the start each time
 
@@ -64,11 +70,40 @@ def score_batches(model: Transformer, batches: Iterable[Batch], token_bytes: Ten
     return Score(nll, tokens, text_bytes, loads.numpy())
 
 
+@torch.inference_mode()
+def score_served(runtime: Runtime, batches: Iterable[Batch], token_bytes: Tensor) -> Score:
+    """The same by the model as it is served: packed weights, attention over pages. MTP modules do not take part."""
+    nll, tokens, text_bytes = 0.0, 0, 0
+    config = runtime.config
+    loads = torch.zeros(count_moe_layers(config), config.num_experts, dtype=torch.int64)
+    for batch in batches:
+        starts = attention_batch(batch, mask_documents=True).starts
+        inputs, targets = batch.inputs.flatten(), batch.targets(0).flatten()
+        parts, num_pages = [], 0
+        for first, last in itertools.pairwise(starts):
+            pages = range(num_pages, num_pages := num_pages + pages_for(last - first))
+            parts.append((inputs[first:last].tolist(), 0, pages))
+        cache = PagedCache(config, num_pages, runtime.dtype)
+        output = runtime.forward(cache.prepare(parts), cache)
+        valid, present = targets >= 0, (batch.segments[:, :-1] != PADDING).flatten()
+        for rows in valid.nonzero().flatten().split(SCORED_ROWS):
+            logits = runtime.logits(output.hidden[rows])
+            nll += float(F.cross_entropy(logits, targets[rows], reduction="sum"))
+        tokens += int(valid.sum())
+        text_bytes += int(token_bytes[targets[valid]].sum())
+        for layer, ids in enumerate(output.ids):
+            loads[layer] += count_loads(ids, config.num_experts, present)
+    return Score(nll, tokens, text_bytes, loads.numpy())
+
+
 def score_domains(
-    model: Transformer, domains: Domains, token_bytes: Tensor
+    model: Transformer | Runtime, domains: Domains, token_bytes: Tensor
 ) -> tuple[dict[str, Any], NDArray[np.int64]]:
     """The evaluation record `{loss, bits_per_byte, tokens, domains}` and loads [domains, L, E]."""
-    scores = {name: score_batches(model, batches(), token_bytes) for name, batches in domains.items()}
+    if isinstance(model, Runtime):
+        scores = {name: score_served(model, batches(), token_bytes) for name, batches in domains.items()}
+    else:
+        scores = {name: score_batches(model, batches(), token_bytes) for name, batches in domains.items()}
     whole = Score(
         sum(s.nll for s in scores.values()),
         sum(s.tokens for s in scores.values()),
@@ -80,6 +115,7 @@ def score_domains(
 
 
 EVALUATION_ROWS = 16  # sequences per forward pass
+SCORED_ROWS = 1024  # logits at one time
 
 
 def score_source(
@@ -92,11 +128,14 @@ def score_source(
     max_tokens: int | None,
     scratch: Path,
 ) -> dict[str, Any]:
-    """Evaluate on a source of text, or on what the run held out where `source` is None; see `open_domains`."""
+    """Evaluate on a source of text, or on what the run held out where `source` is None; see `open_domains`.
+
+    By the served model where the language model's `weights` say how to pack it, else by the training forward pass.
+    """
     domains = open_domains(
         language_model, source, run=run, split=split, seq_len=seq_len, max_tokens=max_tokens, scratch=scratch
     )
-    model = language_model.model
+    model = language_model.runtime if language_model.weights else language_model.model
     token_bytes = pad_token_bytes(language_model.tokenizer.token_bytes, model.config.vocab_size)
     record, _ = score_domains(model, domains, token_bytes)
     return record

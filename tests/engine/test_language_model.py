@@ -155,3 +155,29 @@ def test_bits_per_byte_equal_the_slow_sum_over_every_token(tiny_run: Path, tmp_p
     assert (record["tokens"], record["bytes"]) == (count, num_bytes)
     # a document cut at the end of a row loses context there, so the rows here are longer than all of them
     assert record["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
+
+
+def test_a_long_conversation_forgets_its_oldest_exchanges(written: LanguageModel) -> None:
+    room = written.model.config.max_seq_len
+    system = {"role": "system", "content": "be brief"}
+    conversation = Conversation(written, max_tokens=room // 2, messages=[system])
+    for turn in range(8):
+        assert list(conversation.reply(f"the cat sat on mat {turn} " * 2)) is not None
+    asked = [message["content"][:21] for message in conversation.messages if message["role"] == "user"]
+    assert conversation.messages[0] == system
+    assert 0 < len(asked) < 8
+    assert asked[-1] == "the cat sat on mat 7 "
+    assert [m["role"] for m in conversation.messages[1:]] == ["user", "assistant"] * len(asked)
+
+
+@pytest.mark.parametrize(("weights", "most"), [("fp32", 1e-5), ("bf16", 1e-3), ("int8", 2e-3), ("int4", 2e-2)])
+def test_packed_weights_are_evaluated_as_they_are_served(
+    tiny_run: Path, tmp_path: Path, weights: str, most: float
+) -> None:
+    plain, packed = load(tiny_run), load(tiny_run, weights=weights)
+    settings = {"run": tiny_run, "split": "auto", "seq_len": 32, "max_tokens": None}
+    expected = score_source(plain, None, **settings, scratch=tmp_path / "plain")
+    found = score_source(packed, None, **settings, scratch=tmp_path / "packed")
+    assert found["tokens"] == expected["tokens"] > 100
+    assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=most)
+    assert found["bits_per_byte"] != expected["bits_per_byte"] or weights == "fp32"

@@ -1,0 +1,157 @@
+"""Structured output: which tokens may come next, so that a text follows a JSON schema, a pattern or a grammar.
+
+`from_json_schema`, `from_regex` and `from_lark` write the one form, a string, that `SamplingParams.grammar` takes;
+llguidance compiles it against the vocabulary and walks along with the text. What a user may ask for is bounded: the
+size of the grammar here, the work of compiling and of each step by llguidance's own counters (`LIMITS`). Where a
+grammar leaves one text only, it is to be spelled as the tokenizer would spell it.
+
+Added tokens that are text (<think>, tool calls) may come where a grammar names them and nowhere else; control tokens
+(beginning of text, user, assistant) never; end tokens where the text is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import llguidance
+import numpy as np
+import torch
+from torch import Tensor
+
+from moestro.data.tokenizer import Tokenizer
+from moestro.errors import ConfigError, MoestroError
+
+MAX_CHARS = 32768
+MAX_LINES = 1000  # so also rules: a chain of 3000 overflows the stack of the compiler, and ends the process
+LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=1_000_000,  # 20 ms
+    step_lexer_fuel=200_000,  # 15 ms
+    step_max_items=50_000,
+    max_lexer_states=20_000,  # 40 MB
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+# White space between the parts of JSON: enough to indent, not enough to fill a page with it.
+SPACES = r"[ \n\r\t]{0,32}"
+
+
+class GrammarError(MoestroError):
+    """A grammar that cannot be followed any further from here."""
+
+
+def from_json_schema(schema: Mapping[str, Any] | bool | str) -> str:
+    """The grammar of the JSON texts that a schema admits. ConfigError if it is no schema or too large."""
+    try:
+        tree = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(tree, (Mapping, bool)):
+            raise ConfigError("a JSON schema must be an object or a truth value")
+        text = json.dumps(tree if isinstance(tree, bool) else dict(tree))
+    except RecursionError:
+        raise ConfigError("the JSON schema is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the JSON schema is not valid JSON: {error}") from error
+    try:
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(_bounded(text), defaults={"whitespace_pattern": SPACES})
+    except ValueError as error:
+        raise ConfigError(f"the JSON schema cannot be used: {_first_line(str(error))}") from error
+    return _bounded(grammar)
+
+
+def from_regex(pattern: str) -> str:
+    """The grammar of the texts that a regular expression matches as a whole."""
+    return _bounded(llguidance.LLMatcher.grammar_from_regex(pattern))
+
+
+def from_lark(text: str) -> str:
+    """A context-free grammar in llguidance's kind of Lark; the rule `start` is the whole text."""
+    return _bounded(llguidance.LLMatcher.grammar_from_lark(text))
+
+
+class Matcher:
+    """One text on its way through a grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, forbidden: Tensor, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._forbidden = forbidden
+        self._vocab_size = vocab_size
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but the end can follow."""
+        return self._matcher.is_stopped()
+
+    def copy(self) -> Matcher:
+        """The same place in the same grammar; the two go on apart."""
+        return Matcher(self._matcher.deep_copy(), self._forbidden, self._vocab_size)
+
+    def allowed(self) -> Tensor:
+        """bool [V]: the tokens that may come next. GrammarError if there is none, or finding them takes too long."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        mask = torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little")).bool()
+        mask[self._forbidden] = False
+        if not mask.any():
+            raise GrammarError("the vocabulary has no token that the grammar allows here")
+        return mask
+
+    def advance(self, token: int) -> None:
+        """Go on by a token. GrammarError if it is not allowed."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"the grammar failed: {_first_line(self._matcher.get_error())}")
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary of `vocab_size` ids; `stop_ids` end a text besides the tokenizer's own."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
+        ends = {tokenizer.eos_id, *(id for id in stop_ids if id < vocab_size)}
+        control = {id for id in tokenizer.specials.values() if not tokenizer.decode([id])}
+        self._forbidden = torch.tensor(sorted(id for id in control - ends if id < vocab_size), dtype=torch.long)
+        self._vocab_size = vocab_size
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
+        self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=sorted(ends))
+
+    def compile(self, grammar: str) -> Matcher:
+        """ConfigError, in one line, for a grammar that is wrong or too large."""
+        matcher = llguidance.LLMatcher(self._tokenizer, _bounded(grammar), log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise ConfigError(f"the grammar cannot be used: {_first_line(matcher.get_error())}")
+        found = Matcher(matcher, self._forbidden, self._vocab_size)
+        try:
+            found.allowed()  # the work of the first step tells what compiling alone does not
+        except GrammarError as error:
+            raise ConfigError(f"the grammar cannot be used: {error}") from error
+        return found
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it; ids beyond it stand for no text."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [*tokenizer.pieces, *[b""] * (vocab_size - tokenizer.vocab_size)][:vocab_size]
+        self.special_token_ids = sorted(id for id in tokenizer.specials.values() if id < vocab_size)
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+def _bounded(grammar: str) -> str:
+    if len(grammar) > MAX_CHARS:
+        raise ConfigError(f"the grammar has {len(grammar)} characters; at most {MAX_CHARS} are allowed")
+    num_lines = grammar.count("\n") + grammar.count(r"\n")  # the second: inside of JSON
+    if num_lines > MAX_LINES:
+        raise ConfigError(f"the grammar has {num_lines} lines; at most {MAX_LINES} are allowed")
+    return grammar
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["unknown reason"])[0][:200]

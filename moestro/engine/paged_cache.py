@@ -1,0 +1,109 @@
+"""The cache of many sequences: one tensor [P, 64, W] per layer, and the routes of the tokens in the same pages.
+
+Rows are written to slots, page · 64 + place in the page; attention reads a sequence through its list of pages. MTP
+modules have layers of their own, after the main ones. Routes are kept always (2 bytes a choice, a few thousandths of a
+row in V3), so that a prefix that another request computed has them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moestro import machine
+from moestro.config import ModelConfig
+from moestro.engine.pages import PAGE_SIZE
+from moestro.engine.scheduler import pages_for
+from moestro.errors import ConfigError
+from moestro.model.attention import RopeTables, cache_width
+from moestro.model.rope import rope_tables
+
+FREE_SHARE = 0.5  # of the free memory, where the user names no size
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The N tokens of a step: those of sequence s are starts[s]:starts[s+1], at positions from first[s] on.
+
+    `tokens` [N]; `slots` [N], where their rows go; `tables` [S, M] int32, the pages of each sequence; `starts` [S+1];
+    `first` [S]; `rope`, cos and sin of the positions [N, R/2].
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    tables: Tensor
+    starts: Tensor
+    first: Tensor
+    rope: RopeTables
+
+
+def count_moe_layers(config: ModelConfig) -> int:
+    """Main blocks with a router."""
+    return sum(config.is_moe(index) for index in range(config.num_layers))
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers, its routes included."""
+    rows = (config.num_layers + config.mtp_depth) * cache_width(config) * dtype.itemsize
+    return PAGE_SIZE * (rows + count_moe_layers(config) * config.top_k * torch.int16.itemsize)
+
+
+def count_pages(config: ModelConfig, dtype: torch.dtype, max_sequences: int, num_bytes: int | None = None) -> int:
+    """Pages that fit `num_bytes`, or half of the free memory; at most what `max_sequences` of full length could use.
+
+    ConfigError where not even one sequence of full length fits.
+    """
+    one = pages_for(config.max_seq_len)
+    size = page_bytes(config, dtype)
+    if num_bytes is None:
+        num_bytes = int(machine.describe_machine().available_gib * machine.GIB * FREE_SHARE)
+    count = min(num_bytes // size, one * max_sequences)
+    if count < one:
+        needed = one * size / machine.GIB
+        raise ConfigError(
+            f"the cache needs {needed:.3g} GiB for one sequence of {config.max_seq_len} tokens; give it more"
+        )
+    return count
+
+
+class PagedCache:
+    """The tensors. `rope` is computed for every position once, so that a position has one angle whatever the batch."""
+
+    def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype) -> None:
+        shape = (num_pages, PAGE_SIZE)
+        self.layers = [
+            torch.empty(*shape, cache_width(config), dtype=dtype) for _ in range(config.num_layers + config.mtp_depth)
+        ]
+        self.routes = torch.empty(*shape, count_moe_layers(config), config.top_k, dtype=torch.int16)
+        self.rope = rope_tables(config, torch.arange(config.max_seq_len))
+
+    def prepare(self, parts: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> StepInput:
+        """The step that computes, per sequence, (tokens, position of the first, pages that hold all positions)."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for ids, first, pages in parts:
+            span = range(first, first + len(ids))
+            tokens += ids
+            positions += span
+            slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
+            starts.append(len(tokens))
+        tables = torch.zeros(len(parts), max(len(pages) for _, _, pages in parts), dtype=torch.int32)
+        for row, (_, _, pages) in zip(tables, parts, strict=True):
+            row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        at = torch.tensor(positions)
+        first_positions = torch.tensor([first for _, first, _ in parts])
+        rope = (self.rope[0][at], self.rope[1][at])
+        return StepInput(torch.tensor(tokens), torch.tensor(slots), tables, torch.tensor(starts), first_positions, rope)
+
+    def write_routes(self, slots: Tensor, ids: Tensor) -> None:
+        """Keep the expert ids [N, L, A] of the tokens in these slots."""
+        self.routes.flatten(0, 1)[slots] = ids.to(torch.int16)
+
+    def read_routes(self, pages: Sequence[int], count: int) -> Tensor:
+        """Expert ids [count, L, A] int16 of the first `count` tokens of a sequence."""
+        return self.routes[list(pages)].flatten(0, 1)[:count]

@@ -1,0 +1,229 @@
+"""Several tokens a step: the model's own MTP modules draft, the model checks the drafts in one pass (V3 §2.2).
+
+Module j combines the hidden state of depth j at position i with token i + 1 + j and predicts token i + 2 + j. It
+attends to its own rows at the positions before, which stand in the same pages as the main ones. After each step,
+
+    1. module 0, then 1, …, go on from the positions that are ready to the last one computed; what each says at the
+       last position is a draft, and the next module's token there;
+    2. for more drafts than modules the last module goes on by itself, a position further each time, with its own
+       output for the hidden state that is not known yet.
+
+A position is ready once all its rows come from the text alone and from no draft: with d modules that takes the d tokens
+after it. Rows made from drafts are written again when the text is known; only ready pages are shared.
+
+Drafts come from the request's own settings and random stream, and are checked as `sampler.py` says, so that they cost
+or save time and change no distribution. All decisions, the one to give up drafting too, follow from the request alone:
+never from a clock, or from who else runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moestro.config import ModelConfig
+from moestro.engine.paged_cache import PagedCache
+from moestro.engine.pages import PAGE_SIZE
+from moestro.engine.runtime import Runtime
+from moestro.engine.sampler import Draft, Sampler
+from moestro.engine.sequence import Sequence
+from moestro.engine.stats import DraftCounts
+from moestro.errors import MoestroError
+from moestro.model.attention import cache_width
+
+WINDOW = 64  # checks of drafts over which it is measured whether they pay
+
+
+@dataclass(eq=False)
+class Drafting:
+    """What is known for drafting of one sequence.
+
+    `limit`: drafts a step. `hidden` [n, D]: of the main model, at the positions from `num_ready` to the last computed.
+    `probabilities` [V] that the sequence's drafts were drawn from.
+    """
+
+    sampler: Sampler
+    limit: int
+    hidden: Tensor | None = None
+    probabilities: list[Tensor | None] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    off_after: int | None = None
+    _recent: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def __post_init__(self) -> None:
+        self.drafted, self.accepted = [0] * self.limit, [0] * self.limit
+
+    def take(self, sequence: Sequence) -> list[Draft]:
+        """The drafts to check now; the sequence has none left."""
+        drafts = list(zip(sequence.drafts, self.probabilities, strict=True))
+        sequence.drafts, self.probabilities = [], []
+        return drafts
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Note one check."""
+        for place in range(drafted):
+            self.drafted[place] += 1
+            self.accepted[place] += place < accepted
+        self._recent.append((drafted, accepted))
+
+    def pays(self, cost: float) -> bool:
+        """Whether drafts gained at least as many tokens as plain steps would have in their time, or it is too early."""
+        drafted, accepted = (sum(numbers) for numbers in zip(*self._recent, strict=True)) if self._recent else (0, 0)
+        return len(self._recent) < WINDOW or accepted >= cost * drafted
+
+    def report(self) -> DraftCounts:
+        """The numbers so far."""
+        return DraftCounts(tuple(self.drafted), tuple(self.accepted), self.off_after)
+
+
+@dataclass(eq=False)
+class _Span:
+    """Positions of one sequence on their way through the modules: `hidden` [n, D], from position `first` on."""
+
+    sequence: Sequence
+    drafting: Drafting
+    first: int
+    hidden: Tensor
+    known: list[int]  # the text and the drafts so far
+    room: int  # how long `known` may become
+    sampler: Sampler | None
+
+    @property
+    def is_drafting(self) -> bool:
+        return len(self.known) < self.room
+
+
+class Drafter:
+    """Writes the rows of the MTP modules for all sequences of an engine, and their drafts.
+
+    `cost`: what a draft costs, drafted and checked, in steps of one token without; see `estimate_cost`.
+    """
+
+    def __init__(self, runtime: Runtime, cache: PagedCache, cost: float) -> None:
+        self.runtime = runtime
+        self.cache = cache
+        self.cost = cost
+        self.depth = len(runtime.mtp)
+
+    def keep(self, sequence: Sequence, drafting: Drafting, first: int, hidden: Tensor) -> None:
+        """Take the main model's hidden states [n, D] at the positions from `first` on."""
+        kept = drafting.hidden
+        is_next = kept is not None and sequence.num_ready + len(kept) == first
+        drafting.hidden = torch.cat([kept, hidden]) if kept is not None and is_next else hidden.clone()
+
+    def run(self, work: Iterable[tuple[Sequence, Drafting, bool]]) -> list[tuple[Sequence, int]]:
+        """Draft for sequences that go on (True); for the others write rows where that completes a page.
+
+        Returns the sequences that have more positions ready now, and how many.
+        """
+        spans = [self._span(*item) for item in work]
+        live = [span for span in spans if span is not None]
+        for module in range(self.depth):
+            live = self._pass(module, live)
+        longest = max((span.room - len(span.sequence.tokens) for span in live), default=0)
+        for _ in range(self.depth, longest):
+            for span in live:
+                span.first, span.hidden = span.first + len(span.hidden), span.hidden[-1:]
+            live = self._pass(self.depth - 1, [span for span in live if span.is_drafting])
+        return [self._finish(span) for span in spans if span is not None]
+
+    def _span(self, sequence: Sequence, drafting: Drafting, going_on: bool) -> _Span | None:
+        length, first, hidden = len(sequence.tokens), sequence.num_ready, drafting.hidden
+        if hidden is None or not len(hidden):
+            return None
+        left = sequence.num_prompt + sequence.params.max_tokens - length - 1  # the token after the drafts is not theirs
+        room = min(drafting.limit, left) if going_on and drafting.off_after is None else 0
+        ready = min(sequence.num_computed, length - self.depth)
+        if room <= 0 and ready // PAGE_SIZE == first // PAGE_SIZE:
+            return None
+        sampler = drafting.sampler.fork() if room > 0 else None
+        return _Span(sequence, drafting, first, hidden, sequence.tokens.copy(), length + max(room, 0), sampler)
+
+    def _pass(self, module: int, spans: list[_Span]) -> list[_Span]:
+        """Run one module over the spans as far as its tokens are known; returns those with anything left to run."""
+        live, parts, hidden = [], [], []
+        for span in spans:
+            ahead = span.first + 1 + module
+            count = min(len(span.hidden), len(span.known) - ahead)
+            if count > 0:
+                live.append(span)
+                parts.append((span.known[ahead : ahead + count], span.first, span.sequence.pages))
+                hidden.append(span.hidden[:count])
+        if not live:
+            return []
+        step = self.cache.prepare(parts)
+        out = self.runtime.forward_mtp(module, torch.cat(hidden), step, self.cache)
+        ends = []
+        for span, part in zip(live, out.split([len(tokens) for tokens, _, _ in parts]), strict=True):
+            if len(part) == len(span.hidden) and span.is_drafting:
+                ends.append(span)
+            else:
+                span.room = 0
+            span.hidden = part
+        if ends:
+            for span, logits in zip(ends, self.runtime.logits(torch.stack([s.hidden[-1] for s in ends])), strict=True):
+                _draft(span, logits)
+        return live
+
+    def _finish(self, span: _Span) -> tuple[Sequence, int]:
+        sequence, drafting = span.sequence, span.drafting
+        sequence.drafts += span.known[len(sequence.tokens) :]  # none yet, but for a prompt computed again
+        ready = max(min(sequence.num_computed, len(sequence.tokens) - self.depth), sequence.num_ready)
+        assert drafting.hidden is not None
+        drafting.hidden = drafting.hidden[ready - sequence.num_ready :].clone()
+        return sequence, ready
+
+
+def _draft(span: _Span, logits: Tensor) -> None:
+    """Add a draft; where the model's numbers, or a grammar at its limits, allow none, the drafts end here."""
+    sampler, num_prompt = span.sampler, span.sequence.num_prompt
+    assert sampler is not None
+    if not torch.isfinite(logits.sum()):
+        span.room = 0
+        return
+    try:
+        token, probabilities = sampler.propose(logits, span.known[:num_prompt], span.known[num_prompt:])
+    except MoestroError:  # a grammar at its limits; where the text itself comes to this, its check will say so
+        span.room = 0
+        return
+    span.known.append(token)
+    span.drafting.probabilities.append(probabilities)
+    if sampler.is_finished:
+        span.room = 0
+
+
+def draft_reach(limit: int, depth: int) -> int:
+    """Positions behind its tokens that a sequence with `limit` drafts a step may write to."""
+    return limit + max(limit - depth, 0)
+
+
+def estimate_cost(config: ModelConfig) -> float:
+    """What a draft costs, in steps that compute one token: the ratio of the weights to be read.
+
+    Decoding few sequences takes as long as reading the weights. A step reads attention, FFN and head for its one token;
+    a draft adds an MTP block and the head once more, and in the check, for a row beside the other one, the experts that
+    the other did not choose. An estimate, not a measurement, so that a request gives the same tokens every time.
+    """
+    d, heads = config.hidden_dim, config.num_heads
+    if config.attention == "mla":
+        rank, per_head = config.kv_lora_rank, config.nope_dim + config.rope_dim
+        queries = d * heads * per_head
+        if config.q_lora_rank:
+            queries = config.q_lora_rank * (d + heads * per_head)
+        latents = d * (rank + config.rope_dim) + rank * heads * (config.nope_dim + config.v_dim)
+        attention = queries + latents + heads * config.v_dim * d
+    else:
+        attention = d * (heads * (config.nope_dim + config.rope_dim + config.v_dim) + cache_width(config))
+    expert = 3 * d * config.expert_dim
+    chosen, shared, dense = config.top_k * expert, config.num_shared_experts * expert, 3 * d * config.dense_dim
+    num_moe = sum(config.is_moe(index) for index in range(config.num_layers))
+    head = config.vocab_size * d
+    step = config.num_layers * attention + num_moe * (chosen + shared) + (config.num_layers - num_moe) * dense + head
+    module = attention + 2 * d * d + (chosen + shared if config.num_experts else dense) + head
+    others = num_moe * chosen * (1 - config.top_k / config.num_experts) if num_moe else 0.0
+    return (module + others) / step

@@ -1,0 +1,395 @@
+"""Continuous batching: the same bits alone and in company, greedy as elsewhere, routes, stops, limits."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DeepseekV3ForCausalLM
+
+from moestro.config import Config
+from moestro.data.tokenizer import Tokenizer
+from moestro.engine.engine import Completion, Engine
+from moestro.engine.grammar import from_lark, from_regex
+from moestro.engine.language_model import LanguageModel, load
+from moestro.engine.paged_cache import count_pages, page_bytes
+from moestro.engine.scheduler import QueueFullError
+from moestro.engine.sequence import Request, SamplingParams
+from moestro.errors import ConfigError
+from moestro.model.attention import AttentionBatch
+from moestro.model.transformer import Transformer, init_weights
+from moestro.ops import native
+from moestro.training.checkpoint import write_model_directory
+
+Make = Callable[..., Config]
+GROUPED = ("model.q_lora_rank=12", "model.num_groups=4", "model.top_k_groups=2")
+ODD = (
+    "model.hidden_dim=29",
+    "model.num_experts=7",
+    "model.expert_dim=11",
+    "model.dense_dim=37",
+    "model.kv_lora_rank=13",
+)
+
+
+def make_model(
+    make_config: Make, tokenizer: Tokenizer, *overrides: str, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    model = Transformer(make_config("model.init_std=0.2", "model.max_seq_len=256", *overrides).model, dtype)
+    init_weights(model, 0)
+    generator = torch.Generator().manual_seed(7)
+    for _, router in model.routers():
+        router.bias.copy_(torch.randn(len(router.bias), generator=generator) * 0.2 - 0.5)
+    return LanguageModel(model, tokenizer, frozenset())
+
+
+@pytest.fixture(scope="module")
+def written(make_config: Make, tokenizer: Tokenizer) -> LanguageModel:
+    return make_model(make_config, tokenizer, *GROUPED)
+
+
+def engine_of(model: LanguageModel, num_pages: int = 64, **limits: int) -> Engine:
+    size = page_bytes(model.model.config, model.model.dtype)
+    return Engine(model, memory_bytes=num_pages * size, **limits)
+
+
+def random_ids(count: int, seed: int) -> list[int]:
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def mixed_requests(count: int, max_tokens: int = 12) -> list[Request]:
+    """Prompts of 1 to 150 tokens; every third begins with the same 70; greedy and sampled ones in turn."""
+    lengths = [5, 80, 150, 1, 64, 97, 33, 128, 65, 16, 71, 9, 140, 63, 2, 100]
+    requests = []
+    for i, length in enumerate(lengths[:count]):
+        prompt = (random_ids(70, 99) + random_ids(length, i)) if i % 3 == 1 else random_ids(length, i)
+        params = SamplingParams(
+            max_tokens=max_tokens + i % 3,
+            temperature=0.9 * (i % 2),
+            top_p=0.95,
+            seed=i,
+            logprobs=2,
+            prompt_logprobs=1 if i % 4 == 0 else None,
+            return_routes=True,
+        )
+        requests.append(Request(prompt, params))
+    return requests
+
+
+def run_all(engine: Engine, requests: list[Request]) -> list[Completion]:
+    return [completions[0] for completions in engine.run(requests)]
+
+
+def assert_same(one: Completion, other: Completion) -> None:
+    """Equal to the last bit: floats are compared as they are."""
+    assert one.ids == other.ids
+    assert one.logprobs == other.logprobs
+    assert one.prompt_logprobs == other.prompt_logprobs
+    assert one.finish_reason == other.finish_reason
+    assert one.routes is not None and other.routes is not None
+    assert torch.equal(one.routes, other.routes)
+
+
+def check_company(model: LanguageModel, sizes: tuple[int, ...], max_tokens: int) -> None:
+    """Each request alone, then batches of `sizes` with chunked prompts beside decoding sequences."""
+    requests = mixed_requests(max(sizes), max_tokens)
+    alone = [run_all(engine_of(model), [request])[0] for request in requests]
+    for size in sizes:
+        together = run_all(engine_of(model, token_budget=61, max_running=16), requests[:size])
+        for one, other in zip(alone, together, strict=False):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        (GROUPED, torch.float32),
+        (GROUPED, torch.bfloat16),
+        (ODD, torch.float32),
+        (("model.attention=gqa", "model.num_heads=4", "model.num_kv_heads=2"), torch.float32),
+        (("model.router.score=sqrt_softplus", "model.router.num_hash_layers=1"), torch.float32),
+    ],
+    ids=["mla", "bf16", "odd sizes", "gqa", "v4 router"],
+)
+def test_company_changes_no_bit(
+    make_config: Make, tokenizer: Tokenizer, overrides: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    model = make_model(make_config, tokenizer, *overrides, dtype=dtype)
+    check_company(model, (1, 2, 5, 16) if overrides is GROUPED else (16,), max_tokens=6)
+
+
+def test_company_changes_no_bit_without_native_kernels(written: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_library", lambda: None)
+    check_company(written, (5,), max_tokens=4)
+
+
+def test_threads_do_not_make_company_matter(written: LanguageModel) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        check_company(written, (5,), max_tokens=3)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_preemption_changes_no_bit(written: LanguageModel) -> None:
+    requests = [
+        Request(random_ids(length, length), replace(request.params, max_tokens=30))
+        for length, request in zip((60, 50, 62, 40, 110), mixed_requests(5), strict=True)
+    ]
+    alone = [run_all(engine_of(written), [request])[0] for request in requests]
+    engine = engine_of(written, num_pages=4, token_budget=90, max_running=8)
+    together = run_all(engine, requests)
+    assert engine.scheduler.num_preemptions > 1
+    for one, other in zip(alone, together, strict=True):
+        assert_same(one, other)
+    pool = engine.scheduler.pool
+    assert pool.num_available == pool.num_pages == 4
+
+
+def test_a_prefix_that_others_left_changes_no_bit(written: LanguageModel) -> None:
+    beginning = random_ids(100, 5)
+    params = SamplingParams(max_tokens=60, logprobs=1, return_routes=True)
+    engine = engine_of(written)
+    first = run_all(engine, [Request(beginning, params)])[0]
+    # the next turn of a conversation: pages that were decoded are now a prompt
+    follow_up = Request(beginning + first.ids + [7, 8], SamplingParams(max_tokens=9, logprobs=1, return_routes=True))
+    engine.add(follow_up)
+    assert [row.sequence.num_computed for row in engine.scheduler.schedule()] == [128]
+    engine.abort(1)
+    again = run_all(engine, [follow_up])[0]
+    assert_same(again, run_all(engine_of(written), [follow_up])[0])
+    assert again.routes is not None and first.routes is not None
+    assert torch.equal(again.routes[: len(first.routes)], first.routes)
+
+
+@pytest.mark.parametrize("overrides", [["model.mtp_depth=0"], ["model.mtp_depth=1", *GROUPED]])
+def test_greedy_equals_generate_and_transformers(
+    make_config: Make, tokenizer: Tokenizer, tmp_path: Path, overrides: list[str]
+) -> None:
+    write_model_directory(tmp_path, make_model(make_config, tokenizer, *overrides).model, tokenizer)
+    ours = load(tmp_path)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompts = [[0, *random_ids(length, length)] for length in (3, 70, 30, 140)]
+    params = SamplingParams(max_tokens=20)
+    found = run_all(engine_of(ours, token_budget=50, max_running=4), [Request(p, params) for p in prompts])
+    for prompt, completion in zip(prompts, found, strict=True):
+        tokens = torch.tensor([prompt])
+        expected = theirs.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=20, pad_token_id=2
+        )
+        assert completion.ids == expected[0, len(prompt) :].tolist() == ours.generate(prompt, max_tokens=20).ids
+
+
+def test_logprobs_and_routes_are_those_of_the_whole_text(written: LanguageModel) -> None:
+    prompt = random_ids(90, 3)
+    params = SamplingParams(max_tokens=40, temperature=1.0, logprobs=3, prompt_logprobs=2, return_routes=True)
+    engine = engine_of(written, token_budget=37, max_running=4)
+    company = Request(random_ids(100, 4), SamplingParams(max_tokens=90))
+    _, found = run_all(engine, [company, Request(prompt, params)])
+    text = prompt + found.ids
+    with torch.no_grad():
+        output = written.model(torch.tensor(text), AttentionBatch.causal(1, len(text)))
+        expected = written.model.logits(output.hidden).log_softmax(-1)
+    assert found.prompt_logprobs is not None and len(found.prompt_logprobs) == len(prompt) - 1
+    for position, scored in enumerate([*found.prompt_logprobs, *found.logprobs]):
+        best = expected[position].topk(len(scored.top))
+        assert scored.token == text[position + 1]
+        assert scored.logprob == pytest.approx(float(expected[position, scored.token]), abs=1e-4)
+        assert [id for id, _ in scored.top] == best.indices.tolist()
+        assert [value for _, value in scored.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert found.routes is not None
+    assert torch.equal(found.routes.long(), torch.stack([r.ids for r in output.routes], dim=1)[:-1])
+
+
+def test_the_first_event_brings_the_prompt_and_the_last_the_reason(written: LanguageModel) -> None:
+    engine = engine_of(written, draft_tokens=0)
+    request = engine.add(Request([5, 6, 7], SamplingParams(max_tokens=3, prompt_logprobs=0, return_routes=True)))
+    events = [engine.step() for _ in range(3)]
+    assert [[(e.request_id, e.index, e.finish_reason) for e in step] for step in events] == [
+        [(request, 0, None)],
+        [(request, 0, None)],
+        [(request, 0, "length")],
+    ]
+    assert [step[0].prompt_logprobs is not None for step in events] == [True, False, False]
+    assert [step[0].routes is not None for step in events] == [False, False, True]
+    routes = events[2][0].routes
+    assert routes is not None and len(routes) == 5
+    for position, step in enumerate(events, start=2):  # the last token of the prompt gives the first one
+        assert step[0].token_routes is not None and torch.equal(step[0].token_routes, routes[position])
+    assert engine.step() == []
+
+
+def test_a_prompt_can_be_scored_without_a_continuation(written: LanguageModel) -> None:
+    prompt = random_ids(150, 8)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    engine = engine_of(written, token_budget=40, max_running=4)
+    for _ in range(2):  # the second time the pages are known, and computed all the same
+        found = run_all(engine, [Request(prompt, params)])[0]
+        assert (found.ids, found.finish_reason) == ([], "length")
+        assert found.prompt_logprobs is not None and len(found.prompt_logprobs) == 149
+
+
+def test_stops_end_a_text(written: LanguageModel) -> None:
+    ids = run_all(engine_of(written), [Request([5, 6], SamplingParams(max_tokens=16))])[0].ids
+    text = [written.tokenizer.decode(ids[:n]) for n in range(17)]
+    by_id = run_all(engine_of(written), [Request([5, 6], SamplingParams(stop_ids=frozenset([ids[4]])))])[0]
+    assert (by_id.ids, by_id.finish_reason, by_id.stop_string) == (ids[: ids.index(ids[4]) + 1], "stop", None)
+    stop = text[9][-3:]
+    by_text = run_all(engine_of(written), [Request([5, 6], SamplingParams(stop=("never!", stop)))])[0]
+    count = min(n for n in range(17) if stop in text[n])
+    assert (by_text.ids, by_text.finish_reason, by_text.stop_string) == (ids[:count], "stop", stop)
+    ending = LanguageModel(written.model, written.tokenizer, frozenset([ids[2]]))
+    assert run_all(engine_of(ending), [Request([5, 6])])[0].ids == ids[: ids.index(ids[2]) + 1]
+
+
+def test_n_continuations_are_those_of_n_seeds(written: LanguageModel) -> None:
+    prompt = random_ids(70, 1)
+    settings = {"max_tokens": 8, "temperature": 1.0, "top_k": 50, "min_p": 0.001, "repetition_penalty": 1.1}
+    (found,) = engine_of(written).run([Request(prompt, SamplingParams(n=3, seed=4, **settings))])
+    single = run_all(engine_of(written), [Request(prompt, SamplingParams(seed=s, **settings)) for s in (4, 5, 6)])
+    assert [c.ids for c in found] == [c.ids for c in single]
+    assert len({tuple(c.ids) for c in found}) == 3
+
+
+def test_an_aborted_request_leaves_nothing_and_disturbs_nobody(written: LanguageModel) -> None:
+    engine = engine_of(written)
+    stays = Request(random_ids(80, 2), SamplingParams(max_tokens=10, logprobs=0, return_routes=True))
+    ids = [engine.add(Request(random_ids(90, 1), SamplingParams(n=2))), engine.add(stays)]
+    found = Completion()
+    for step in range(11):
+        for event in engine.step():
+            if event.request_id == ids[1]:
+                found.add(event)
+        if step == 3:
+            assert engine.abort(ids[0])
+            assert not engine.abort(ids[0])
+    assert not engine.has_work
+    assert_same(found, run_all(engine_of(written), [stays])[0])
+    assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_pages
+
+
+def test_numbers_that_are_not_finite_end_one_request_alone(
+    written: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, logits = engine_of(written), written.runtime.logits
+    monkeypatch.setattr(written.runtime, "logits", lambda h: logits(h).index_fill(0, torch.tensor([1]), math.nan))
+    good, bad = run_all(engine, [Request([5, 6], SamplingParams(max_tokens=1)), Request([7], SamplingParams())])
+    assert (len(good.ids), good.finish_reason) == (1, "length")
+    assert (bad.ids, bad.finish_reason, bad.error) == ([], "error", "the model's numbers are not finite")
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [
+        ({"temperature": 1.0, "repetition_penalty": 1e-300}, "infinite"),
+        ({"grammar": from_lark('start: "a" <｜User｜>')}, "no token"),  # a control token, which is never allowed
+        (
+            {"grammar": from_lark("start: " + " | ".join(f'"a" "b{i}"' for i in range(2300)))},
+            "items",
+        ),  # more work in a step than allowed
+    ],
+)
+def test_a_request_that_raises_in_a_step_fails_alone(
+    written: LanguageModel, params: dict[str, object], named: str
+) -> None:
+    good = Request(random_ids(20, 1), SamplingParams(max_tokens=9, logprobs=1, return_routes=True))
+    alone = run_all(engine_of(written), [good])[0]
+    engine = engine_of(written)
+    bad = Request([5, 6], SamplingParams(**params))  # type: ignore[arg-type]
+    first, failed, last = run_all(engine, [good, bad, good])
+    assert_same(first, alone)
+    assert_same(last, alone)
+    assert failed.finish_reason == "error" and failed.error is not None and named in failed.error
+    assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_pages
+
+
+def test_grammars_bind_greedy_and_sampled_text(written: LanguageModel) -> None:
+    pattern = r"[a-f]{3}-[0-9]{2,3}"
+    params = [
+        SamplingParams(grammar=from_regex(pattern), temperature=t, seed=s, n=4) for t in (0.0, 1.5) for s in (0, 9)
+    ]
+    for completions in engine_of(written).run([Request([9], p) for p in params]):
+        for completion in completions:
+            assert completion.finish_reason == "stop"
+            assert re.fullmatch(pattern, written.tokenizer.decode(completion.ids))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        engine_of(written).add(Request([9], SamplingParams(grammar="start: missing")))
+
+
+def test_the_figures_are_those_of_what_was_done(written: LanguageModel) -> None:
+    engine = engine_of(written, max_running=1, token_budget=50, draft_tokens=0)
+    prompt = random_ids(130, 1)
+    for _ in range(3):
+        engine.add(Request(prompt, SamplingParams(max_tokens=5)))
+    engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages, stats.pages_used) == (1, 2, 4, 3)
+    assert (stats.prompt_tokens, stats.generated_tokens) == (0, 0)
+    while engine.has_work:
+        engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_used, stats.preemptions) == (0, 0, 0, 0)
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.prefix_hit_tokens) == (390, 15, 256)
+    assert (stats.drafted, stats.accepted, stats.speculation_off) == ([], [], 0)
+    # every token but the last of each text is computed, but for the two prefixes that were found
+    routes = run_all(engine_of(written), [Request(prompt, SamplingParams(max_tokens=5, return_routes=True))])[0].routes
+    assert routes is not None
+    whole, rest = (torch.stack([part[:, 0].flatten().long()]).flatten() for part in (routes, routes[128:]))
+    expected = whole.bincount(minlength=8) + 2 * rest.bincount(minlength=8)
+    assert torch.equal(stats.loads, expected[None])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "named"),
+    [
+        ([], {}, "empty"),
+        ([1] * 250, {"max_tokens": 7}, "256"),
+        ([300], {}, "vocabulary"),
+        ([1], {"logit_bias": {-1: 3.0}}, "vocabulary"),
+        ([1], {"temperature": math.nan}, "temperature"),
+        ([1], {"n": 0}, "n must"),
+        ([1], {"logprobs": 21}, "logprobs"),
+        ([1], {"min_p": 1.5}, "min_p"),
+        ([1], {"top_p": 0.0}, "top_p"),
+        ([1], {"repetition_penalty": 0.0}, "repetition"),
+        ([1], {"seed": -1}, "seed"),
+        ([1], {"logit_bias": {1: math.inf}}, "logit_bias"),
+        ([1], {"stop": ("",)}, "stop"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    written: LanguageModel, prompt: list[int], params: dict[str, object], named: str
+) -> None:
+    engine = engine_of(written)
+    with pytest.raises(ConfigError, match=named):
+        engine.add(Request(prompt, SamplingParams(**params)))  # type: ignore[arg-type]
+    assert not engine.has_work
+
+
+def test_limited_room_of_experts_is_for_training_alone(make_config: Make, tokenizer: Tokenizer) -> None:
+    """Served, every choice is carried out, so that batch-mates cannot take a token's place."""
+    models = [make_model(make_config, tokenizer, f"model.router.capacity.eval_factor={f}") for f in (0, 0.5)]
+    free, limited = (run_all(engine_of(model), mixed_requests(3)) for model in models)
+    for one, other in zip(free, limited, strict=True):
+        assert_same(one, other)
+
+
+def test_memory_that_does_not_suffice_is_refused(written: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="one sequence of 256"):
+        engine_of(written, num_pages=3)
+    config = written.model.config
+    size = page_bytes(config, torch.bfloat16)
+    assert size == 64 * (3 * (16 + 4) * 2 + 1 * 2 * 2)  # two layers and an MTP module
+    assert count_pages(config, torch.bfloat16, 5, 10 * size + 1) == 10
+    assert count_pages(config, torch.bfloat16, 5, 1000 * size) == count_pages(config, torch.bfloat16, 5) == 20
+    engine = engine_of(written, max_waiting=1)
+    engine.add(Request([1]))
+    with pytest.raises(QueueFullError):
+        engine.add(Request([1]))
