@@ -27,6 +27,7 @@ LAYERS = (
     ("training",),
     ("compare",),
     ("report",),
+    ("server",),
     ("cli",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

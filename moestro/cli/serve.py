@@ -1,0 +1,100 @@
+"""`moestro serve`: a model for clients of the OpenAI API, and a chat page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moestro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moestro.engine.language_model import LanguageModel
+    from moestro.server.service import Service
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def serve(
+    model: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_file: Path | None = None,
+    served_name: str | None = None,
+    memory: str | None = None,
+    max_running: int = 64,
+    max_waiting: int = 1024,
+    draft_tokens: int | None = None,
+    drain_seconds: float = 30.0,
+    dtype: str = "auto",
+    weights: str | None = None,
+) -> int:
+    """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint or a Hugging Face directory of the family.
+    host
+        The address to listen on; one that others can reach needs a key.
+    port
+        The port; 0 takes a free one.
+    api_key_file
+        A file with the key that clients must send.
+    served_name
+        The model's name for clients; the directory's name without it.
+    memory
+        Room for the cache, such as 4GiB; half of the free memory without it.
+    max_running
+        How many continuations are computed at once.
+    max_waiting
+        How many more may wait; others are told to come back.
+    draft_tokens
+        Tokens that the model's MTP modules draft a step; 0 for none, without it one where the model can.
+    drain_seconds
+        How long running requests may take to finish after SIGTERM.
+    dtype
+        auto (as stored), fp32 or bf16.
+    weights
+        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    """
+    from moestro.engine.language_model import load
+
+    num_bytes = parse_bytes(memory)
+    try:
+        from moestro.server.run import bind, check_host, read_key, run_service
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
+    key = read_key(api_key_file)
+    check_host(host, key is not None)
+    if not 0 <= drain_seconds < float("inf"):
+        raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
+    limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
+    with bind(host, port) as listener:
+        language_model = load(model, dtype, weights=weights, release=True)
+        service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
+        return run_service(service, listener, key, drain_seconds)
+
+
+def make_service(language_model: LanguageModel, path: Path, served_name: str | None, **limits: int | None) -> Service:
+    """The model with its engine, under the name that clients know it by; `limits` are the engine's."""
+    from moestro.engine.engine import Engine
+    from moestro.engine.language_model import find_model_directory
+    from moestro.server.service import Service
+
+    def make_engine() -> Engine:
+        return Engine(language_model, **limits)  # type: ignore[arg-type]
+
+    tokenizer_path = find_model_directory(path) / "tokenizer.json"
+    return Service(make_engine, tokenizer_path, served_name or path.resolve().name)
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """`512MiB`, `4GiB`, `4G`, `1000000` to bytes. ConfigError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?P<number>\d{1,15}(\.\d{1,9})?) ?((?P<unit>[KMGT]?)(iB)?|B)", text.strip())
+    if not found or not float(found["number"]):
+        raise ConfigError(f"memory is a size such as 4GiB, not '{text}'")
+    return int(float(found["number"]) * UNITS[found["unit"] or ""])

@@ -1,0 +1,199 @@
+"""Events to HTTP answers: one JSON object, or a stream of server-sent events; either ends when its client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from moestro.errors import ConfigError
+from moestro.server.choices import Tree
+from moestro.server.guard import error_tree
+from moestro.server.metrics import Metrics
+from moestro.server.service import Plan, Service
+from moestro.server.stream import DONE, PING, sse
+from moestro.server.worker import ClosedError, EngineError, Stream
+
+T = TypeVar("T")
+PING_SECONDS = 15.0
+
+log = logging.getLogger("moestro.server")
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled, and ClientGoneError raised, when the client hangs up first."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_end(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _wait_for_end(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Timer:
+    """When the tokens of a stream come, for the metrics."""
+
+    def __init__(self, metrics: Metrics, plan: Plan) -> None:
+        self._metrics, self._begun = metrics, plan.begun
+        self._last: dict[int, float] = {}
+
+    def add(self, index: int, reason: str | None) -> None:
+        """A token of a choice, and why it ends."""
+        now = time.monotonic()
+        if index in self._last:
+            self._metrics.next_token.observe(now - self._last[index])
+        else:
+            self._metrics.first_token.observe(now - self._begun)
+        self._last[index] = now
+        if reason is not None:
+            self._metrics.whole.observe(now - self._begun)
+            self._metrics.success.labels(reason).inc()
+
+
+async def answer(service: Service, plan: Plan, http: HttpRequest) -> Response:
+    """Run a plan. Errors before the first byte are raised; later ones end the stream with an error object."""
+    stream = await service.worker.open(plan.requests)
+    if plan.body.stream:
+        return EventStream(service, plan, stream)
+    try:
+        tree = await while_connected(http.receive, collect(service, plan, stream))
+    except ClientGoneError:
+        service.metrics.aborted.inc()
+        return Response(status_code=499)
+    finally:
+        stream.close()
+    return JSONResponse(tree)
+
+
+async def collect(service: Service, plan: Plan, stream: Stream) -> Tree:
+    """The whole answer."""
+    async for _ in grow(service, plan, stream):
+        pass
+    tree = head(service, plan, plan.kind)
+    return {**tree, "choices": [choice.result() for choice in plan.choices], "usage": usage(plan)}
+
+
+async def grow(service: Service, plan: Plan, stream: Stream) -> AsyncIterator[list[Tree]]:
+    """Feed events to the choices; the chunks of each step."""
+    timer = Timer(service.metrics, plan)
+    async for events in stream:
+        chunks = []
+        for index, event in events:
+            if event.finish_reason == "error":
+                raise failure(plan, event.error or "unknown reason")
+            chunks += plan.choices[index].push(event)
+            timer.add(index, event.finish_reason)
+        yield chunks
+
+
+def failure(plan: Plan, reason: str) -> Exception:
+    """A grammar that turns out to be too much work is the client's affair; the rest is for the log, not for clients."""
+    if "grammar" in reason and plan.requests[0].params.grammar is not None:
+        return ConfigError(reason)
+    log.error("a request failed: %s", reason)
+    return EngineError("the engine failed over this request")
+
+
+def head(service: Service, plan: Plan, kind: str) -> Tree:
+    """The fields of an answer and of each chunk."""
+    prefix = "cmpl" if plan.kind == "text_completion" else "chatcmpl"
+    return {"id": f"{prefix}-{plan.id}", "object": kind, "created": plan.created, "model": service.name}
+
+
+def usage(plan: Plan) -> Tree:
+    """Tokens read and written."""
+    written = sum(choice.num_tokens for choice in plan.choices)
+    return {
+        "prompt_tokens": plan.num_prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": plan.num_prompt_tokens + written,
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.num_reasoning for choice in plan.choices)},
+    }
+
+
+class EventStream(Response):
+    """An answer as server-sent events."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, plan: Plan, stream: Stream) -> None:
+        self._service, self._plan, self._stream = service, plan, stream
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._send(send))
+        except ClientGoneError:
+            self._service.metrics.aborted.inc()
+        finally:
+            self._stream.close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in with_pings(self._events()):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        plan = self._plan
+        kind = "chat.completion.chunk" if plan.kind == "chat.completion" else plan.kind
+        top = head(self._service, plan, kind) | ({"usage": None} if plan.body.wants_usage else {})
+        for choice in plan.choices:
+            for chunk in choice.start():
+                yield sse(chunk_tree(top, chunk))
+        try:
+            async for chunks in grow(self._service, plan, self._stream):
+                for chunk in chunks:
+                    yield sse(chunk_tree(top, chunk))
+            if plan.body.wants_usage:
+                yield sse({**top, "choices": [], "usage": usage(plan)})
+        except (EngineError, ClosedError, ConfigError) as error:
+            kind = "invalid_request_error" if isinstance(error, ConfigError) else "server_error"
+            yield sse(error_tree(str(error), kind))
+        yield DONE
+
+
+def chunk_tree(top: Tree, chunk: Tree) -> Tree:
+    """A chunk of one choice; the extension field stands beside the choices."""
+    details = {"moestro": chunk.pop("moestro")} if "moestro" in chunk else {}
+    return {**top, "choices": [chunk], **details}
+
+
+async def with_pings(events: AsyncIterator[bytes], seconds: float = PING_SECONDS) -> AsyncIterator[bytes]:
+    """The events, and a comment whenever none has come for a while, so that proxies keep the connection."""
+    waiting: asyncio.Future[bytes] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(events, b""))
+            done, _ = await asyncio.wait({waiting}, timeout=seconds)
+            if not done:
+                yield PING
+                continue
+            data, waiting = waiting.result(), None
+            if not data:
+                return
+            yield data
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)

@@ -1,0 +1,188 @@
+"""The routes. Each one reads a body, asks the service for a plan, and answers; errors become OpenAI's error objects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.staticfiles import StaticFiles
+
+import moestro
+from moestro.engine.scheduler import QueueFullError
+from moestro.errors import MoestroError
+from moestro.server.answers import answer
+from moestro.server.guard import Guard, error_tree
+from moestro.server.loads import SAMPLE_SECONDS
+from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
+from moestro.server.service import ContextLengthError, Service
+from moestro.server.worker import ClosedError, EngineError
+
+WEB = Path(__file__).with_name("web")
+RETRY_SECONDS = 1
+FIELD = re.compile("[a-z][a-z0-9_]*")  # other parts of a place are names of types
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+log = logging.getLogger("moestro.server")
+
+
+def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> FastAPI:
+    """The application. With a `key`, every route but `/health` and the chat page asks for it as a bearer token."""
+
+    @asynccontextmanager
+    async def sample_loads(app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.ensure_future(_sample_loads(service))
+        yield
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    app = FastAPI(
+        title="Moestro",
+        version=moestro.__version__,
+        docs_url=None,  # both pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=sample_loads,
+        responses=ERRORS,
+    )
+    app.add_middleware(Guard, key=key)
+    _add_error_handlers(app, service)
+    _add_completions(app, service)
+    _add_token_routes(app, service)
+    _add_status(app, service)
+    _add_page(app, web)
+    return app
+
+
+async def _sample_loads(service: Service) -> None:
+    """So that `/routing` can tell what is recent, however seldom it is asked."""
+    while service.worker.is_alive:
+        service.loads.add(time.monotonic(), (await service.worker.read_stats()).loads.numpy())
+        await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, http: Request) -> Response:
+        return await answer(service, await service.plan_text(body), http)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        return await answer(service, await service.plan_chat(body), http)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [_describe_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise HTTPException(404, f"there is no model '{name[:256]}' here")
+        return _describe_model(service)
+
+
+def _describe_model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "moestro",
+        "max_model_len": service.config.max_seq_len,
+    }
+
+
+def _add_token_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        ids = await service.tokenize(body)
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.config.max_seq_len}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, skip_special=False)
+        return {"prompt": text}
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        is_well = service.worker.is_alive and not service.worker.is_closed
+        return JSONResponse({"status": "ok" if is_well else "closing"}, 200 if is_well else 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": moestro.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = service.metrics.render(await service.worker.read_stats())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/routing")
+    async def routing() -> dict[str, Any]:
+        stats = await service.worker.read_stats()
+        return service.loads.describe(time.monotonic(), stats.loads.numpy())
+
+
+def _add_page(app: FastAPI, web: Path) -> None:
+    page = web / "index.html"
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        if page.is_file():
+            return FileResponse(page)
+        return PlainTextResponse("Moestro serves an OpenAI-compatible API under /v1; this install has no chat page.\n")
+
+    if web.is_dir():
+        app.mount("/web", StaticFiles(directory=web))
+
+
+def describe_error(error: RequestValidationError) -> tuple[str, str]:
+    """The field at fault and what is wrong with it: of all that was found, what lies deepest says most."""
+    found = max(error.errors(), key=lambda entry: len(entry["loc"]))
+    names = [str(part) for part in found["loc"][1:] if isinstance(part, int) or FIELD.fullmatch(str(part))]
+    return ".".join(names)[:256], str(found["msg"]).removeprefix("Value error, ")[:1024]
+
+
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        place, text = describe_error(error)
+        return JSONResponse(
+            error_tree(f"{place}: {text}" if place else text, "invalid_request_error", place or None), 400
+        )
+
+    @app.exception_handler(MoestroError)
+    async def refused(_: Request, error: MoestroError) -> Response:
+        if isinstance(error, QueueFullError):
+            service.metrics.rejected.labels("queue_full").inc()
+            tree = error_tree(str(error), "rate_limit_error", code="queue_full")
+            return JSONResponse(tree, 429, {"Retry-After": str(RETRY_SECONDS)})
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        service.metrics.rejected.labels(code or "invalid").inc()
+        return JSONResponse(error_tree(str(error), "invalid_request_error", code=code), 400)
+
+    @app.exception_handler(ClosedError)
+    async def closed(_: Request, error: ClosedError) -> Response:
+        return JSONResponse(error_tree(str(error), "server_error", code="closing"), 503, {"Retry-After": "5"})
+
+    @app.exception_handler(EngineError)
+    async def failed(_: Request, error: EngineError) -> Response:
+        return JSONResponse(error_tree(str(error), "server_error"), 500)
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, error: HTTPException) -> Response:
+        return JSONResponse(error_tree(str(error.detail), "invalid_request_error"), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return JSONResponse(error_tree("the server failed over this request", "server_error"), 500)

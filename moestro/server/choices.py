@@ -1,0 +1,273 @@
+"""One continuation in OpenAI's shapes as it grows: `push` an event, get the chunks of a stream; `result` at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from moestro.data.tokenizer import Tokenizer
+from moestro.engine.engine import Event, TokenLogprob
+from moestro.server.chat import TOOL_TOKENS, Call, CallReader
+from moestro.server.stream import Detokenizer, Splitter, StopFilter
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the choices of a request have in common. `ends`: ids that end a text and are no part of it."""
+
+    tokenizer: Tokenizer
+    ends: frozenset[int]
+    stops: tuple[str, ...] = ()
+    has_logprobs: bool = False
+    has_details: bool = False
+
+
+class Choice(Protocol):
+    """What the answering side needs of a choice."""
+
+    index: int
+    num_tokens: int
+    num_reasoning: int
+
+    def start(self) -> list[Tree]:
+        """Chunks before the first event."""
+
+    def push(self, event: Event) -> list[Tree]:
+        """Take over an event; the chunks it makes."""
+
+    def result(self) -> Tree:
+        """The whole choice."""
+
+
+@dataclass
+class Details:
+    """Tokens with their experts, for the extension field of a stream.
+
+    The engine knows the experts of a token when it computes the next one: so each token is told an event later.
+    """
+
+    tokenizer: Tokenizer
+    _waiting: Tree | None = None
+    _text: Detokenizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._text = Detokenizer(self.tokenizer)
+
+    def push(self, event: Event) -> list[Tree]:
+        """The tokens that are settled."""
+        told = []
+        if self._waiting is not None:
+            routes = event.token_routes
+            told.append({**self._waiting, "routes": None if routes is None else routes.tolist()})
+            self._waiting = None
+        if event.token is not None:
+            logprob = event.logprob.logprob if event.logprob else None
+            self._waiting = {"id": event.token, "text": self._text.push(event.token), "logprob": logprob}
+        if event.finish_reason and self._waiting is not None:
+            text = self._waiting["text"] + self._text.finish()
+            told.append({**self._waiting, "text": text, "routes": None})
+        return told
+
+
+class TextChoice:
+    """A choice of `/v1/completions`. `echo`: the prompt's ids, to be repeated before the continuation."""
+
+    def __init__(self, index: int, form: Format, echo: list[int] | None = None) -> None:
+        self.index, self.form = index, form
+        self.num_tokens = self.num_reasoning = 0
+        self._echo = echo
+        self._raw, self._stop = Detokenizer(form.tokenizer), StopFilter(form.stops)
+        self._offset = 0
+        self._parts: list[str] = []
+        self._logprobs = _empty_logprobs()
+        self._details = Details(form.tokenizer)
+        self._end: Tree = {"finish_reason": None}
+
+    def start(self) -> list[Tree]:
+        """Nothing: a completion has no role."""
+        return []
+
+    def push(self, event: Event) -> list[Tree]:
+        """One chunk an event that gives anything."""
+        text, logprobs = "", _empty_logprobs()
+        if self._echo is not None:
+            text = self._repeat(self._echo, event, logprobs)
+            self._echo = None
+        if event.token is not None:
+            self.num_tokens += 1
+            is_end = event.token in self.form.ends
+            piece = "" if is_end else self._raw.push(event.token)
+            self._score(logprobs, event.token, event.logprob, len(piece))
+            text += self._stop.push(piece)
+        if event.finish_reason:
+            text += self._stop.push(self._raw.finish()) + self._stop.finish()
+            self._end = _ending(event, event.finish_reason)
+        self._parts.append(text)
+        for name, values in logprobs.items():
+            self._logprobs[name] += values
+        details = self._details.push(event) if self.form.has_details else []
+        if not (text or event.finish_reason or details or logprobs["tokens"]):
+            return []
+        chunk = {"index": self.index, "text": text, "logprobs": self._shown(logprobs), **self._end}
+        return [chunk | ({"moestro": {"tokens": details}} if self.form.has_details else {})]
+
+    def result(self) -> Tree:
+        """The whole choice."""
+        return {
+            "index": self.index,
+            "text": "".join(self._parts),
+            "logprobs": self._shown(self._logprobs),
+            **self._end,
+        }
+
+    def _repeat(self, ids: list[int], event: Event, logprobs: Tree) -> str:
+        """The prompt's text; its log-probabilities if they were asked for. The first token has none."""
+        text = Detokenizer(self.form.tokenizer)
+        known: list[TokenLogprob | None] = [None, *(event.prompt_logprobs or ())]
+        scores = known + [None] * (len(ids) - len(known))
+        pieces = []
+        for id, score in zip(ids, scores, strict=True):
+            pieces.append(text.push(id))
+            self._score(logprobs, id, score, len(pieces[-1]))
+        return "".join(pieces) + text.finish()
+
+    def _score(self, logprobs: Tree, id: int, score: TokenLogprob | None, length: int) -> None:
+        if not self.form.has_logprobs:
+            return
+        name = name_token(self.form.tokenizer, id)
+        top: dict[str, float] = {}
+        for other, logprob in (*score.top, (id, score.logprob)) if score else ():
+            top.setdefault(name_token(self.form.tokenizer, other), logprob)
+        logprobs["tokens"].append(name)
+        logprobs["token_logprobs"].append(score.logprob if score else None)
+        logprobs["top_logprobs"].append(top if score else None)
+        logprobs["text_offset"].append(self._offset)
+        self._offset += length
+
+    def _shown(self, logprobs: Tree) -> Tree | None:
+        return logprobs if self.form.has_logprobs else None
+
+
+@dataclass(frozen=True)
+class ChatForm(Format):
+    """Besides: how tools and thoughts are read. `thinks`: the prompt ends within a thought."""
+
+    has_tools: bool = False
+    is_call: bool = False
+    many_calls: bool = True
+    thinks: bool = False
+
+
+class ChatChoice:
+    """A choice of `/v1/chat/completions`."""
+
+    def __init__(self, index: int, form: ChatForm) -> None:
+        self.index, self.form = index, form
+        self.num_tokens = self.num_reasoning = 0
+        specials = form.tokenizer.specials
+        shown = frozenset(specials[name] for name in TOOL_TOKENS if name in specials) if form.has_tools else frozenset()
+        self._raw, self._stop = Detokenizer(form.tokenizer, shown), StopFilter(form.stops)
+        self._split = Splitter("reasoning" if form.thinks else "content" if form.is_call else None)
+        self._calls = CallReader(form.tokenizer, is_call=form.is_call, many=form.many_calls)
+        self._details = Details(form.tokenizer)
+        self._texts: dict[str, list[str]] = {"reasoning": [], "content": []}
+        self._found: list[Call] = []
+        self._scored: list[Tree] = []
+        self._end: Tree = {"finish_reason": None}
+
+    def start(self) -> list[Tree]:
+        """The role."""
+        return [self._chunk({"role": "assistant", "content": ""}, [])]
+
+    def push(self, event: Event) -> list[Tree]:
+        """A chunk for each change of what is written, the last one with what belongs to the event."""
+        text = ""
+        scored = [self._score(event.logprob)] if event.logprob and self.form.has_logprobs else []
+        self._scored += scored
+        if event.token is not None:
+            self.num_tokens += 1
+            text = "" if event.token in self.form.ends else self._raw.push(event.token)
+        deltas = self._read(self._stop.push(text))
+        self.num_reasoning += self._split.kind == "reasoning"
+        if event.finish_reason:
+            deltas += self._read(self._stop.push(self._raw.finish()) + self._stop.finish(), is_last=True)
+        details = self._details.push(event) if self.form.has_details else []
+        if not deltas and (scored or details):
+            deltas = [{"content": ""}]
+        chunks = [self._chunk(delta, scored if place == 0 else []) for place, delta in enumerate(deltas)]
+        if event.finish_reason:
+            reason = "tool_calls" if self._found and event.finish_reason == "stop" else event.finish_reason
+            self._end = _ending(event, reason)
+            chunks.append({**self._chunk({}, []), **self._end})
+        if chunks and self.form.has_details:
+            chunks[-1]["moestro"] = {"tokens": details}
+        return chunks
+
+    def result(self) -> Tree:
+        """The whole choice."""
+        content, thoughts = ("".join(self._texts[kind]) for kind in ("content", "reasoning"))
+        message: Tree = {"role": "assistant", "content": content or (None if self._found else ""), "refusal": None}
+        if thoughts:
+            message |= {"reasoning_content": thoughts, "reasoning": thoughts}
+        if self._found:
+            message["tool_calls"] = [call.as_tree() for call in self._found]
+        logprobs = {"content": self._scored, "refusal": None} if self.form.has_logprobs else None
+        return {"index": self.index, "message": message, "logprobs": logprobs, **self._end}
+
+    def _read(self, text: str, is_last: bool = False) -> list[Tree]:
+        """Deltas for a piece of text, and for all that is held back if it is the last."""
+        deltas = []
+        for kind, part in self._split.push(text) + (self._split.finish() if is_last else []):
+            if kind == "content" and self.form.has_tools:
+                deltas += [self._delta(piece) for piece in self._calls.push(part)]
+            elif kind == "content":
+                deltas.append(self._delta(part))
+            else:
+                self._texts["reasoning"].append(part)
+                deltas.append({"reasoning_content": part, "reasoning": part})
+        return deltas + ([self._delta(piece) for piece in self._calls.finish()] if is_last else [])
+
+    def _delta(self, piece: str | Call) -> Tree:
+        if isinstance(piece, str):
+            self._texts["content"].append(piece)
+            return {"content": piece}
+        self._found.append(piece)
+        return {"tool_calls": [{"index": len(self._found) - 1, **piece.as_tree()}]}
+
+    def _chunk(self, delta: Tree, scored: list[Tree]) -> Tree:
+        logprobs = {"content": scored, "refusal": None} if scored else None
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _score(self, score: TokenLogprob) -> Tree:
+        top = [self._entry(id, logprob) for id, logprob in score.top]
+        return {**self._entry(score.token, score.logprob), "top_logprobs": top}
+
+    def _entry(self, id: int, logprob: float) -> Tree:
+        piece = piece_of(self.form.tokenizer, id)
+        return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+
+def piece_of(tokenizer: Tokenizer, id: int) -> bytes:
+    """All bytes of an id; none beyond the vocabulary, where models pad their embedding."""
+    return tokenizer.pieces[id] if id < tokenizer.vocab_size else b""
+
+
+def name_token(tokenizer: Tokenizer, id: int) -> str:
+    """The token as text; one that is half a character as `bytes:\\xe2\\x82`, so that names stay distinct."""
+    piece = piece_of(tokenizer, id)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _empty_logprobs() -> Tree:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _ending(event: Event, reason: str) -> Tree:
+    """Finish reason, the stop string found, and the routes if they were asked for."""
+    end: Tree = {"finish_reason": reason, "stop_reason": event.stop_string}
+    return end if event.routes is None else {**end, "routes": event.routes.tolist()}

@@ -1,0 +1,204 @@
+"""A model behind the routes: what a request means for it. Request bodies to engine requests and choices."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moestro.engine.engine import Engine
+from moestro.engine.sequence import Request, SamplingParams
+from moestro.errors import ConfigError
+from moestro.server.chat import (
+    chat_grammar,
+    forces_call,
+    structured_grammar,
+    template_input,
+    template_messages,
+    uses_tools,
+)
+from moestro.server.choices import ChatChoice, ChatForm, Choice, Format, TextChoice
+from moestro.server.loads import LoadHistory, layer_names
+from moestro.server.metrics import Metrics
+from moestro.server.schema import MIN_TEMPERATURE, MIN_TOP_P, ChatRequest, CompletionRequest, Sampling, TokenizeRequest
+from moestro.server.template import Renderer
+from moestro.server.worker import EngineWorker
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+class ContextLengthError(ConfigError):
+    """Prompt and continuation do not fit the model."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a body asks of the engine, and what its answer is made of. `kind`: OpenAI's name of the answer's object."""
+
+    body: Sampling
+    kind: str
+    requests: list[Request]
+    choices: list[Choice]
+    begun: float
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(len(request.prompt) for request in self.requests)
+
+
+class Service:
+    """One model, its engine's thread, its template's process, and what is counted."""
+
+    def __init__(self, make_engine: Callable[[], Engine], tokenizer_path: Path, name: str) -> None:
+        self.worker = EngineWorker(make_engine)
+        engine = self.worker.engine
+        self.tokenizer, self.stop_ids, self.config = engine.tokenizer, engine.stop_ids, engine.runtime.config
+        self.name, self.created = name, int(time.time())
+        self.renderer = Renderer(tokenizer_path)
+        self.metrics = Metrics(layer_names(self.config))
+        self.loads = LoadHistory(self.config)
+        self._longest = max(map(len, self.tokenizer.pieces))
+        self._template_thread = ThreadPoolExecutor(1, "template")
+
+    def close(self) -> None:
+        """End the engine's thread and the template's process."""
+        self.worker.stop()
+        self.renderer.close()
+        self._template_thread.shutdown()
+
+    async def plan_text(self, body: CompletionRequest) -> Plan:
+        """A body of `/v1/completions`. ConfigError and DataError for what cannot be done."""
+        begun = time.monotonic()
+        n = body.n or 1
+        self.worker.check_room(len(body.prompts) * n)
+        prompts = await asyncio.to_thread(self._encode_all, body.prompts)
+        grammar = await asyncio.to_thread(structured_grammar, body.structured_outputs)
+        wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        requests = []
+        for ids in prompts:
+            room = self._room(len(ids), wanted)
+            scored = body.logprobs if body.echo else None
+            requests.append(Request(ids, make_params(body, room, body.logprobs, scored, grammar)))
+        form = Format(self.tokenizer, self._ends(body), body.stops, body.logprobs is not None, body.token_details)
+        choices: list[Choice] = [
+            TextChoice(place * n + index, form, ids if body.echo else None)
+            for place, ids in enumerate(prompts)
+            for index in range(n)
+        ]
+        return Plan(body, "text_completion", requests, choices, begun)
+
+    async def plan_chat(self, body: ChatRequest) -> Plan:
+        """A body of `/v1/chat/completions`."""
+        begun = time.monotonic()
+        n = body.n or 1
+        self.worker.check_room(n)
+        self._check_chars(sum(len(message.text) for message in body.messages))
+        grammar = await asyncio.to_thread(chat_grammar, body)
+        ids = await self._render(*template_input(body, self.tokenizer.chat_template))
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        room = self._room(len(ids), asked)
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        form = ChatForm(
+            self.tokenizer,
+            self._ends(body),
+            body.stops,
+            bool(body.logprobs),
+            body.token_details,
+            has_tools=uses_tools(body),
+            is_call=forces_call(body),
+            many_calls=body.parallel_tool_calls is not False,
+            thinks=grammar is None and self._thinks(ids),
+        )
+        choices: list[Choice] = [ChatChoice(index, form) for index in range(n)]
+        request = Request(ids, make_params(body, room, top, None, grammar))
+        return Plan(body, "chat.completion", [request], choices, begun)
+
+    async def tokenize(self, body: TokenizeRequest) -> list[int]:
+        """Ids of a text or of a conversation, as the other routes would compute them."""
+        if body.messages is None:
+            assert body.prompt is not None
+            if not body.add_special_tokens:
+                return await asyncio.to_thread(self.tokenizer.encode, body.prompt)
+            return (await asyncio.to_thread(self._encode_all, [body.prompt]))[0]
+        messages = template_messages(body.messages, self.tokenizer.chat_template)
+        return await self._render(messages, {}, body.add_generation_prompt)
+
+    async def _render(
+        self, messages: list[dict[str, Any]], variables: dict[str, Any], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """In a thread of its own, so that slow templates do not take those of others."""
+
+        def render() -> list[int]:
+            return self.renderer.render(messages, variables, add_generation_prompt=add_generation_prompt)
+
+        return await asyncio.get_running_loop().run_in_executor(self._template_thread, render)
+
+    def _encode_all(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """A document begins before a text; ids are taken as they are."""
+        return [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _encode(self, text: str) -> list[int]:
+        self._check_chars(len(text))
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    def _check_chars(self, count: int) -> None:
+        """Refuse before encoding what no encoding can make short enough."""
+        if count > self.config.max_seq_len * self._longest:
+            raise ContextLengthError(f"a prompt of {count} characters is longer than the model's context")
+
+    def _room(self, num_prompt: int, wanted: int | None) -> int:
+        """Tokens to write: what is wanted, else what fits. ContextLengthError if it does not fit."""
+        longest = self.config.max_seq_len
+        room = longest - num_prompt
+        if room < (1 if wanted is None else wanted):
+            asked = "" if wanted is None else f" and {wanted} to write"
+            raise ContextLengthError(
+                f"this model's context is {longest} tokens; the prompt has {num_prompt} tokens{asked}"
+            )
+        return room if wanted is None else wanted
+
+    def _ends(self, body: Sampling) -> frozenset[int]:
+        return self.stop_ids | frozenset(body.stop_token_ids or ())
+
+    def _thinks(self, ids: list[int]) -> bool:
+        """Whether a prompt ends with an open `<think>`, as R1's template makes it."""
+        begin, end = self.tokenizer.think_id, self.tokenizer.think_end_id
+        tail = ids[-4:]
+        if begin is None or begin not in tail:
+            return False
+        return end not in tail[tail.index(begin) :]
+
+
+def make_params(
+    body: Sampling, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None, grammar: str | None
+) -> SamplingParams:
+    """A body's sampling settings, OpenAI's defaults where it has none; without a seed a new one."""
+    seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
+    temperature = 1.0 if body.temperature is None else body.temperature
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else max(body.top_p, MIN_TOP_P),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
+        stop_ids=frozenset(body.stop_token_ids or ()),
+        stop=body.stops,
+        seed=seed,
+        n=body.n or 1,
+        logprobs=0 if logprobs is None and body.token_details else logprobs,
+        prompt_logprobs=prompt_logprobs,
+        return_routes=body.return_routes,
+        grammar=grammar,
+    )

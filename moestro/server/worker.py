@@ -1,0 +1,310 @@
+"""The engine's thread, and how the event loop talks to it. No HTTP.
+
+The engine belongs to one thread, which steps while there is work. The event loop sends it functions to call between
+two steps (add, abort, ask for counters) and gets events back through one asyncio queue for each stream.
+
+When a step raises, no output is lost and as few requests as possible fail. All running requests leave the engine and
+come back one at a time; since a request's tokens depend on that request alone, one that comes back computes again what
+it had, and its stream goes on where it was. The request with which the engine raises again is the one that fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from moestro.engine.engine import Engine, Event
+from moestro.engine.scheduler import QueueFullError
+from moestro.engine.sequence import Request
+from moestro.errors import MoestroError
+
+T = TypeVar("T")
+Item = list[tuple[int, Event]] | Exception
+MAX_RETURNS = 8  # times a request may come back after failures of others before it fails too
+
+log = logging.getLogger("moestro.server")
+
+
+class EngineError(Exception):
+    """The engine raised over a request; the cause is in the log."""
+
+
+class ClosedError(Exception):
+    """The server takes no more requests."""
+
+
+class Stream:
+    """The events of some requests, numbered by choice: first those of the first request, then of the second, …
+
+    Iterating gives the new (choice, event) pairs of a step; it ends with the last continuation and raises EngineError
+    or ClosedError where there is none to wait for. `close` drops what is left of the requests.
+    """
+
+    def __init__(self, worker: EngineWorker, num_choices: int) -> None:
+        self.num_choices = self._left = num_choices
+        self._worker = worker
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Item] = asyncio.Queue()
+        self.jobs: list[Job] = []
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        while self._left:
+            item = await self._queue.get()
+            if isinstance(item, Exception):
+                raise item
+            self._left -= sum(event.finish_reason is not None for _, event in item)
+            yield item
+
+    def put(self, item: Item) -> None:
+        """Called by the engine's thread; a loop that has ended has nobody who waits."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    def close(self) -> None:
+        """Give the room back; what still runs is dropped before the next step. May be called again."""
+        self._worker.release(self)
+
+
+@dataclass(eq=False)
+class Job:
+    """One request on its way: the number of its first choice, and the ids delivered of each continuation so far."""
+
+    request: Request
+    first_choice: int
+    stream: Stream
+    delivered: list[list[int | None]] = field(init=False)
+    seen: list[int] = field(init=False)  # events of each continuation since it came into the engine
+    num_ended: int = 0
+    num_returns: int = 0
+
+    def __post_init__(self) -> None:
+        self.delivered = [[] for _ in range(self.request.params.n)]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget how far the engine is, not what was delivered."""
+        self.seen = [0] * self.request.params.n
+        self.num_ended = 0
+
+    def is_new(self, event: Event) -> bool:
+        """Count an event; whether its token was not delivered yet. EngineError if it was, and was another."""
+        known, place = self.delivered[event.index], self.seen[event.index]
+        self.seen[event.index] += 1
+        self.num_ended += event.finish_reason is not None
+        if place == len(known):
+            known.append(event.token)
+            return True
+        if known[place] != event.token:
+            raise EngineError("the engine failed, and the request could not be taken up again")
+        return False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of its continuations have."""
+        return self.num_ended == self.request.params.n
+
+
+class EngineWorker:
+    """Owns an engine and its thread. `make_engine` is called once, and again if an engine cannot be emptied.
+
+    The methods are for one event loop; those with an underscore run in the engine's thread.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+        self._make_engine = make_engine
+        self.engine = make_engine()
+        scheduler = self.engine.scheduler
+        self.capacity = scheduler.max_running + scheduler.max_waiting
+        self.num_choices = 0  # of all open streams
+        self.is_closed = False
+        self._streams: set[Stream] = set()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[int, Job] = {}  # in the engine, by its id
+        self._returning: deque[Job] = deque()  # taken out after a failure
+        self._trial: Job | None = None  # the one of them that has come back and has not passed yet
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def check_room(self, num_choices: int) -> None:
+        """ClosedError or QueueFullError if a stream of so many continuations would be refused."""
+        if self.is_closed or not self.is_alive:
+            raise ClosedError("the server is shutting down")
+        if self.num_choices + num_choices > self.capacity:
+            raise QueueFullError(f"{self.num_choices} continuations run or wait already, of at most {self.capacity}")
+
+    async def open(self, requests: Sequence[Request]) -> Stream:
+        """Queue requests together. ConfigError if one can never run, QueueFullError, ClosedError."""
+        num_choices = sum(request.params.n for request in requests)
+        self.check_room(num_choices)
+        stream = Stream(self, num_choices)
+        first = 0
+        for request in requests:
+            stream.jobs.append(Job(request, first, stream))
+            first += request.params.n
+        self.num_choices += num_choices
+        self._streams.add(stream)
+        try:
+            await self.call(lambda: self._add_all(stream.jobs))
+        except BaseException:
+            self.release(stream)
+            raise
+        return stream
+
+    def release(self, stream: Stream) -> None:
+        """Close a stream, once."""
+        if stream in self._streams:
+            self._streams.remove(stream)
+            self.num_choices -= stream.num_choices
+            self._inbox.put(lambda: self._drop_all(stream.jobs))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What a function returns or raises that the engine's thread calls between two steps."""
+        future: Future[T] = Future()
+        self._inbox.put(lambda: _fulfil(future, function))
+        if not self.is_alive:
+            raise ClosedError("the server is shutting down")
+        return await asyncio.wrap_future(future)
+
+    async def read_stats(self) -> Any:
+        """The engine's counters between two steps."""
+        return await self.call(lambda: self.engine.stats())
+
+    def abandon(self) -> None:
+        """Take no more requests, and end the thread after the step under way; what still runs gets a ClosedError."""
+        self.is_closed = True
+        self._inbox.put(None)
+
+    def stop(self) -> None:
+        """`abandon`, and wait for the thread."""
+        self.abandon()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._bring_back()
+                if self.engine.has_work:
+                    self._step()
+        finally:
+            for job in [*self._jobs.values(), *self._returning]:
+                job.stream.put(ClosedError("the server is shutting down"))
+
+    def _obey(self) -> bool:
+        """Carry out what is asked for, waiting for it if there is nothing else to do; False to end."""
+        is_idle = not self.engine.has_work and not self._returning
+        while is_idle or not self._inbox.empty():
+            command = self._inbox.get()
+            if command is None:
+                return False
+            command()
+            is_idle = False
+        return True
+
+    def _add_all(self, jobs: list[Job]) -> None:
+        """All of them or none."""
+        try:
+            for job in jobs:
+                self._jobs[self.engine.add(job.request)] = job
+        except Exception:
+            self._drop_all(jobs)
+            raise
+
+    def _drop_all(self, jobs: Sequence[Job]) -> None:
+        for request_id in [request_id for request_id, job in self._jobs.items() if job in jobs]:
+            self.engine.abort(request_id)
+            del self._jobs[request_id]
+        self._returning = deque(job for job in self._returning if job not in jobs)
+        if self._trial in jobs:
+            self._trial = None
+
+    def _step(self) -> None:
+        try:
+            events = self.engine.step()
+        except Exception:  # whatever it is, it is one request's affair, or one step's
+            log.exception("the engine raised")
+            self._recover()
+            return
+        found: dict[Stream, list[tuple[int, Event]]] = {}
+        for event in events:
+            job = self._jobs[event.request_id]
+            if self._take(job, event):
+                found.setdefault(job.stream, []).append((job.first_choice + event.index, event))
+        for stream, item in found.items():
+            stream.put(item)
+
+    def _take(self, job: Job, event: Event) -> bool:
+        """Count an event of a job; whether it is news."""
+        try:
+            is_new = job.is_new(event)
+        except EngineError as error:
+            self._drop_all([job])
+            job.stream.put(error)
+            return False
+        if job is self._trial and (is_new or job.has_ended):
+            self._trial = None
+        if job.has_ended:
+            del self._jobs[event.request_id]
+        return is_new
+
+    def _recover(self) -> None:
+        """After a step that raised: empty the engine, fail the one to blame, keep the others to bring back."""
+        running = {sequence.request_id for sequence in self.engine.scheduler.running}
+        suspects = [job for request_id, job in self._jobs.items() if request_id in running]
+        jobs = suspects + [job for job in self._jobs.values() if job not in suspects]
+        blamed = self._trial or (suspects[0] if len(suspects) == 1 else None)
+        self._empty()
+        self._trial = None
+        for job in jobs:
+            job.restart()
+            job.num_returns += 1
+            if job is blamed or job.num_returns > MAX_RETURNS:
+                job.stream.put(EngineError("the engine failed over this request"))
+            else:
+                self._returning.append(job)
+
+    def _empty(self) -> None:
+        """Take everything out of the engine; one whose accounts are not even then is replaced."""
+        try:
+            for request_id in self._jobs:
+                self.engine.abort(request_id)
+            pool = self.engine.scheduler.pool
+            is_sound = not self.engine.has_work and pool.num_available == pool.num_pages
+        except Exception:
+            log.exception("the engine cannot be emptied")
+            is_sound = False
+        self._jobs.clear()
+        if not is_sound:
+            self.engine = self._make_engine()
+
+    def _bring_back(self) -> None:
+        """Let the next one return once the one before has got further than it was."""
+        if not self._returning or self._trial is not None:
+            return
+        job = self._returning.popleft()
+        try:
+            self._add_all([job])
+        except MoestroError as error:
+            job.stream.put(EngineError(str(error)))
+        else:
+            self._trial = job
+
+
+def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)

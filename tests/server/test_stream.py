@@ -1,0 +1,164 @@
+"""Text as it is sent equals the whole text cut once at the end, however it comes in pieces."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moestro.data.tokenizer import Tokenizer
+from moestro.engine.engine import Event
+from moestro.server.chat import Call, CallReader, read_call
+from moestro.server.choices import Details, name_token
+from moestro.server.stream import Detokenizer, Splitter, StopFilter, count_beginning, spell
+
+TOKENIZER = Tokenizer.builtin()
+PLAIN = Tokenizer.train(["abc abc <think> été 한국어 🙂"] * 3, 300)
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    """A text in pieces."""
+    ends = sorted({place % (len(text) + 1) for place in places})
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+@given(st.text(), st.booleans())
+def test_pieces_of_text_are_whole_characters(text: str, is_short: bool) -> None:
+    tokenizer = PLAIN if is_short else TOKENIZER
+    stream = Detokenizer(tokenizer)
+    pieces = [stream.push(id) for id in tokenizer.encode(text)]
+    assert "".join([*pieces, stream.finish()]) == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_half_a_character_is_held_back_and_replaced_at_the_end() -> None:
+    ids = [PLAIN.pieces.index(bytes([byte])) for byte in "🙂".encode()]
+    stream = Detokenizer(PLAIN)
+    assert [stream.push(id) for id in ids] == ["", "", "", "🙂"]
+    assert [stream.push(id) for id in ids[:2]] + [stream.finish()] == ["", "", "\ufffd"]
+    assert name_token(PLAIN, ids[0]) == "bytes:\\xf0"
+    assert name_token(PLAIN, 10_000) == ""
+
+
+def test_control_tokens_are_not_spelled_and_thoughts_are() -> None:
+    assert spell(PLAIN, PLAIN.eos_id) == b"" == spell(PLAIN, 10_000)
+    assert spell(PLAIN, PLAIN.eos_id, frozenset([PLAIN.eos_id])) == "<｜end▁of▁sentence｜>".encode()
+    assert PLAIN.think_id is not None and spell(PLAIN, PLAIN.think_id) == b"<think>"
+
+
+@given(st.text("ab"), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_what_may_begin_a_marker(text: str, markers: list[str]) -> None:
+    fits = [n for n in range(len(text) + 1) for m in markers if n < len(m) and text[len(text) - n :] == m[:n]]
+    assert count_beginning(text, markers) == max(fits, default=0)
+
+
+@given(st.text("abc"), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 99)))
+def test_stops_cut_where_the_first_one_begins(text: str, stops: list[str], places: list[int]) -> None:
+    pieces = cut(text, places)
+    found = StopFilter(stops)
+    sent, seen = "", ""
+    for piece in pieces:
+        sent, seen = sent + found.push(piece), seen + piece
+        ends = [seen.find(stop) for stop in stops if stop in seen]
+        if ends:  # the engine ends the text here
+            assert sent == seen[: min(ends)]
+            assert found.push("more") == found.finish() == ""
+            return
+        assert seen.startswith(sent)
+    assert sent + found.finish() == text
+
+
+THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)(</think>(?P<answer>.*)|$)", re.DOTALL)
+
+
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "<th", "</", "ink>", " ", "\n", "a", "b<"]), max_size=12),
+    st.lists(st.integers(0, 99)),
+    st.booleans(),
+)
+def test_thoughts_are_split_off(parts: list[str], places: list[int], is_open: bool) -> None:
+    text = "".join(parts)
+    splitter = Splitter("reasoning" if is_open else None)
+    found = [part for piece in cut(text, places) for part in splitter.push(piece)] + splitter.finish()
+    got = {kind: "".join(text for k, text in found if k == kind) for kind in ("reasoning", "content")}
+    match = THOUGHT.fullmatch("<think>" + text if is_open else text)
+    if match:
+        assert got == {"reasoning": match["thought"].lstrip(), "content": (match["answer"] or "").lstrip()}
+    else:
+        assert got == {"reasoning": "", "content": text}
+    assert all(part for _, part in found)
+
+
+DEEPSEEK = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
+V3 = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
+V31 = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+HERMES = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+
+
+class WithTools:
+    """As much of a tokenizer as the reader looks at."""
+
+    def __init__(self) -> None:
+        self.specials = {"<｜tool▁calls▁begin｜>": 1}
+
+
+def read(text: str, places: list[int], **options: bool) -> list[str | tuple[str, str]]:
+    reader = CallReader(WithTools(), **options)  # type: ignore[arg-type]
+    found = [part for piece in cut(text, places) for part in reader.push(piece)] + reader.finish()
+    merged: list[str | tuple[str, str]] = []
+    for part in found:
+        if isinstance(part, Call):
+            merged.append((part.name, part.arguments))
+        elif merged and isinstance(merged[-1], str):
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+@pytest.mark.parametrize(("form", "outer"), [(V3, DEEPSEEK), (V31, DEEPSEEK), (HERMES, "{}")])
+@given(places=st.lists(st.integers(0, 999), max_size=6))
+def test_calls_are_read_in_every_form(form: str, outer: str, places: list[int]) -> None:
+    first, second = ("add", '{"a": "</x>", "b": [1, {"c": 2}]}'), ("look_up", "{}")
+    text = "Let me see.\n" + outer.format(form.format(*first) + "\n" + form.format(*second))
+    assert read(text, places) == ["Let me see.\n", first, second]
+    assert read(text, places, many=False) == ["Let me see.\n", first]
+
+
+@given(st.lists(st.integers(0, 99), max_size=4))
+def test_what_is_no_call_stays_text(places: list[int]) -> None:
+    for text in ("a < b", "<tool_call>\nnot JSON\n</tool_call>", '<tool_call>\n{"name": "add", "argu', "<tool", ""):
+        assert "".join(str(part) for part in read(text, places)) == text
+
+
+def test_a_forced_call_has_no_marks() -> None:
+    text = '{"name": "add", "arguments": {"a": 1}}'
+    assert read(text, [3, 9], is_call=True) == [("add", '{"a": 1}')]
+    assert read(text[:-3], [3, 9], is_call=True) == [text[:-3]]
+
+
+def test_calls_without_tool_tokens_are_of_the_json_form_only() -> None:
+    reader = CallReader(PLAIN)
+    text = DEEPSEEK.format(V3.format("f", "{}"))
+    assert "".join(str(part) for part in [*reader.push(text), *reader.finish()]).startswith("<｜tool▁call")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"name": 3, "arguments": {}}', '{"name": "f"}', "[" * 100_000, "NaN"])
+def test_json_that_is_no_call(text: str) -> None:
+    assert read_call(text) is None
+
+
+def test_details_tell_each_token_with_its_experts() -> None:
+    import torch
+
+    details = Details(PLAIN)
+    routes = [torch.full((2, 2), n, dtype=torch.int16) for n in range(3)]
+    events = [Event(0, 0, 20 + n, token_routes=routes[n], finish_reason="length" if n == 2 else None) for n in range(3)]
+    told = [details.push(event) for event in events]
+    assert [[(token["id"], token["routes"]) for token in tokens] for tokens in told] == [
+        [],
+        [(20, routes[1].tolist())],
+        [(21, routes[2].tolist()), (22, None)],
+    ]
