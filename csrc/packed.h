@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t MOST_ROWS = 96;       // of a block: they stay in the second-level cache beside a piece of a panel
 constexpr int64_t FEW_ROWS = 24;        // of a block beside which a piece of a panel fits the first-level cache
-constexpr int64_t FEW_BYTES = 16384, MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
+constexpr int64_t FEW_BYTES = 3 * Block<8>::BYTES, MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
 constexpr int64_t TOKENS_AT_ONCE = 1024;
 
 thread_local Scratch thread_sums;
@@ -78,8 +78,8 @@ template <int BITS> struct BlockProduct {
 template <class P> int64_t units_of(int64_t k) { return (k + P::UNIT - 1) / P::UNIT; }
 inline int64_t panels_of(int64_t m) { return (m + PANEL - 1) / PANEL; }
 
-// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, a line of every step of
-// the next one is fetched for each group of rows.
+// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, two lines of every step
+// of the next one are fetched for each group of rows; a single group is served better by what the processor fetches itself.
 template <class P> void multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
     if (units == 0) return std::fill(c, c + count * PANEL, 0.0f);
     const int64_t piece = (count <= FEW_ROWS ? FEW_BYTES : MANY_BYTES) / P::BYTES;
@@ -87,7 +87,7 @@ template <class P> void multiply(float *c, Rows rows, int64_t count, const char 
         for (int64_t row = 0, turn = 0; row < count; row += P::ROWS, turn++)
             for (int64_t column = 0; column < PANEL; column += NR) {
                 const char *next = panel + (unit + piece) * P::BYTES;
-                const Ahead ahead = {next + turn % 4 * 64, 4 * PANEL};
+                const Ahead ahead = count > P::ROWS ? Ahead{next + turn % 2 * 128, 4 * PANEL} : Ahead{panel, 0};
                 const Rows from = {rows.data + row * rows.bytes, rows.bytes, rows.scales};
                 const int64_t some = std::min(piece, units - unit);
                 with_rows<P::ROWS>(std::min(P::ROWS, count - row), [&](auto r) {

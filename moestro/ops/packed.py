@@ -238,7 +238,7 @@ def _native(x: Tensor) -> bool:
 def _pack_each(matrices: Iterable[Tensor], shape: Sequence[int], kind: str) -> Tensor:
     """Matrices, together of `shape` [number, M, K] -> uint8 [number, panels, bytes of a panel]."""
     number, rows, columns = shape
-    out = torch.empty(number, *quantize.panel_shape(rows, columns, kind), dtype=torch.uint8)
+    out = quantize.new_panels((number, *quantize.panel_shape(rows, columns, kind)))
     for packed, matrix in zip(out, matrices, strict=True):
         quantize.pack_panels(matrix, kind, out=packed)
     return out

@@ -18,6 +18,10 @@ magnitude), rounded to even.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +30,7 @@ from torch import Tensor
 
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
+LARGE = 1 << 21  # bytes
 CHUNK = 1 << 22  # elements quantised at a time: what packing needs beside the weight and its packed copy
 
 
@@ -57,11 +62,23 @@ def panel_shape(rows: int, columns: int, kind: str) -> tuple[int, int]:
     return -(-rows // PANEL), -(-columns // layout.length) * layout.nbytes
 
 
+def new_panels(shape: Sequence[int]) -> Tensor:
+    """uint8 memory of a shape, in large pages where Linux grants them: reading it is up to a quarter faster."""
+    out = torch.empty(tuple(shape), dtype=torch.uint8)
+    if sys.platform == "linux" and out.nbytes >= LARGE:
+        first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (out.data_ptr() + out.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        madvise(first, length, mmap.MADV_HUGEPAGE)  # a wish: a refusal changes nothing
+    return out
+
+
 def pack_panels(weight: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
     """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], `out` where it is given."""
     rows, columns = weight.shape
     if out is None:
-        out = torch.empty(panel_shape(rows, columns, kind), dtype=torch.uint8)
+        out = new_panels(panel_shape(rows, columns, kind))
     step = PANEL * max(1, CHUNK // (PANEL * max(columns, 1)))
     for first in range(0, rows if columns else 0, step):
         part = F.pad(weight[first : first + step], (0, -columns % LAYOUTS[kind].length, 0, -rows % PANEL))

@@ -41,9 +41,9 @@ def runnable() -> list[str]:
 
 @pytest.fixture(params=["plain", *runnable()], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Plain torch, then each instruction set; two threads, so that tasks are shared out."""
+    """Plain torch, then each instruction set; there two threads, so that tasks are shared out."""
     before, library, best = torch.get_num_threads(), native.load_library(), native.current_isa()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if request.param == "plain" else 2)
     if request.param == "plain":
         monkeypatch.setattr(native, "load_library", lambda: None)
     elif library is not None:
@@ -163,7 +163,9 @@ def test_a_token_of_the_experts_depends_on_itself_alone(kind: str, dtype: torch.
     assert packed(x[:0], ids[:0], weights[:0]).shape == (0, 66)
 
 
-def test_many_tokens_are_taken_in_turns() -> None:
+def test_many_tokens_are_taken_in_turns(path: str) -> None:
+    if path == "plain":
+        pytest.skip("a loop of the native kernels")
     x, gate_up, down, ids, weights = expert_inputs(2500, [1.0, 1, 1, 1, 1], 8, 4, torch.float32)
     exact = reference.grouped_experts(x.double(), gate_up.double(), down.double(), ids, weights.double())
     found = PackedExperts.pack(gate_up, down, "fp32")(x, ids, weights).double()
@@ -238,7 +240,9 @@ def test_a_query_depends_on_its_position_and_its_rows_alone(
     length = 140 if path == "plain" else 600  # more than two pages, more than two splits
     width, numbers = shape[0] * shape[5], attention_numbers(shape)
     cache, moved = Cache([length, 90, 1], width, dtype), Cache([length, 90, 1], width, dtype, seed=5)
-    q = random(length, shape[1], shape[2], seed=1).to(dtype)
+    q = -random(length, shape[1], shape[2], seed=1).abs().to(dtype)
+    for some in (cache, moved):  # negative scores only: no largest one is the 0 of a column that sees nothing
+        some.pages.abs_()
     (whole,) = cache.attend([q], [0], [0], numbers)
     for begin, end in ((0, 1), (1, 65), (63, 64), (125, 130), (250, 260), (511, 513), (length - 1, length)):
         if end > length:
