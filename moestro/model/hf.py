@@ -174,21 +174,22 @@ def _refuse_what_is_unsupported(tree: Mapping[str, Any], fixed: Mapping[str, Any
 
 
 # what transformers assumes where config.json is silent
+COMMON_DEFAULTS: dict[str, Any] = {
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
+}  # fmt: skip
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {
+    "deepseek_v3": COMMON_DEFAULTS | {
         "first_k_dense_replace": 3, "intermediate_size": 18432, "max_position_embeddings": 4096,
-        "num_attention_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
-        "topk_group": 4, "moe_intermediate_size": 2048, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6, "initializer_range": 0.02, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "num_attention_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "moe_intermediate_size": 2048, "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
     },
-    "deepseek_v2": {
+    "deepseek_v2": COMMON_DEFAULTS | {
         "first_k_dense_replace": 0, "intermediate_size": 11008, "max_position_embeddings": 2048,
-        "num_attention_heads": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "v_head_dim": 128, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 1, "n_group": 1,
-        "topk_group": 1, "moe_intermediate_size": 1407, "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6, "initializer_range": 0.02, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
-        "topk_method": "greedy",
+        "num_attention_heads": 32, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 1,
+        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1407, "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0, "topk_method": "greedy",
     },
 }  # fmt: skip
 

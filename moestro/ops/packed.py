@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,25 +26,23 @@ PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forc
 _KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-class PackedLinear:
-    """y = x Wᵀ. Sums are in fp32, products in fp32 or, where both are bf16, in bf16; quantised kinds multiply codes."""
+class _Matrices:
+    """Packed matrices of one shape, `leading` dimensions of them, and how they are saved."""
+
+    leading: int
 
     def __init__(self, panels: Tensor, kind: str, out_features: int, in_features: int) -> None:
         """Takes panels as `tensors` gives them; ValueError where they do not fit the sizes."""
-        if tuple(panels.shape) != quantize.panel_shape(out_features, in_features, kind) or panels.dtype != torch.uint8:
-            raise ValueError(f"{list(panels.shape)} bytes are not a {kind} matrix of {out_features} x {in_features}")
+        shape = quantize.panel_shape(out_features, in_features, kind)
+        if tuple(panels.shape[self.leading :]) != shape or panels.dtype != torch.uint8:
+            raise ValueError(f"{list(panels.shape)} bytes are not {kind} panels of {out_features} x {in_features}")
         self.panels, self.kind = panels.contiguous(), kind
         self.out_features, self.in_features = out_features, in_features
         self.nbytes = panels.nbytes
         self._address, self._code = self.panels.data_ptr(), LAYOUTS[kind].code
 
     @classmethod
-    def pack(cls, weight: Tensor, kind: str) -> PackedLinear:
-        """weight [M, K] fp32 or bf16; kind fp32, bf16, int8 or int4."""
-        return cls(quantize.pack_panels(weight, kind), kind, *weight.shape)
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedLinear:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """What `tensors` gave, perhaps memory-mapped."""
         kind, rows, columns = _read_sizes(tensors["sizes"], 3)
         return cls(tensors["panels"], kind, rows, columns)
@@ -51,6 +50,17 @@ class PackedLinear:
     def tensors(self) -> dict[str, Tensor]:
         """What to save: the panels, and the kind with the sizes."""
         return {"panels": self.panels, "sizes": torch.tensor([self._code, self.out_features, self.in_features])}
+
+
+class PackedLinear(_Matrices):
+    """y = x Wᵀ. Sums are in fp32, products in fp32 or, where both are bf16, in bf16; quantised kinds multiply codes."""
+
+    leading = 0
+
+    @classmethod
+    def pack(cls, weight: Tensor, kind: str) -> PackedLinear:
+        """weight [M, K] fp32 or bf16; kind fp32, bf16, int8 or int4."""
+        return cls(quantize.pack_panels(weight, kind), kind, *weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, K] fp32 or bf16 -> [N, M] of its type."""
@@ -66,20 +76,10 @@ class PackedLinear:
         return out
 
 
-class PackedHeads:
+class PackedHeads(_Matrices):
     """A small matrix for every head, as in the absorbed form of MLA."""
 
-    def __init__(self, panels: Tensor, kind: str, out_features: int, in_features: int) -> None:
-        """Panels [H, panels, bytes]; ValueError where they do not fit the sizes."""
-        if (
-            tuple(panels.shape[1:]) != quantize.panel_shape(out_features, in_features, kind)
-            or panels.dtype != torch.uint8
-        ):
-            raise ValueError(f"{list(panels.shape)} bytes are not {kind} matrices of {out_features} x {in_features}")
-        self.panels, self.kind = panels.contiguous(), kind
-        self.num_heads, self.out_features, self.in_features = len(panels), out_features, in_features
-        self.nbytes = panels.nbytes
-        self._address, self._code = self.panels.data_ptr(), LAYOUTS[kind].code
+    leading = 1
 
     @classmethod
     def pack(cls, weight: Tensor, kind: str | None = None) -> PackedHeads:
@@ -87,21 +87,11 @@ class PackedHeads:
         kind = kind or _KIND_OF[weight.dtype]
         return cls(_pack_each(weight, weight.shape, kind), kind, weight.shape[1], weight.shape[2])
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedHeads:
-        """What `tensors` gave, perhaps memory-mapped."""
-        kind, rows, columns = _read_sizes(tensors["sizes"], 3)
-        return cls(tensors["panels"], kind, rows, columns)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What to save: the panels, and the kind with the sizes."""
-        return {"panels": self.panels, "sizes": torch.tensor([self._code, self.out_features, self.in_features])}
-
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, H, K] fp32 or bf16 -> [N, H, V] of its type."""
         n, heads, k = x.shape
-        if (heads, k) != (self.num_heads, self.in_features):
-            raise ValueError(f"{heads} heads of {k} values for {self.num_heads} matrices of {self.in_features}")
+        if (heads, k) != (len(self.panels), self.in_features):
+            raise ValueError(f"{heads} heads of {k} values for {len(self.panels)} matrices of {self.in_features}")
         if not _native(x):
             parts = [fixed_order.linear(a, p, self.kind) for a, p in zip(x.unbind(1), self.panels, strict=True)]
             return torch.stack(parts, 1)[..., : self.out_features].to(x.dtype)

@@ -261,7 +261,7 @@ def _append_line(file: io.FileIO, record: Mapping[str, Any]) -> None:
 
 def _to_json(value: Any) -> bytes:
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes \udXXX, which is JSON
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes its escape, which is JSON
 
 
 def _finite(value: Any) -> Any:

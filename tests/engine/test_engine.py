@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from completions import assert_same, run_all
 from transformers import DeepseekV3ForCausalLM
 
 from moestro.config import Config
@@ -79,20 +80,6 @@ def mixed_requests(count: int, max_tokens: int = 12) -> list[Request]:
         )
         requests.append(Request(prompt, params))
     return requests
-
-
-def run_all(engine: Engine, requests: list[Request]) -> list[Completion]:
-    return [completions[0] for completions in engine.run(requests)]
-
-
-def assert_same(one: Completion, other: Completion) -> None:
-    """Equal to the last bit: floats are compared as they are."""
-    assert one.ids == other.ids
-    assert one.logprobs == other.logprobs
-    assert one.prompt_logprobs == other.prompt_logprobs
-    assert one.finish_reason == other.finish_reason
-    assert one.routes is not None and other.routes is not None
-    assert torch.equal(one.routes, other.routes)
 
 
 def check_company(model: LanguageModel, sizes: tuple[int, ...], max_tokens: int) -> None:

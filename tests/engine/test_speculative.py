@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from completions import assert_same, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,20 +64,6 @@ def engine_of(model: LanguageModel, drafts: int, num_pages: int = 64, **limits: 
 
 def random_ids(count: int, seed: int) -> list[int]:
     return torch.randint(7, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def run_all(engine: Engine, requests: list[Request]) -> list[Completion]:
-    return [completions[0] for completions in engine.run(requests)]
-
-
-def assert_same(one: Completion, other: Completion) -> None:
-    """Equal to the last bit: floats are compared as they are."""
-    assert one.ids == other.ids
-    assert one.logprobs == other.logprobs
-    assert one.prompt_logprobs == other.prompt_logprobs
-    assert (one.finish_reason, one.stop_string, one.error) == (other.finish_reason, other.stop_string, other.error)
-    assert (one.routes is None) == (other.routes is None)
-    assert one.routes is None or (other.routes is not None and torch.equal(one.routes, other.routes))
 
 
 def various_requests(max_tokens: int = 20) -> list[Request]:

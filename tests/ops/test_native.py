@@ -12,21 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from instruction_sets import runnable
 from torch import Tensor
 
 from moestro.ops import native, reference
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason="the native kernels are not built")
-
-
-def runnable() -> list[str]:
-    library = native.load_library()
-    if library is None:
-        return []
-    best = native.current_isa()
-    found = [name for name in native.ISAS if library.moestro_set_isa(name.encode()) == 0]
-    library.moestro_set_isa(best.encode())
-    return found
 
 
 @pytest.fixture(params=runnable())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import runnable
 from torch import Tensor
 
 from moestro.ops import native, quantize, reference
@@ -27,16 +28,6 @@ from moestro.ops.packed import (
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["fp32", "bf16", "int8", "int4"]
 SLICES = (slice(0, 1), slice(5, 7), slice(3, 19), slice(40, 129))
-
-
-def runnable() -> list[str]:
-    library = native.load_library()
-    if library is None:
-        return []
-    best = native.current_isa()
-    found = [name for name in native.ISAS if library.moestro_set_isa(name.encode()) == 0]
-    library.moestro_set_isa(best.encode())
-    return found
 
 
 @pytest.fixture(params=["plain", *runnable()], autouse=True)
