@@ -2,7 +2,8 @@
 
 Optional and never the specification: where the library was not built, or the CPU lacks AVX2, or a tensor is not fp32 or
 bf16 in CPU memory, `fused.py` computes the same. Results depend neither on the number of threads nor on what else is in
-the batch. `MOESTRO_ISA` (avx2, avx512, avx512bf16) forces a lower path than the best one.
+the batch. `MOESTRO_ISA` (avx2, avx512, avx512bf16) forces a lower path than the best one, `MOESTRO_LIBRARY` names
+another build.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ISAS = ("avx2", "avx512", "avx512bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
-LIBRARY = Path(__file__).parent / "libmoestro.so"
+LIBRARY = Path(os.environ.get("MOESTRO_LIBRARY") or Path(__file__).parent / "libmoestro.so")
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {

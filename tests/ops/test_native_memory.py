@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import runpy
-import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
+from kernel_build import COMPILER, ROOT, build_settings, compile_all
 
-ROOT = Path(__file__).parent.parent.parent
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-
-
-def build_settings() -> dict[str, Any]:
-    """What setup.py compiles with."""
-    with mock.patch("setuptools.setup"):
-        return runpy.run_path(str(ROOT / "setup.py"))
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -36,15 +25,8 @@ def test_kernels_stay_inside_their_buffers(tmp_path: Path) -> None:
     (tmp_path / "empty.cpp").write_text("int main() { return 0; }")
     if run([COMPILER, *SANITIZE, "-fopenmp", str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "empty")]).returncode:
         pytest.skip("the compiler has no sanitizers")
-    objects, building = [], []
-    for source, flags in (settings["FLAGS"] | {"csrc/check.cpp": []}).items():
-        objects.append(str(tmp_path / f"{Path(source).stem}.o"))
-        flags = [flag for flag in [*settings["COMMON"], *flags] if flag != "-O3"]
-        command = [COMPILER, *flags, *SANITIZE, "-c", source, "-o", objects[-1]]
-        building.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-    for process in building:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    common = [flag for flag in settings["COMMON"] if flag != "-O3"]
+    objects = compile_all(tmp_path, settings["FLAGS"] | {"csrc/check.cpp": []}, [*common, *SANITIZE])
     linked = run([COMPILER, *SANITIZE, "-fopenmp", *objects, "-o", str(tmp_path / "check")])
     assert linked.returncode == 0, linked.stderr
     quiet = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # libgomp keeps its threads: no leak of ours

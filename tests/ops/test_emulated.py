@@ -1,0 +1,32 @@
+"""The AVX-512 paths on machines without them, their intrinsics emulated in AVX2 (SIMDe), held to the same tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from instruction_sets import runnable
+from kernel_build import COMPILER, ROOT, build_settings, compile_all
+
+EMULATED = ["-O2", "-DMOESTRO_EMULATED=1", "-include", "tests/ops/emulated.h", "-Wno-psabi", "-mavx2", "-mfma"]
+TESTS = [str(p) for p in sorted(Path(__file__).parent.glob("test_*.py")) if "import runnable" in p.read_text("utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx2" not in runnable(), reason="the native kernels are not built")
+@pytest.mark.skipif(runnable()[-1:] == ["avx512bf16"], reason="this machine runs every path itself")
+@pytest.mark.skipif(COMPILER is None or not Path("/usr/include/simde").is_dir(), reason="needs g++ and libsimde-dev")
+def test_paths_that_this_machine_cannot_run(tmp_path: Path) -> None:
+    sources = {source: [] if "dispatch" in source else EMULATED[2:] for source in build_settings()["FLAGS"]}
+    objects = compile_all(tmp_path, sources, ["-std=c++17", *EMULATED[:2], "-fPIC", "-fopenmp", "-ffp-contract=fast"])
+    library = tmp_path / "libmoestro.so"
+    assert COMPILER is not None
+    subprocess.run([COMPILER, "-shared", "-fopenmp", *objects, "-o", str(library)], cwd=ROOT, check=True)
+    environment = os.environ | {"MOESTRO_LIBRARY": str(library)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", "avx512", *TESTS]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert "passed" in result.stdout
