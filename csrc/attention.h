@@ -88,8 +88,7 @@ bool score_split(float *scores, const Query<T> &q, const PagedAttention &a, int6
         const T *page = q.rows + int64_t(q.table[(first + j) / PAGE]) * PAGE * a.page_width;
         Rows rows = {reinterpret_cast<const char *>(page), a.page_width * int64_t(sizeof(T))};
         if (!in_place) {
-            const Step *unused[PAGE];
-            make_left(unused, wide, page, a.page_width, nullptr, true, count, a.key_width);
+            for (int64_t i = 0; i < count; i++) copy_steps(wide + i * steps, page + i * a.page_width, a.key_width);
             rows = {reinterpret_cast<const char *>(wide), steps * 4};
         }
         float *to = scores + j * q.width;

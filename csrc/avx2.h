@@ -18,6 +18,15 @@ inline int step_as_int(const void *p) {
     return i;
 }
 
+// Eight steps that follow each other in a row. Of bf16: widened; or paired with those of the next k.
+inline __m256i widen8(const uint16_t *p) {
+    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16);
+}
+inline __m256i pair8(const uint16_t *p, const uint16_t *q) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), b = _mm_loadu_si128(reinterpret_cast<const __m128i *>(q));
+    return _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
+}
+
 // to[j · to_stride + i] = from[i][j] for i, j in 0 … 7.
 inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *const *from) {
     __m256 r[8], t[8];

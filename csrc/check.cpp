@@ -66,6 +66,16 @@ template <class T> int check_experts(int64_t num_tokens, int64_t hidden, int64_t
     return bad | moestro_combine(out.data(), y.data(), slot.data(), num_tokens, 1, slots, hidden, TYPE<T>, 2);
 }
 
+template <class T> int check_head(int64_t rows, int64_t vocabulary, int64_t width) {
+    const auto hidden = random_vector<T>(rows * width), weight = random_vector<T>(vocabulary * width);
+    std::vector<int64_t> targets, argmax(rows);
+    for (int64_t i = 0; i < rows; i++) targets.push_back(i % 3 ? i % vocabulary : -100);
+    std::vector<float> nll(rows), d_weight(weight.size());
+    std::vector<T> d_hidden(hidden.size());
+    int bad = moestro_cross_entropy(nll.data(), argmax.data(), d_hidden.data(), d_weight.data(), hidden.data(), weight.data(), targets.data(), rows, vocabulary, width, TYPE<T>, 2);
+    return bad | moestro_cross_entropy(nll.data(), argmax.data(), nullptr, nullptr, hidden.data(), weight.data(), targets.data(), rows, vocabulary, width, TYPE<T>, 2);
+}
+
 // Bytes of a packed matrix, from the table in moestro/ops/quantize.py.
 int64_t packed_bytes(int64_t m, int64_t k, int kind) {
     const int64_t length[] = {1, 2, 64, 32}, bytes[] = {256, 256, 4224, 1152};
@@ -154,6 +164,8 @@ template <class T> int check_type() {
         bad |= check_matmul<T>(5, 0, 4, turned & 1, turned & 2);
         bad |= check_matmul<T>(5, 4, 0, turned & 1, turned & 2);
     }
+    bad |= check_matmul<T>(103, 530, 600, true, false) | check_matmul<T>(10, 20, 1100, true, true);
+    bad |= check_head<T>(1, 1, 1) | check_head<T>(7, 5, 3) | check_head<T>(0, 5, 3) | check_head<T>(1030, 70, 9) | check_head<T>(99, 2100, 17);
     bad |= check_experts<T>(11, 8, 4, {3, 0, 8});
     bad |= check_experts<T>(11, 33, 17, {0, 200, 1});
     bad |= check_experts<T>(1, 70, 65, {0, 0, 1});

@@ -172,6 +172,18 @@ int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_t
     return MOESTRO_OK;
 }
 
+int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,
+                          const void *weight, const int64_t *targets, int64_t num_rows, int64_t vocabulary,
+                          int64_t width, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (!fits(num_rows, width) || !fits(num_rows, vocabulary) || !fits_packed(1, vocabulary, width) || !sane(threads) || (num_rows && vocabulary < 1)) return MOESTRO_BAD_SIZE;
+    for (int64_t i = 0; i < num_rows; i++)
+        if (targets[i] >= vocabulary) return MOESTRO_BAD_SIZE;
+    const std::lock_guard<std::mutex> lock(running);
+    return chosen->kernels->cross_entropy({nll, argmax, d_hidden, d_weight, hidden, weight, targets, num_rows, vocabulary, width}, type, threads);
+}
+
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;

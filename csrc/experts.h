@@ -4,50 +4,47 @@
 #include <omp.h>
 
 #include "gemm.h"
+#include "table.h"
 
 namespace {
 
-constexpr int64_t ROW_BLOCK = 96;   // rows of a task: its activations stay in the second-level cache
-constexpr int64_t WIDE_BLOCK = 512; // columns of a task where rows alone are too few
-
-thread_local Scratch thread_steps, thread_pointers, thread_floats, thread_extra;
+thread_local Scratch thread_floats, thread_extra;
 Scratch shared_panels, shared_more;  // of the calling thread's call; calls are serialised by the caller
 
 template <class T> int64_t panel_steps(int64_t n, int64_t k) { return round_up(n, NR) * steps_of<T>(k); }
 
-template <class T, class Out>
-int matmul(Out *out, const T *a, const T *b, int64_t m, int64_t n, int64_t k, int64_t out_stride, int64_t a_stride,
-           int64_t b_stride, bool a_transposed, bool b_transposed, int threads) {
-    const int64_t steps = steps_of<T>(k), num_panels = (n + NR - 1) / NR;
-    Step *panels = shared_panels.get<Step>(panel_steps<T>(n, k));
-    if (!panels) return MOESTRO_NO_MEMORY;
-    const int64_t row_blocks = (m + ROW_BLOCK - 1) / ROW_BLOCK, wide = (n + WIDE_BLOCK - 1) / WIDE_BLOCK;
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
+// All panels of b(k, n), shared by the threads of a call.
+template <class T>
+void pack_all(Step *panels, const T *b, int64_t stride, bool contiguous_k, int64_t n, int64_t k) {
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < num_panels; p++) {
-            const T *src = b_transposed ? b + p * NR * b_stride : b + p * NR;
-            pack_panel(panels + p * steps * NR, src, b_stride, nullptr, b_transposed, k, int(std::min<int64_t>(NR, n - p * NR)));
-        }
-#pragma omp for schedule(dynamic) reduction(| : failed)
-        for (int64_t task = 0; task < row_blocks * wide; task++) {
-            const int64_t row = task / wide * ROW_BLOCK, rows = std::min(ROW_BLOCK, m - row);
-            const int64_t first = task % wide * WIDE_BLOCK, last = std::min(first + WIDE_BLOCK, n);
-            const Step **pointers = thread_pointers.get<const Step *>(rows);
-            Step *copy = thread_steps.get<Step>(round_up(rows, MR) * steps);
-            if (!pointers || !copy) {
-                failed = 1;
-                continue;
-            }
-            const T *src = a_transposed ? a + row : a + row * a_stride;
-            const Left left = make_left(pointers, copy, src, a_stride, nullptr, !a_transposed, rows, k);
-            multiply_block<Layout<T>::PAIRS>(left, rows, panels, steps, first, last,
-                [&](int64_t i, int64_t column, const float *values, int count) {
-                    Out *to = out + (row + i) * out_stride + column;
-                    for (int j = 0; j < count; j++) store_value(to + j, values[j]);
-                });
-        }
+    for (int64_t p = 0; p < (n + NR - 1) / NR; p++)
+        pack_panel(panels + p * NR * steps_of<T>(k), contiguous_k ? b + p * NR * stride : b + p * NR, stride, nullptr, contiguous_k, k, int(std::min<int64_t>(NR, n - p * NR)));
+}
+
+// Products of a call, a task for each block of rows and of columns: store(row, column, values, count).
+template <class T, class Store>
+bool multiply_all(const Operand<T> &a, int64_t m, int64_t k, const Step *panels, int64_t n, Store store) {
+    bool ok = true;
+    const int64_t across = (n + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < (m + ROW_BLOCK - 1) / ROW_BLOCK * across; task++) {
+        const int64_t row = task / across * ROW_BLOCK, first = task % across * COLUMN_BLOCK;
+        const Operand<T> some = {a.contiguous_k ? a.data + row * a.stride : a.data + row, a.stride, nullptr, a.contiguous_k};
+        ok &= multiply_rows(some, std::min(ROW_BLOCK, m - row), k, panels, first, std::min(first + COLUMN_BLOCK, n),
+            [&](int64_t i, int64_t column, const float *values, int64_t count) { store(row + i, column, values, count); });
+    }
+    return ok;
+}
+
+template <class T, class Out> int matmul(Out *out, const T *a, const T *b, const MatmulSizes &s, int threads) {
+    Step *panels = shared_panels.get<Step>(panel_steps<T>(s.n, s.k));
+    if (!panels) return MOESTRO_NO_MEMORY;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        pack_all(panels, b, s.b_stride, s.b_transposed, s.n, s.k);
+        failed |= !multiply_all<T>({a, s.a_stride, nullptr, !s.a_transposed}, s.m, s.k, panels, s.n,
+            [&](int64_t row, int64_t column, const float *values, int64_t count) { store_row(out + row * s.out_stride + column, values, count); });
     }
     return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;
 }
@@ -94,7 +91,6 @@ int experts_forward(T *y, T *h, const T *x, const T *gate_up, const T *down, con
         return MOESTRO_NO_MEMORY;
     }
     make_tasks(tasks, offsets, num_experts);
-    const int64_t in_steps = steps_of<T>(hidden), mid_steps = steps_of<T>(width);
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -103,31 +99,26 @@ int experts_forward(T *y, T *h, const T *x, const T *gate_up, const T *down, con
 #pragma omp for schedule(dynamic) reduction(| : failed)
         for (int64_t t = 0; t < num_tasks; t++) {
             const Task task = tasks[t];
-            const Step **pointers = thread_pointers.get<const Step *>(ROW_BLOCK);
-            Step *copy = thread_steps.get<Step>(ROW_BLOCK * std::max(in_steps, mid_steps));
             float *mixed = thread_floats.get<float>(ROW_BLOCK * 2 * width);
             T *act = thread_extra.get<T>(ROW_BLOCK * width);
-            if (!pointers || !copy || !mixed || !act) {
+            if (!mixed || !act) {
                 failed = 1;
                 continue;
             }
-            Left left = make_left(pointers, copy, x, hidden, token + task.first, true, task.rows, hidden);
-            multiply_block<Layout<T>::PAIRS>(left, task.rows, up_panels + task.expert * up_size, in_steps, 0, 2 * width,
-                [&](int64_t i, int64_t column, const float *values, int count) {
+            const Operand<T> in = {x, hidden, token + task.first, true}, middle = {act, width, nullptr, true};
+            failed |= !multiply_rows(in, task.rows, hidden, up_panels + task.expert * up_size, 0, 2 * width,
+                [&](int64_t i, int64_t column, const float *values, int64_t count) {
                     memcpy(mixed + i * 2 * width + column, values, sizeof(float) * count);
                 });
             for (int64_t i = 0; i < task.rows; i++) {
                 const float *gate = mixed + i * 2 * width, *up = gate + width, weight = weights[task.first + i];
-                T *saved = h + (task.first + i) * 2 * width, *to = act + i * width;
-                for (int64_t j = 0; j < 2 * width; j++) store_value(saved + j, gate[j]);
+                store_row(h + (task.first + i) * 2 * width, gate, 2 * width);
 #pragma omp simd
-                for (int64_t j = 0; j < width; j++) store_value(to + j, gate[j] * sigmoid(gate[j]) * up[j] * weight);
+                for (int64_t j = 0; j < width; j++) store_value(act + i * width + j, gate[j] * sigmoid(gate[j]) * up[j] * weight);
             }
-            left = make_left(pointers, copy, act, width, nullptr, true, task.rows, width);
-            multiply_block<Layout<T>::PAIRS>(left, task.rows, down_panels + task.expert * down_size, mid_steps, 0, hidden,
-                [&](int64_t i, int64_t column, const float *values, int count) {
-                    T *to = y + (task.first + i) * hidden + column;
-                    for (int j = 0; j < count; j++) store_value(to + j, values[j]);
+            failed |= !multiply_rows(middle, task.rows, width, down_panels + task.expert * down_size, 0, hidden,
+                [&](int64_t i, int64_t column, const float *values, int64_t count) {
+                    store_row(y + (task.first + i) * hidden + column, values, count);
                 });
         }
     }
@@ -165,24 +156,24 @@ float swiglu_backward(T *d_gate, T *d_up, T *act, const float *d, const T *gate,
     return sum;
 }
 
-// d_out [rows, columns] of one expert: Σ over its slots of left[slot, row] · right[slot, column].
+// out [rows, columns] of one expert: Σ over its slots of left[slot, row] · right[slot, column]; left and right have their
+// rows' indices, or lie slot by slot.
 template <class T>
-bool outer_sum(T *out, const T *left, int64_t left_stride, const int64_t *left_rows, const T *right,
-               int64_t right_stride, const int64_t *right_rows, int64_t slots, int64_t rows, int64_t columns) {
-    const int64_t steps = steps_of<T>(slots), num_panels = (columns + NR - 1) / NR;
-    Step *panels = thread_extra.get<Step>(num_panels * NR * steps);
-    const Step **pointers = thread_pointers.get<const Step *>(rows);
-    Step *copy = thread_steps.get<Step>(round_up(rows, MR) * steps);
-    if (!panels || !pointers || !copy) return false;
-    for (int64_t p = 0; p < num_panels; p++)
-        pack_panel(panels + p * steps * NR, right + p * NR, right_stride, right_rows, false, slots, int(std::min<int64_t>(NR, columns - p * NR)));
-    const Left a = make_left(pointers, copy, left, left_stride, left_rows, false, rows, slots);
-    multiply_block<Layout<T>::PAIRS>(a, rows, panels, steps, 0, columns,
-        [&](int64_t i, int64_t column, const float *values, int count) {
-            T *to = out + i * columns + column;
-            for (int j = 0; j < count; j++) store_value(to + j, values[j]);
-        });
-    return true;
+bool outer_sum(T *out, const Operand<T> &left, const Operand<T> &right, int64_t slots, int64_t rows, int64_t columns) {
+    const int64_t steps = steps_of<T>(slots);
+    Step *panels = thread_extra.get<Step>(round_up(columns, NR) * steps);
+    if (!panels) return false;
+    for (int64_t c = 0; c < columns; c += NR)
+        pack_panel(panels + c * steps, right.data + c, right.stride, right.rows, false, slots, int(std::min<int64_t>(NR, columns - c)));
+    bool ok = true;
+    for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
+        const Operand<T> some = {left.data + row, left.stride, left.rows, false};
+        ok &= multiply_rows(some, std::min(ROW_BLOCK, rows - row), slots, panels, 0, columns,
+            [&](int64_t i, int64_t column, const float *values, int64_t count) {
+                store_row(out + (row + i) * columns + column, values, count);
+            });
+    }
+    return ok;
 }
 
 template <class T>
@@ -202,7 +193,6 @@ int experts_backward(T *dx, float *d_weights, T *d_gate_up, T *d_down, const T *
         return MOESTRO_NO_MEMORY;
     }
     make_tasks(tasks, offsets, num_experts);
-    const int64_t out_steps = steps_of<T>(hidden), mid_steps = steps_of<T>(2 * width);
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -211,38 +201,35 @@ int experts_backward(T *dx, float *d_weights, T *d_gate_up, T *d_down, const T *
 #pragma omp for schedule(dynamic) reduction(| : failed)
         for (int64_t t = 0; t < num_tasks; t++) {
             const Task task = tasks[t];
-            const Step **pointers = thread_pointers.get<const Step *>(ROW_BLOCK);
-            Step *copy = thread_steps.get<Step>(ROW_BLOCK * std::max(out_steps, mid_steps));
             float *d_act = thread_floats.get<float>(ROW_BLOCK * width);
-            if (!pointers || !copy || !d_act) {
+            if (!d_act) {
                 failed = 1;
                 continue;
             }
-            Left left = make_left(pointers, copy, dy, hidden, token + task.first, true, task.rows, hidden);
-            multiply_block<Layout<T>::PAIRS>(left, task.rows, down_panels + task.expert * down_size, out_steps, 0, width,
-                [&](int64_t i, int64_t column, const float *values, int count) {
+            T *d_h = dh + task.first * 2 * width;
+            const Operand<T> in = {dy, hidden, token + task.first, true}, middle = {d_h, 2 * width, nullptr, true};
+            failed |= !multiply_rows(in, task.rows, hidden, down_panels + task.expert * down_size, 0, width,
+                [&](int64_t i, int64_t column, const float *values, int64_t count) {
                     memcpy(d_act + i * width + column, values, sizeof(float) * count);
                 });
             for (int64_t i = 0; i < task.rows; i++) {
                 const int64_t slot = task.first + i;
                 const T *gate = h + slot * 2 * width, *up = gate + width;
-                T *d_gate = dh + slot * 2 * width, *d_up = d_gate + width, *kept = act + slot * width;
+                T *d_gate = d_h + i * 2 * width, *d_up = d_gate + width, *kept = act + slot * width;
                 d_weights[slot] = swiglu_backward(d_gate, d_up, kept, d_act + i * width, gate, up, weights[slot], width);
             }
-            left = make_left(pointers, copy, dh + task.first * 2 * width, 2 * width, nullptr, true, task.rows, 2 * width);
-            multiply_block<Layout<T>::PAIRS>(left, task.rows, up_panels + task.expert * up_size, mid_steps, 0, hidden,
-                [&](int64_t i, int64_t column, const float *values, int count) {
-                    T *to = dx + (task.first + i) * hidden + column;
-                    for (int j = 0; j < count; j++) store_value(to + j, values[j]);
+            failed |= !multiply_rows(middle, task.rows, 2 * width, up_panels + task.expert * up_size, 0, hidden,
+                [&](int64_t i, int64_t column, const float *values, int64_t count) {
+                    store_row(dx + (task.first + i) * hidden + column, values, count);
                 });
         }
 #pragma omp for schedule(dynamic) reduction(| : failed)
         for (int64_t t = 0; t < 2 * num_experts; t++) {
             const int64_t e = t / 2, first = offsets[e], count = offsets[e + 1] - first;
-            const bool ok = t % 2
-                ? outer_sum(d_gate_up + e * 2 * width * hidden, dh + first * 2 * width, 2 * width, nullptr, x, hidden, token + first, count, 2 * width, hidden)
-                : outer_sum(d_down + e * hidden * width, dy, hidden, token + first, act + first * width, width, nullptr, count, hidden, width);
-            if (!ok) failed = 1;
+            const Operand<T> tokens = {x, hidden, token + first, false}, out = {dy, hidden, token + first, false};
+            const Operand<T> up = {dh + first * 2 * width, 2 * width, nullptr, false}, middle = {act + first * width, width, nullptr, false};
+            failed |= t % 2 ? !outer_sum(d_gate_up + e * 2 * width * hidden, up, tokens, count, 2 * width, hidden)
+                            : !outer_sum(d_down + e * hidden * width, out, middle, count, hidden, width);
         }
     }
     free(tasks);

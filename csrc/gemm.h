@@ -2,8 +2,8 @@
 //
 // Everything is in units of one 32-bit step of k: a float, or a pair of bf16 (k, k+1). The left operand is read where it
 // lies (a broadcast needs no packing) through one pointer a row; the right one is packed into panels of NR columns:
-// panel[k][NR]. The microkernel computes MR × NR sums over all of k in registers, in the order of k: a row's result does
-// not depend on which other rows are computed with it.
+// panel[k][NR]. The microkernel adds up MR × NR sums in registers, a piece of k after the other, in the order of k: a row's
+// result does not depend on which other rows are computed with it.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,15 +11,25 @@
 #include <cstdlib>
 #include <cstring>
 #include <immintrin.h>
+#include <utility>
 
 #include "moestro.h"
 
 namespace {
 
+#define MOESTRO_INLINE __attribute__((always_inline))
+
+template <class F, int... I> inline MOESTRO_INLINE void unroll_each(F &&f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F> inline MOESTRO_INLINE void unroll(F &&f) { unroll_each(f, std::make_integer_sequence<int, N>()); }
+
 using Step = uint32_t;  // a float, or two bf16
 constexpr int MR = 6;
 constexpr int NR = Isa::WIDTH * Isa::VECTORS;
-constexpr int64_t K_BLOCK = 512;  // steps of k that stay in the cache at a time
+// A task is ROW_BLOCK rows by COLUMN_BLOCK columns; what it reads of the left operand for K_BLOCK steps, and its sums, stay in
+// the second-level cache, and K_PIECE steps of a panel of 16 columns in the first.
+constexpr int64_t ROW_BLOCK = 96, COLUMN_BLOCK = 512, K_BLOCK = 512, K_PIECE = NR == 16 ? 256 : 512;
 
 inline float to_float(uint16_t b) {
     uint32_t u = uint32_t(b) << 16;
@@ -80,6 +90,25 @@ inline Step make_step(const uint16_t *p, const uint16_t *q) {
     return Step(*p) << 16;  // the float with these upper bits
 }
 
+// Eight neighbours at once: elements p[0 … 7] at k, q[0 … 7] at k + 1.
+inline __m256i make_steps8(const float *p, const float *) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+inline __m256i make_steps8(const uint16_t *p, const uint16_t *q) { return Isa::HAS_BF16 ? pair8(p, q) : widen8(p); }
+inline void store_steps8(Step *to, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), v); }
+
+// The steps of k elements that follow each other.
+template <class T> inline void copy_steps(Step *to, const T *row, int64_t k) {
+    constexpr int PER = Layout<T>::PER_STEP;
+    const int64_t whole = k / PER;
+    int64_t s = 0;
+    if (sizeof(T) * PER == 4) {
+        memcpy(to, row, whole * 4);
+        s = whole;
+    }
+    for (; s + 8 <= whole; s += 8) store_steps8(to + s, make_steps8(row + s, row + s));
+    for (; s < whole; s++) to[s] = make_step(row + s, static_cast<const T *>(nullptr));
+    if (k % PER) to[whole] = make_step(row + k - 1, static_cast<const T *>(nullptr));
+}
+
 // Pack columns of k contiguous elements each into panel[steps][width]; missing columns and the odd last element are zero.
 // width is a multiple of 8.
 template <class T> void pack_columns(Step *panel, int width, const T *const *columns, int count, int64_t k) {
@@ -87,12 +116,17 @@ template <class T> void pack_columns(Step *panel, int width, const T *const *col
     const int64_t steps = steps_of<T>(k), whole = k / PER;
     for (int first = 0; first < width; first += 8) {
         int64_t s = 0;
-        if (first + 8 <= count && (PER == 2 || sizeof(T) == 4)) {
-            for (; s + 8 <= whole; s += 8) {
-                const void *from[8];
-                for (int n = 0; n < 8; n++) from[n] = columns[first + n] + s * PER;
-                Isa::transpose8(panel + s * width + first, width, from);
+        for (; first + 8 <= count && s + 8 <= whole; s += 8) {
+            const void *from[8];
+            Step wide[8][8];
+            for (int n = 0; n < 8; n++) {
+                const T *p = columns[first + n] + s * PER;
+                from[n] = p;
+                if (sizeof(T) * PER == 4) continue;
+                copy_steps(wide[n], p, 8);
+                from[n] = wide[n];
             }
+            Isa::transpose8(panel + s * width + first, width, from);
         }
         for (; s < steps; s++)
             for (int n = first; n < first + 8; n++) {
@@ -102,12 +136,26 @@ template <class T> void pack_columns(Step *panel, int width, const T *const *col
     }
 }
 
+// Elements k and k + 1 of a strided operand: element (k, n) is row(k)[n], row(k) = src + (rows ? rows[k] : k) * stride. Of an
+// odd last k, or where a step holds one element, the second is null.
+template <class T> struct StepRows {
+    const T *first, *second;
+    StepRows(const T *src, int64_t stride, const int64_t *rows, int64_t step, int64_t k) {
+        constexpr int PER = Layout<T>::PER_STEP;
+        const int64_t at = step * PER;
+        first = src + (rows ? rows[at] : at) * stride;
+        second = PER == 2 && at + 1 < k ? src + (rows ? rows[at + 1] : at + 1) * stride : nullptr;
+    }
+    bool whole() const { return Layout<T>::PER_STEP == 1 || second; }
+    Step one(int64_t n) const { return make_step(first + n, second ? second + n : nullptr); }
+    __m256i eight(int64_t n) const { return make_steps8(first + n, second + n); }
+};
+
 // Pack b(k, n), n in [0, columns), into panel[steps][NR]; missing columns and the odd last element are zero.
-// contiguous_k: element (k, n) is src[n * stride + k]; else row(k)[n], row(k) = src + (rows ? rows[k] : k) * stride.
+// contiguous_k: element (k, n) is src[n * stride + k]; else row(k)[n] as in StepRows.
 template <class T>
 void pack_panel(Step *panel, const T *src, int64_t stride, const int64_t *rows, bool contiguous_k, int64_t k,
                 int columns) {
-    constexpr int PER = Layout<T>::PER_STEP;
     const int64_t steps = steps_of<T>(k);
     if (contiguous_k) {
         const T *starts[NR];
@@ -115,106 +163,125 @@ void pack_panel(Step *panel, const T *src, int64_t stride, const int64_t *rows, 
         return pack_columns(panel, NR, starts, columns, k);
     }
     for (int64_t s = 0; s < steps; s++) {
-        const T *p = src + (rows ? rows[s * PER] : s * PER) * stride;
-        const T *q = PER == 2 && s * 2 + 1 < k ? src + (rows ? rows[s * 2 + 1] : s * 2 + 1) * stride : nullptr;
+        const StepRows<T> row(src, stride, rows, s, k);
         Step *out = panel + s * NR;
-        if (q)
-            for (int n = 0; n < columns; n++) out[n] = make_step(p + n, q + n);
-        else
-            for (int n = 0; n < columns; n++) out[n] = make_step(p + n, static_cast<const T *>(nullptr));
-        for (int n = columns; n < NR; n++) out[n] = 0;
+        int n = 0;
+        for (; row.whole() && n + 8 <= columns; n += 8) store_steps8(out + n, row.eight(n));
+        for (; n < columns; n++) out[n] = row.one(n);
+        for (; n < NR; n++) out[n] = 0;
     }
 }
 
-// acc (+)= rows of a · panel. a_rows: MR pointers; step k of row i is a_rows[i][k * a_step]. c is [MR][NR].
+// c (+)= rows of a · panel: MR rows of sums, `c_stride` apart. Step k of row i is a_rows[i][k * a_step].
 template <bool PAIRS>
-inline void microkernel(float *c, const Step *const *a_rows, int64_t a_step, const Step *panel, int64_t steps,
-                        bool accumulate) {
-    using V = typename Isa::Vector;
-    V acc[MR][Isa::VECTORS];
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < Isa::VECTORS; j++)
-            acc[i][j] = accumulate ? Isa::load(c + i * NR + j * Isa::WIDTH) : Isa::zero();
-    const Step *r0 = a_rows[0], *r1 = a_rows[1], *r2 = a_rows[2], *r3 = a_rows[3], *r4 = a_rows[4], *r5 = a_rows[5];
-    for (int64_t k = 0; k < steps; k++) {
-        V b[Isa::VECTORS];
-        for (int j = 0; j < Isa::VECTORS; j++) b[j] = Isa::load_steps(panel + k * NR + j * Isa::WIDTH);
-        const int64_t at = k * a_step;
-#define ROW(i, r)                                                                                                      \
-    {                                                                                                                  \
-        const V a = Isa::broadcast(r + at);                                                                            \
-        for (int j = 0; j < Isa::VECTORS; j++) acc[i][j] = Isa::template multiply_add<PAIRS>(acc[i][j], a, b[j]);       \
+__attribute__((noinline)) void microkernel(float *c, int64_t c_stride, const Step *const *a_rows, int64_t a_step,
+                                           const Step *panel, int64_t steps, bool accumulate) {
+    using Vector = typename Isa::Vector;
+    constexpr int V = Isa::VECTORS;
+    Vector acc[MR][V];
+    const Step *row[MR];
+    unroll<MR>([&](auto i) MOESTRO_INLINE {
+        row[i] = a_rows[i];
+        unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = accumulate ? Isa::load(c + i * c_stride + v * Isa::WIDTH) : Isa::zero(); });
+    });
+    for (int64_t at = 0; steps > 0; steps--, at += a_step, panel += NR) {
+        Vector b[V];
+        unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = Isa::load_steps(panel + v * Isa::WIDTH); });
+        unroll<MR>([&](auto i) MOESTRO_INLINE {
+            const Vector a = Isa::broadcast(row[i] + at);
+            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, b[v]); });
+        });
     }
-        ROW(0, r0) ROW(1, r1) ROW(2, r2) ROW(3, r3) ROW(4, r4) ROW(5, r5)
-#undef ROW
-    }
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < Isa::VECTORS; j++) Isa::store(c + i * NR + j * Isa::WIDTH, acc[i][j]);
+    unroll<MR>([&](auto i) MOESTRO_INLINE {
+        unroll<V>([&](auto v) MOESTRO_INLINE { Isa::store(c + i * c_stride + v * Isa::WIDTH, acc[i][v]); });
+    });
 }
 
-// The left operand of one block of rows, as steps.
-struct Left {
-    const Step *const *rows;  // a pointer for each row, at k = 0
-    int64_t step;             // distance of two steps of k
+// The left operand of a product: element (i, k) is row(i)[k] where k is contiguous, else row(k)[i];
+// row(j) = data + (rows ? rows[j] : j) * stride.
+template <class T> struct Operand {
+    const T *data;
+    int64_t stride;
+    const int64_t *rows;
+    bool contiguous_k;
+    Operand from_k(int64_t k) const {
+        if (contiguous_k) return {data + k, stride, rows, true};
+        return rows ? Operand{data, stride, rows + k, false} : Operand{data + k * stride, stride, nullptr, false};
+    }
 };
 
-// One block of rows times packed panels: use(row, column, values, count) receives finished pieces of rows.
-// panels: ceil(n / NR) panels of `steps` steps each, of which those of [first_column, last_column) are used.
-template <bool PAIRS, class Use>
-void multiply_block(const Left &left, int64_t m, const Step *panels, int64_t steps, int64_t first_column,
-                    int64_t last_column, Use use) {
-    alignas(64) float c[MR * NR];
-    for (int64_t column = first_column; column < last_column; column += NR) {
-        const Step *panel = panels + column / NR * steps * NR;
-        const int count = int(std::min<int64_t>(NR, last_column - column));
-        for (int64_t row = 0; row < m; row += MR) {
-            const Step *pointers[MR];
-            for (int i = 0; i < MR; i++) pointers[i] = left.rows[std::min(row + i, m - 1)];
-            for (int64_t k = 0; k < steps; k += K_BLOCK) {
-                const Step *shifted[MR];
-                for (int i = 0; i < MR; i++) shifted[i] = pointers[i] + k * left.step;
-                microkernel<PAIRS>(c, shifted, left.step, panel + k * NR, std::min(K_BLOCK, steps - k), k > 0);
-            }
-            if (steps == 0) std::fill(c, c + MR * NR, 0.0f);
-            const int live = int(std::min<int64_t>(MR, m - row));
-            for (int i = 0; i < live; i++) use(row + i, column, c + i * NR, count);
+// Steps of a block of rows: a pointer for each row, and the distance of two steps of k.
+struct Left {
+    const Step *rows[ROW_BLOCK];
+    int64_t step;
+};
+
+// The steps of m rows, used in place where elements are steps; elsewhere (bf16 without bf16 products, an odd k, a strided k)
+// copied to `copy`: [m][steps], or [m / MR][steps][MR], a cache line between the strips lest they share cache sets.
+// `copy` holds (ROW_BLOCK / MR) · (MR · steps + 16).
+template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, int64_t m, int64_t k) {
+    constexpr int PER = Layout<T>::PER_STEP;
+    const int64_t steps = steps_of<T>(k);
+    const bool in_place = sizeof(T) * PER == 4 && k % PER == 0;
+    left.step = a.contiguous_k ? 1 : MR;
+    for (int64_t i = 0; a.contiguous_k && i < m; i++) {
+        const T *row = a.data + (a.rows ? a.rows[i] : i) * a.stride;
+        left.rows[i] = in_place ? reinterpret_cast<const Step *>(row) : copy + i * steps;
+        if (!in_place) copy_steps(copy + i * steps, row, k);
+    }
+    if (a.contiguous_k) return;
+    const int64_t strip = MR * steps + 16;
+    for (int64_t i = 0; i < m; i++) left.rows[i] = copy + i / MR * strip + i % MR;
+    for (int64_t s = 0; s < steps; s++) {
+        const StepRows<T> row(a.data, a.stride, a.rows, s, k);
+        // Eight steps are written where six are meant: the two in excess are the next step's, which comes later, or fill.
+        const int64_t wide = row.whole() ? m - 7 : 0;
+        for (int64_t first = 0; first < m; first += MR) {
+            Step *to = copy + first / MR * strip + s * MR;
+            if (first < wide) store_steps8(to, row.eight(first));
+            else
+                for (int64_t i = first; i < std::min(first + MR, m); i++) to[i - first] = row.one(i);
         }
     }
 }
 
-// Steps of a block of rows of a. Along a contiguous k they are used in place; where elements are not steps (bf16 without
-// bf16 products, an odd k), and along a strided k, they are copied to `copy`: [m][steps], or [m / MR][steps][MR].
-// `copy` holds round_up(m, MR) · steps.
-template <class T>
-Left make_left(const Step **pointers, Step *copy, const T *src, int64_t stride, const int64_t *rows, bool contiguous_k,
-               int64_t m, int64_t k) {
+thread_local Scratch left_steps, block_sums;
+
+// At most ROW_BLOCK rows of `a` times the columns [first, last) of packed panels, each of all steps of k: use(row, column,
+// values, count) receives the finished sums of a row, a panel's or COLUMN_BLOCK at a time. `first` is a multiple of NR.
+template <class T, class Use>
+bool multiply_rows(const Operand<T> &a, int64_t m, int64_t k, const Step *panels, int64_t first, int64_t last, Use use) {
     constexpr int PER = Layout<T>::PER_STEP;
     const int64_t steps = steps_of<T>(k);
-    if (contiguous_k) {
-        const bool in_place = sizeof(T) * PER == 4 && k % PER == 0;
-        for (int64_t i = 0; i < m; i++) {
-            const T *row = src + (rows ? rows[i] : i) * stride;
-            if (in_place) {
-                pointers[i] = reinterpret_cast<const Step *>(row);
-                continue;
-            }
-            Step *to = copy + i * steps;
-            for (int64_t s = 0; s < steps; s++) to[s] = make_step(row + s * PER, s * PER + 1 < k ? row + s * PER + 1 : nullptr);
-            pointers[i] = to;
+    const int64_t block_columns = steps <= K_BLOCK ? NR : COLUMN_BLOCK;
+    Step *copy = left_steps.get<Step>(ROW_BLOCK / MR * (MR * K_BLOCK + 16));
+    float *sums = block_sums.get<float>(ROW_BLOCK * COLUMN_BLOCK);
+    if (!copy || !sums) return false;
+    Left left;
+    for (int64_t block = first; block < last; block += block_columns) {
+        const int64_t columns = std::min(block_columns, last - block), stride = round_up(columns, NR);
+        if (steps == 0) std::fill(sums, sums + m * stride, 0.0f);
+        for (int64_t s = 0; s < steps; s += K_BLOCK) {
+            const int64_t some = std::min(K_BLOCK, steps - s);
+            if (block == first || steps > K_BLOCK) make_left(left, copy, a.from_k(s * PER), m, std::min(k - s * PER, some * PER));
+            for (int64_t column = 0; column < columns; column += NR)
+                for (int64_t piece = 0; piece < some; piece += K_PIECE) {
+                    const Step *panel = panels + (block + column) / NR * steps * NR + (s + piece) * NR;
+                    for (int64_t row = 0; row < m; row += MR) {
+                        const Step *from[MR];
+                        for (int i = 0; i < MR; i++) from[i] = left.rows[std::min(row + i, m - 1)] + piece * left.step;
+                        microkernel<Layout<T>::PAIRS>(sums + row * stride + column, stride, from, left.step, panel, std::min(K_PIECE, some - piece), s + piece > 0);
+                    }
+                }
         }
-        return {pointers, 1};
+        for (int64_t row = 0; row < m; row++) use(row, block, sums + row * stride, columns);
     }
-    for (int64_t s = 0; s < steps; s++) {
-        const T *p = src + (rows ? rows[s * PER] : s * PER) * stride;
-        const T *q = PER == 2 && s * 2 + 1 < k ? src + (rows ? rows[s * 2 + 1] : s * 2 + 1) * stride : nullptr;
-        for (int64_t first = 0; first < m; first += MR) {
-            Step *to = copy + (first * steps + s * MR);
-            const int live = int(std::min<int64_t>(MR, m - first));
-            for (int i = 0; i < live; i++) to[i] = make_step(p + first + i, q ? q + first + i : nullptr);
-        }
-    }
-    for (int64_t i = 0; i < m; i++) pointers[i] = copy + i / MR * MR * steps + i % MR;
-    return {pointers, MR};
+    return true;
+}
+
+// Finished sums as a row of a result.
+template <class T> inline void store_row(T *to, const float *values, int64_t count) {
+    for (int64_t j = 0; j < count; j++) store_value(to + j, values[j]);
 }
 
 // exp(x) within 2 units in the last place for x in [-87, 88]; below, 0; the same polynomial on every instruction set.

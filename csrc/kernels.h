@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "experts.h"
+#include "head.h"
 #include "packed.h"
 #include "rows.h"
 #include "table.h"
@@ -13,8 +14,7 @@ extern const Kernels KERNELS = {
         auto run = [&](auto *element, auto *result) {
             using T = std::remove_pointer_t<decltype(element)>;
             using Out = std::remove_pointer_t<decltype(result)>;
-            return matmul(static_cast<Out *>(out), static_cast<const T *>(a), static_cast<const T *>(b), s.m, s.n, s.k,
-                          s.out_stride, s.a_stride, s.b_stride, s.a_transposed, s.b_transposed, threads);
+            return matmul(static_cast<Out *>(out), static_cast<const T *>(a), static_cast<const T *>(b), s, threads);
         };
         float *f = nullptr;
         uint16_t *h = nullptr;
@@ -72,4 +72,5 @@ extern const Kernels KERNELS = {
         swiglu(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(gate_up), rows, width, threads);
     },
     [](float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) { score(out, logits, rows, width, function, threads); },
+    [](const CrossEntropy &p, int type, int threads) { return type == MOESTRO_FLOAT32 ? cross_entropy<float>(p, threads) : cross_entropy<uint16_t>(p, threads); },
 };

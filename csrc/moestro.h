@@ -44,6 +44,12 @@ int moestro_experts_backward(void *dx, float *d_weights, void *d_gate_up, void *
 int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
                     int64_t hidden, int type, int threads);
 
+// Output head and cross-entropy. hidden [N, D], weight [V, D], targets [N] (negative: none) -> nll [N] in nats, 0 without a
+// target; argmax [N]; and, unless d_hidden is null, the gradients of Σ nll: d_hidden [N, D], and d_weight [V, D], added to.
+int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,
+                          const void *weight, const int64_t *targets, int64_t num_rows, int64_t vocabulary,
+                          int64_t width, int type, int threads);
+
 // What follows is for serving: a row of results depends on that row's inputs alone, bit for bit.
 
 // out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs). Quantised

@@ -28,6 +28,16 @@ struct ExpertsBackward {
     int64_t num_experts, hidden, width;
 };
 
+struct CrossEntropy {
+    float *nll;
+    int64_t *argmax;
+    void *d_hidden;
+    float *d_weight;
+    const void *hidden, *weight;
+    const int64_t *targets;
+    int64_t rows, vocabulary, width;
+};
+
 struct PackedLinear {
     void *out;
     const void *x;
@@ -65,4 +75,5 @@ struct Kernels {
     void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads);
     void (*swiglu)(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
     void (*score)(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
+    int (*cross_entropy)(const CrossEntropy &, int type, int threads);
 };

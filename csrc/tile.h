@@ -1,18 +1,9 @@
 // Products in registers for serving: R rows at one distance from each other times V vectors of a packed panel. A result is
 // one sum over k in order, whatever R and V are, so shapes are chosen freely by the number of rows.
 #pragma once
-#include <utility>
-
 #include "gemm.h"
 
 namespace {
-
-#define MOESTRO_INLINE __attribute__((always_inline))
-
-template <class F, int... I> inline MOESTRO_INLINE void unroll_each(F &&f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>()), ...);
-}
-template <int N, class F> inline MOESTRO_INLINE void unroll(F &&f) { unroll_each(f, std::make_integer_sequence<int, N>()); }
 
 // Calls f with the constant `rows`, which is 1 … MOST.
 template <int MOST, class F> inline void with_rows(int64_t rows, F &&f) {

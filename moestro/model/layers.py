@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moestro import ops
+
 
 class Linear(nn.Module):
     """y = x Wᵀ, without bias, computed in the precision of x. weight [out, in]."""
@@ -16,7 +18,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return ops.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -13,10 +13,12 @@ from moestro.ops import fused, native, reference
 _wish = os.environ.get("MOESTRO_OPS")
 if _wish not in (None, "", "reference", "fused"):
     raise ConfigError(f"MOESTRO_OPS={_wish} is neither reference nor fused")
-_chosen = reference if _wish == "reference" else fused
+_plain = reference if _wish == "reference" else fused
+_fastest = _plain if _wish else native
 
-grouped_experts = _chosen.grouped_experts if _wish in ("reference", "fused") else native.grouped_experts
-packed_attention = _chosen.packed_attention
-linear_cross_entropy = _chosen.linear_cross_entropy
+grouped_experts = _fastest.grouped_experts
+linear = _fastest.linear
+linear_cross_entropy = _fastest.linear_cross_entropy
+packed_attention = _plain.packed_attention
 
-__all__ = ["grouped_experts", "linear_cross_entropy", "packed_attention"]
+__all__ = ["grouped_experts", "linear", "linear_cross_entropy", "packed_attention"]

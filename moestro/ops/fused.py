@@ -20,6 +20,11 @@ QUERY_BLOCK = 128  # query rows of one attention block: scores of 4 heads × 128
 VOCAB_CHUNK = 1024  # token rows whose logits exist at one time
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.linear`."""
+    return F.linear(x, weight)
+
+
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """See `reference.grouped_experts`."""
     out: Tensor = _GroupedExperts.apply(x, gate_up, down, ids, weights)

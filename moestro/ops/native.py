@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro import machine
 from moestro.errors import ConfigError
 from moestro.ops import fused
 
@@ -24,6 +25,7 @@ ISAS = ("avx2", "avx512", "avx512bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
+MIN_ROWS = 32  # of a linear layer, for the same reason
 LIBRARY = Path(os.environ.get("MOESTRO_LIBRARY") or Path(__file__).parent / "libmoestro.so")
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -32,6 +34,7 @@ _SIGNATURES = {
     "moestro_experts_forward": [_POINTER] * 8 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_experts_backward": [_POINTER] * 12 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_combine": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 2,
+    "moestro_cross_entropy": [_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2,
     "moestro_packed_linear": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3,
     "moestro_packed_experts": [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3,
     "moestro_paged_attention": [_POINTER] * 6 + [_SIZE] * 10 + [_FLOAT] + [_INT] * 2,
@@ -77,8 +80,20 @@ def fits(*tensors: Tensor) -> bool:
     return kind in TYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
 
 
-def call(name: str, *arguments: Tensor | int | float) -> None:
-    """Call a kernel with the addresses of contiguous tensors, and numbers; raises on its error code."""
+@cache
+def multiplies_faster(dtype: torch.dtype) -> bool:
+    """Whether dense products of a type are left to the kernels rather than to torch.
+
+    Without bf16 instructions torch multiplies bf16 a hundred times slower than fp32; its BLAS for fp32 is at its best
+    on Intel's CPUs only. Where both are at their best, they are about equal (docs/kernels.md).
+    """
+    if dtype == torch.bfloat16:
+        return "avx512_bf16" not in machine.describe_machine().instruction_sets
+    return "Intel" not in machine.describe_machine().cpu
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a kernel with the addresses of contiguous tensors (None: absent), and numbers; raises on its error code."""
     library = load_library()
     assert library is not None
     raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
@@ -99,6 +114,73 @@ def matmul(a: Tensor, b: Tensor, *, a_transposed: bool = False, b_transposed: bo
     flags = (int(a_transposed), int(b_transposed), kind, kind, torch.get_num_threads())
     call("moestro_matmul", out, a, b, m, n, k, *strides, *flags)
     return out
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.linear`."""
+    worth_packing = x.numel() >= MIN_ROWS * x.shape[-1]
+    if not worth_packing or not fits(x, weight) or load_library() is None or not multiplies_faster(x.dtype):
+        return fused.linear(x, weight)
+    return run_linear(x, weight)
+
+
+def run_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The kernels themselves; see `reference.linear`."""
+    out: Tensor = _Linear.apply(x, weight)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows, weight = x.reshape(-1, x.shape[-1]), weight.contiguous()
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        ctx.save_for_backward(rows, weight)
+        ctx.shape = x.shape
+        return matmul(rows, weight, b_transposed=True).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        d_out = grads[0].reshape(-1, len(weight))
+        d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
+        wanted_x, wanted_weight = ctx.needs_input_grad
+        return (
+            matmul(d_out, weight).view(ctx.shape) if wanted_x else None,
+            matmul(d_out, rows, a_transposed=True) if wanted_weight else None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.linear_cross_entropy`."""
+    if not fits(hidden, weight) or load_library() is None or not multiplies_faster(hidden.dtype):
+        return fused.linear_cross_entropy(hidden, weight, targets)
+    return run_linear_cross_entropy(hidden, weight, targets)
+
+
+def run_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels themselves; see `reference.linear_cross_entropy`."""
+    total, nll, argmax = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return total, nll, argmax
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+        nll = torch.empty(len(hidden), dtype=torch.float32)
+        argmax = torch.empty_like(targets)
+        d_hidden, d_weight = None, None
+        if any(ctx.needs_input_grad):
+            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32)
+        sizes = (len(hidden), *weight.shape, TYPES[hidden.dtype], torch.get_num_threads())
+        call("moestro_cross_entropy", nll, argmax, d_hidden, d_weight, hidden, weight, targets, *sizes)
+        ctx.mark_non_differentiable(nll, argmax)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return nll.sum(), nll, argmax
+
+    backward = fused._LinearCrossEntropy.backward
 
 
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -53,3 +53,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
     logits = F.linear(hidden, weight).float()
     nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
     return nll.sum(), nll.detach(), logits.argmax(-1)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K], weight [M, K] -> x Wᵀ [..., M]."""
+    return F.linear(x, weight)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,27 +16,10 @@ from torch import Tensor
 
 from moestro.ops import native, reference
 
-pytestmark = pytest.mark.skipif(native.load_library() is None, reason="the native kernels are not built")
-
-
-@pytest.fixture(params=runnable())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn."""
-    library = native.load_library()
-    assert library is not None
-    best = native.current_isa()
-    assert library.moestro_set_isa(request.param.encode()) == 0
-    yield request.param
-    library.moestro_set_isa(best.encode())
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Two threads, whatever the machine has, so that tasks are shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(native.load_library() is None, reason="the native kernels are not built"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
