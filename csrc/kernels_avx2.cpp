@@ -23,11 +23,16 @@ struct Isa {
     static Integers low_codes(Integers v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
     static Integers high_codes(Integers v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
     static Integers set(int value) { return _mm256_set1_epi32(value); }
-    static Integers dot(Integers c, Integers w, Integers x) {
-        const Integers even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-        const Integers odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
-        return _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
+    // Codes of 8 bits: signed weights times |x|, the sign of x moved to the weight; 2 · 127 · 127 fits 16 bits. Codes of 4 bits:
+    // eight products of 2 · 15 · 127 fit 16 bits, so the sums of a block are widened at its end.
+    template <int BITS> static Integers begin(int) { return _mm256_setzero_si256(); }
+    template <int BITS> static Integers dot(Integers c, Integers w, Integers x) {
+        if (BITS == 4) return _mm256_add_epi16(c, _mm256_maddubs_epi16(w, x));
+        const Integers code = _mm256_xor_si256(w, _mm256_set1_epi8(char(128)));
+        return _mm256_add_epi32(c, sum_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(code, x))));
     }
+    template <int BITS> static Integers end(Integers c, int start) { return BITS == 4 ? _mm256_add_epi32(sum_pairs(c), set(start)) : c; }
+    static Integers sum_pairs(Integers v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
     static Vector to_float(Integers v) { return _mm256_cvtepi32_ps(v); }
     static Vector load_scales(const char *p) {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));

@@ -102,7 +102,7 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
     for (int64_t b = 0; b < count; b++) {
         Integers acc[R][V];
         unroll<R>([&](auto i) MOESTRO_INLINE {
-            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::set(step_as_int(scale[i] + 4)); });
+            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template begin<BITS>(step_as_int(scale[i] + 4)); });
         });
         const char *codes = blocks + b * B::BYTES + column * 4;
         for (int s = 0; s < LOADS; s++) {
@@ -111,12 +111,12 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
             ahead.fetch();
             unroll<R>([&](auto i) MOESTRO_INLINE {
                 const Integers x = Isa::set(step_as_int(row[i]));
-                unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::dot(acc[i][v], BITS == 8 ? w[v] : Isa::low_codes(w[v]), x); });
+                unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template dot<BITS>(acc[i][v], BITS == 8 ? w[v] : Isa::low_codes(w[v]), x); });
             });
             if (BITS == 4)
                 unroll<R>([&](auto i) MOESTRO_INLINE {
                     const Integers x = Isa::set(step_as_int(row[i] + HIGH));
-                    unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::dot(acc[i][v], Isa::high_codes(w[v]), x); });
+                    unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template dot<BITS>(acc[i][v], Isa::high_codes(w[v]), x); });
                 });
             row.advance(4);
             codes += 4 * PANEL;
@@ -129,7 +129,8 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
                 float *to = c + i * c_stride + v * Isa::WIDTH;
                 const auto both = Isa::multiply(of_columns, Isa::broadcast(scale[i]));
                 const auto before = b || accumulate ? Isa::load_any(to) : Isa::zero();
-                Isa::store_any(to, Isa::template multiply_add<false>(before, Isa::to_float(acc[i][v]), both));
+                const auto sum = Isa::template end<BITS>(acc[i][v], step_as_int(scale[i] + 4));
+                Isa::store_any(to, Isa::template multiply_add<false>(before, Isa::to_float(sum), both));
             });
         });
         scale.advance(sizeof(BlockScale));

@@ -1,7 +1,7 @@
 """Linear layers and the output head in the kernels, against plain torch in fp64, forward and backward.
 
-Bounds: a sum of K products in fp32 errs by at most about K·eps·Σ|a||b|; results in bf16 add 2⁻⁸ of themselves, and so do
-the gradients of logits, which are rounded to bf16 before they are multiplied.
+Bounds: a sum of K products in fp32 errs by at most about K·eps·Σ|a||b|; results in bf16 add 2⁻⁸ of themselves, and so
+do the gradients of logits, which are rounded to bf16 before they are multiplied.
 """
 
 from __future__ import annotations
