@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from limits import measure_limits
 from torch import Tensor
 
 from moestro import machine
@@ -79,16 +80,16 @@ def main() -> None:
     options = parser.parse_args()
     machine.keep_freed_memory()
     torch.set_num_threads(machine.usable_threads())
-    peaks = machine.measure_machine(3)
+    limits = measure_limits()
     described = machine.describe_machine()
     kernels = native.current_isa() or "none"
     print(f"{described.cpu}, {described.threads} threads, torch {described.torch}, kernels {kernels}")
-    print(f"peak: {peaks.fp32_gflops:.0f} GFLOP/s fp32, {peaks.bf16_gflops:.0f} bf16\n")
+    print(f"{limits}\n")
     print(f"{'shape':<22} {'':<5} {'native':>20} {'torch':>20} {'ratio':>6} {'of peak':>8}")
     for name, shape in SHAPES.items():
         for label, dtype, peak in (
-            ("fp32", torch.float32, peaks.fp32_gflops),
-            ("bf16", torch.bfloat16, peaks.bf16_gflops),
+            ("fp32", torch.float32, limits.fp32),
+            ("bf16", torch.bfloat16, limits.bf16),
         ):
             rates = measure(shape, dtype, options.rounds)
             middle = {key: statistics.median(values) for key, values in rates.items()}

@@ -3,7 +3,7 @@
     python bench/kernels.py [--rounds 15] [--only linear experts heads attention] [--rows 1 4 16 64 512]
 
 The limit of a call is the larger of its bytes over the measured read bandwidth and its operations over the measured
-bf16 product peak of torch (fp32's for fp32; twice bf16's for int8 and int4, whose instruction does twice the work).
+bf16 product peak (fp32's for fp32; twice bf16's for int8 and int4, whose instruction does twice the work).
 Weights are taken in turn from more memory than the caches hold, so that few rows pay for reading them. Printed:
 median and best time of a call, and the rates and shares at the median.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import torch
+from limits import measure_limits
 
 from moestro import machine
 from moestro.ops import native
@@ -141,16 +142,16 @@ def main() -> None:
     machine.keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(machine.usable_threads())
-    limits, described = machine.measure_machine(6), machine.describe_machine()
-    peaks = {"fp32": limits.fp32_gflops, "bf16": limits.bf16_gflops}
+    limits, described = measure_limits(6), machine.describe_machine()
+    peaks = {"fp32": limits.fp32, "bf16": limits.bf16}
     print(f"{described.cpu}, {described.threads} threads, kernels {native.current_isa() or 'none: plain torch'}")
-    print(f"limits: {limits.read_gb_per_second:.1f} GB/s, {peaks['fp32']:.0f} GFLOP/s fp32, {peaks['bf16']:.0f} bf16\n")
+    print(f"{limits}\n")
     print(f"{'':<15} {'':<5} {'rows':>5} {'median':>10} {'best':>10} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>9}")
     for name in options.only:
         for case in CASES[name](options.rows):
             times = measure(case, options.rounds)
             middle, peak = statistics.median(times), peaks.get(case.kind, 2 * peaks["bf16"])
-            limit = max(case.nbytes / limits.read_gb_per_second, case.operations / peak) / 1e9
+            limit = max(case.nbytes / limits.read, case.operations / peak) / 1e9
             micro = [f"{value * 1e6:.1f} µs" for value in (middle, times[0])]
             rates = f"{case.nbytes / middle / 1e9:>7.1f} {case.operations / middle / 1e9:>8.0f} {limit / middle:>9.0%}"
             print(f"{case.name:<15} {case.kind:<5} {case.rows:>5} {micro[0]:>10} {micro[1]:>10} {rates}", flush=True)

@@ -1,11 +1,13 @@
 """Training speed: Moestro beside transformers' DeepseekV3, same model, same batch, in turn.
 
     python bench/train.py                        # every mode, 5 rounds
+    python bench/train.py --rows 1               # fewer tokens a step, for machines where torch's bf16 takes minutes
     python bench/train.py --sweep                # how our tokens/s falls with experts, top-k, sequence length
 
 Each mode is a process of its own that waits while the others run; a round gives every mode its steps in turn. Printed:
-median tokens/s, spread, the ratio to the best transformers mode, and the share of the machine's measured matrix-product
-peak that 6·N_active·tokens/s makes. `kept` modes tell malloc to keep freed memory, as `moestro train` always does.
+median tokens/s, spread, the ratio to the best transformers mode, and the share of the machine's product peak, measured in
+registers, that 6·N_active·tokens/s makes. `dense` modes are our own dense model of equal active size. `kept` modes tell
+malloc to keep freed memory, as `moestro train` always does.
 A mode holds 2 to 4 GiB; the seven fit into 24. transformers' third implementation, `batched_mm`, copies an expert per
 token and does not.
 """
@@ -27,10 +29,13 @@ MODEL = {
     "kv_lora_rank": 64, "nope_dim": 32, "rope_dim": 32, "v_dim": 64, "num_experts": 32, "num_shared_experts": 1,
     "top_k": 4, "expert_dim": 128, "max_seq_len": 2048, "router": {"scale": 2.0, "balance": []},
 }  # fmt: skip
+DENSE = {"num_experts": 0, "num_shared_experts": 0, "top_k": 1}  # dense_dim is what a token uses of the experts
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 MODES: dict[str, tuple[str, dict[str, str]]] = {
     "moestro fp32": ("ours:fp32", KEEP),
     "moestro bf16": ("ours:bf16", KEEP),
+    "dense fp32": ("dense:fp32", KEEP),
+    "dense bf16": ("dense:bf16", KEEP),
     "transformers bf16 eager": ("hf:bf16:eager", {}),
     "transformers bf16 grouped_mm": ("hf:bf16:grouped_mm", {}),
     "transformers bf16 eager, kept": ("hf:bf16:eager", KEEP),
@@ -95,7 +100,10 @@ def hf_step(dtype: str, experts: str, rows: int, length: int) -> Callable[[], No
 def work(mode: str, model_tree: dict[str, Any], rows: int, length: int) -> None:
     """The worker: one warm-up step, then one timed step for every line on standard input."""
     kind, dtype, *rest = mode.split(":")
-    step = our_step(dtype, model_tree, rows, length) if kind == "ours" else hf_step(dtype, rest[0], rows, length)
+    if kind == "hf":
+        step = hf_step(dtype, rest[0], rows, length)
+    else:
+        step = our_step(dtype, model_tree | (DENSE if kind == "dense" else {}), rows, length)
     step()
     answer("ready")
     for _ in sys.stdin:
@@ -109,21 +117,20 @@ def start_worker(mode: str, environment: dict[str, str], tree: dict[str, Any], r
     return Worker(__file__, mode, json.dumps(tree), str(rows), str(length), environment=environment)
 
 
-def compare(rounds: int, steps: int, names: list[str]) -> None:
+def compare(rounds: int, steps: int, names: list[str], rows: int) -> None:
     """Time the modes in turn and print the table."""
+    from limits import measure_limits
+
     from moestro.config import build_config
-    from moestro.machine import describe_machine, measure_machine
+    from moestro.machine import describe_machine
     from moestro.model.size import measure_size
 
-    machine, measured = describe_machine(), measure_machine(4)
+    machine, limits = describe_machine(), measure_limits()
     size = measure_size(build_config({"model": MODEL}).model)
-    peak = max(measured.fp32_gflops, measured.bf16_gflops)
+    peak = max(limits.fp32, limits.bf16)
     print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}")
-    print(
-        f"measured peak: {measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} bf16; "
-        f"{measured.read_gb_per_second:.0f} GB/s read; N_active {size.active_without_embedding / 1e6:.1f}M"
-    )
-    rows, length = 16, 512
+    print(f"{limits}; N_active {size.active_without_embedding / 1e6:.1f}M")
+    length = 512
     workers = {name: start_worker(*MODES[name], MODEL, rows, length) for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
@@ -175,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps a mode takes in one round")
+    parser.add_argument("--rows", type=int, default=16, help="sequences of 512 tokens in a step")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", help="beginnings of mode names, parted by semicolons")
     options = parser.parse_args()
@@ -182,7 +190,7 @@ def main() -> None:
         sweep(options.rounds)
         return
     wanted = tuple(options.only.split(";")) if options.only else ("",)
-    compare(options.rounds, options.steps, [name for name in MODES if name.startswith(wanted)])
+    compare(options.rounds, options.steps, [name for name in MODES if name.startswith(wanted)], options.rows)
 
 
 if __name__ == "__main__":

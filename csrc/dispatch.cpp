@@ -172,6 +172,14 @@ int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_t
     return MOESTRO_OK;
 }
 
+int moestro_multiply_in_registers(int64_t *operations, int64_t rounds, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (rounds < 0 || rounds > LARGEST / 1024 || !sane(threads)) return MOESTRO_BAD_SIZE;
+    *operations = chosen->kernels->multiply_in_registers(rounds, type, threads);
+    return MOESTRO_OK;
+}
+
 int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,
                           const void *weight, const int64_t *targets, int64_t num_rows, int64_t vocabulary,
                           int64_t width, int type, int threads) {

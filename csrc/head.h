@@ -49,6 +49,20 @@ template <class T> void score_row(const HeadTask &a, int64_t row, float *logits,
     if (target >= 0) store_value(gradient + target, at_target);
 }
 
+// Products of one tile that stays in the first cache, again and again: what the machine can do. Returns their operations.
+template <class T> int64_t multiply_in_registers(int64_t rounds, int threads) {
+    constexpr int64_t STEPS = 64;
+#pragma omp parallel num_threads(threads)
+    {
+        alignas(64) float sums[MR * NR];
+        alignas(64) Step panel[STEPS * NR] = {}, rows[MR * STEPS] = {};
+        const Step *from[MR];
+        for (int i = 0; i < MR; i++) from[i] = rows + i * STEPS;
+        for (int64_t i = 0; i < rounds; i++) microkernel<Layout<T>::PAIRS>(sums, NR, from, 1, panel, STEPS, i > 0);
+    }
+    return 2 * threads * rounds * MR * NR * STEPS * Layout<T>::PER_STEP;
+}
+
 template <class T> int cross_entropy(const CrossEntropy &a, int threads) {
     const T *hidden = static_cast<const T *>(a.hidden), *weight = static_cast<const T *>(a.weight);
     T *d_hidden = static_cast<T *>(a.d_hidden);

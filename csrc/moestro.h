@@ -44,6 +44,9 @@ int moestro_experts_backward(void *dx, float *d_weights, void *d_gate_up, void *
 int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
                     int64_t hidden, int type, int threads);
 
+// Multiplies without touching memory, to measure what the machine can do: *operations is what `rounds` rounds took.
+int moestro_multiply_in_registers(int64_t *operations, int64_t rounds, int type, int threads);
+
 // Output head and cross-entropy. hidden [N, D], weight [V, D], targets [N] (negative: none) -> nll [N] in nats, 0 without a
 // target; argmax [N]; and, unless d_hidden is null, the gradients of Σ nll: d_hidden [N, D], and d_weight [V, D], added to.
 int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,

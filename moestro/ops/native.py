@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _SIGNATURES = {
     "moestro_experts_forward": [_POINTER] * 8 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_experts_backward": [_POINTER] * 12 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_combine": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 2,
+    "moestro_multiply_in_registers": [_POINTER, _SIZE] + [_INT] * 2,
     "moestro_cross_entropy": [_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2,
     "moestro_packed_linear": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3,
     "moestro_packed_experts": [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3,
@@ -100,6 +102,17 @@ def call(name: str, *arguments: Tensor | int | float | None) -> None:
     code = getattr(library, name)(*raw)
     if code:
         raise RuntimeError(f"{name}: {ERRORS.get(code, code)}")
+
+
+def measure_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Operations per second of products that touch no memory, the best of `seconds`: the machine's limit."""
+    operations, best, rounds = torch.zeros(1, dtype=torch.int64), 0.0, 20000
+    end = time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
+        start = time.perf_counter()
+        call("moestro_multiply_in_registers", operations, rounds, TYPES[dtype], torch.get_num_threads())
+        best = max(best, int(operations) / (time.perf_counter() - start))
+    return best
 
 
 def matmul(a: Tensor, b: Tensor, *, a_transposed: bool = False, b_transposed: bool = False) -> Tensor:
