@@ -53,6 +53,24 @@ struct PagedAttention {
     float scale;
 };
 
+struct Rope {
+    void *out;
+    const void *x;
+    const float *cos, *sin;
+    int64_t rows, groups, width, out_row, out_group, x_row, x_group;
+    bool inverse;
+};
+
+struct Route {
+    int64_t *ids;
+    float *weights;
+    const float *logits, *bias;
+    int64_t rows, num_experts, num_groups, top_k_groups, top_k;
+    float scale;
+    int function, group_best;
+    bool multiply, normalize, given;
+};
+
 struct Kernels {
     int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type, int threads);
     int (*experts_forward)(const ExpertsForward &, int type, int threads);
@@ -65,4 +83,7 @@ struct Kernels {
     void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads);
     void (*swiglu)(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
     void (*score)(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
+    void (*rope)(const Rope &, int type, int threads);
+    int (*route)(const Route &, int threads);
+    void (*add)(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 };

@@ -268,11 +268,9 @@ class Engine:
             inputs.append((tokens, first, sequence.pages))
         step = self.cache.prepare(inputs)
         output = self.runtime.forward(step, self.cache)
-        ids = step.tokens.new_zeros(len(step.tokens), 0, self.runtime.config.top_k)
-        if output.ids:
-            ids = torch.stack(output.ids, dim=1)
-            self.cache.write_routes(step.slots, ids)
-            self._counters.add_routes(ids)
+        ids = output.ids.transpose(0, 1)
+        self.cache.write_routes(step.slots, ids)
+        self._counters.add_routes(ids)
         hidden = output.hidden.split([row.count for row in rows])
         routes = ids.to(torch.int16).split([row.count for row in rows])
         wanted = [1 + len(row.sequence.drafts) if row.is_last else 0 for row in rows]
