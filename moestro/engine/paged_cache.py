@@ -70,6 +70,7 @@ class PagedCache:
             torch.empty(*shape, cache_width(config), dtype=dtype) for _ in range(config.num_layers + config.mtp_depth)
         ]
         self.routes = torch.empty(*shape, count_moe_layers(config), config.top_k, dtype=torch.int16)
+        self._routes_by_slot = self.routes.flatten(0, 1)
         self.angles = torch.stack(rope_tables(config, torch.arange(config.max_seq_len)))  # cos and sin
 
     def prepare(self, parts: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> StepInput:
@@ -88,13 +89,13 @@ class PagedCache:
         tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for _, _, pages in parts], dtype=torch.int32)
         numbers = torch.tensor([*slots, *starts, *(first for _, first, _ in parts), *positions, *tokens])
         n, s = len(tokens), len(parts)
-        to, begins, firsts, at, ids = numbers.split([n, s + 1, s, n, n])
-        cos, sin = self.angles[:, at].unbind()
+        to, begins, firsts, at, ids = torch.split_with_sizes(numbers, (n, s + 1, s, n, n))
+        cos, sin = self.angles.index_select(1, at).unbind()
         return StepInput(to, tables, begins, firsts, cos, sin, ids)
 
     def write_routes(self, slots: Tensor, ids: Tensor) -> None:
-        """Keep the expert ids [N, L, A] of the tokens in these slots."""
-        self.routes.flatten(0, 1)[slots] = ids.to(torch.int16)
+        """Keep the expert ids [N, L, A] int16 of the tokens in these slots."""
+        self._routes_by_slot.index_copy_(0, slots, ids)
 
     def read_routes(self, pages: Sequence[int], count: int) -> Tensor:
         """Expert ids [count, L, A] int16 of the first `count` tokens of a sequence."""

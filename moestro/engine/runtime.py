@@ -294,14 +294,15 @@ class Runtime:
 
     def forward(self, step: StepInput, cache: PagedCache) -> StepOutput:
         """Compute the tokens of a step; their rows are written to the cache."""
-        return self._main([self.embedding[step.tokens]], step, cache)
+        return self._main([self.embedding.index_select(0, step.tokens)], step, cache)
 
     def forward_mtp(self, depth: int, hidden: Tensor, step: StepInput, cache: PagedCache) -> Tensor:
         """Module `depth` (from 0) on the hidden states [N, D] of the depth before -> its own [N, D].
 
         `step.tokens` are the tokens 1 + depth ahead of the positions; rows go to the module's own cache layer.
         """
-        return self._ahead[depth]([self.embedding[step.tokens], hidden], step, cache).hidden
+        embedded = self.embedding.index_select(0, step.tokens)
+        return self._ahead[depth]([embedded, hidden], step, cache).hidden
 
     def _compute(self, rows: Rows[X], inputs: Sequence[X], layer: int) -> X:
         (x,), index = inputs, 0

@@ -135,10 +135,10 @@ def route(logits: Tensor, selection: Selection, ids: Tensor | None) -> tuple[Ten
         choice = scores * (1 + selection.bias) if selection.multiply else scores + selection.bias
         groups = choice.unflatten(1, (selection.num_groups, -1))
         best = groups.sort(-1, descending=True).values[..., : selection.group_best].sum(-1)
-        order = best.sort(-1, descending=True, stable=True).indices[:, : selection.top_k_groups]
+        order = best.sort(dim=-1, descending=True, stable=True).indices[:, : selection.top_k_groups]
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, order, True)
         choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
-        ids = choice.sort(-1, descending=True, stable=True).indices[:, : selection.top_k]
+        ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : selection.top_k]
     weights = scores.gather(1, ids)
     if selection.normalize:
         weights = weights / (sum_rows(weights) + 1e-20)

@@ -375,7 +375,7 @@ class Tape:
     ) -> Tensor:
         """Values [N, D] to begin with, where the rows go, the cache, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
         n, (pages, _, width) = len(places.slots), layers[0].shape
-        memory = torch.empty(n * self._row_bytes, dtype=torch.uint8)
+        memory = torch.empty(n * self._row_bytes // self.dtype.itemsize, dtype=self.dtype)
         for place, x in inputs:
             self._view(memory, place, n).copy_(x)
         addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
@@ -389,8 +389,7 @@ class Tape:
         return self._view(memory, out, n).clone()
 
     def _view(self, memory: Tensor, place: Place, n: int) -> Tensor:
-        size = place.row * self._size(place.wide)
-        return memory[place.at * n : (place.at + size) * n].view(self.dtype).view(n, place.row)
+        return memory.as_strided((n, place.row), (place.row, 1), place.at * n // self.dtype.itemsize)
 
     def _size(self, wide: bool) -> int:
         return 4 if wide else self.dtype.itemsize
