@@ -89,9 +89,9 @@ class PagedCache:
         tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for _, _, pages in parts], dtype=torch.int32)
         numbers = torch.tensor([*slots, *starts, *(first for _, first, _ in parts), *positions, *tokens])
         n, s = len(tokens), len(parts)
-        to, begins, firsts, at, ids = torch.split_with_sizes(numbers, (n, s + 1, s, n, n))
+        to, begins, firsts, at, own = torch.split_with_sizes(numbers, (n, s + 1, s, n, n))
         cos, sin = self.angles.index_select(1, at).unbind()
-        return StepInput(to, tables, begins, firsts, cos, sin, ids)
+        return StepInput(to, tables, begins, firsts, cos, sin, own)
 
     def write_routes(self, slots: Tensor, ids: Tensor) -> None:
         """Keep the expert ids [N, L, A] int16 of the tokens in these slots."""

@@ -123,7 +123,7 @@ def score(logits: Tensor, function: str) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `serving.rope`."""
-    shape = (len(x), *[1] * (x.dim() - 2), -1)
+    shape = (len(x), *[1] * (x.dim() - 2), x.shape[-1] // 2)
     cos, sin, (even, odd) = cos.view(shape), sin.view(shape), x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class Rows(Protocol[X]):
     """What a served model is written in; `Eager` on tensors, `Tape` on places."""
 
     def scratch(self) -> AbstractContextManager[None]:
-        """What is made inside is not needed afterwards."""
+        """What is made inside is gone afterwards; what was made before may be added to."""
 
     def linear(self, weight: PackedLinear, x: X) -> X:
         """[N, ..] of K values in all -> [N, 1, M]."""
@@ -256,20 +256,18 @@ class Place:
         return self.row == self.groups * self.width and (self.groups == 1 or self.stride == self.width)
 
 
+_POINTERS = "memory ids pages cos sin slots starts first tables"
+_SIZES = "num_rows row_bytes num_routers top_k num_layers num_pages page_width half_angles num_sequences max_pages"
+
+
 class _Step(ctypes.Structure):
     """`MoestroStep` of csrc/moestro.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("memory", "ids", "pages", "cos", "sin", "slots", "starts", "first", "tables")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "num_rows", "row_bytes", "num_routers", "top_k", "num_layers", "num_pages", "page_width", "half_angles",
-                "num_sequences", "max_pages",
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *((name, ctypes.c_int64) for name in _SIZES.split()),
         ("threads", ctypes.c_int),
-    )  # fmt: skip
+    )
 
 
 class Tape:
@@ -374,13 +372,24 @@ class Tape:
         self, inputs: Sequence[tuple[Place, Tensor]], places: Places, layers: Sequence[Tensor], ids: Tensor, out: Place
     ) -> Tensor:
         """Values [N, D] to begin with, where the rows go, the cache, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
-        n, (pages, _, width) = len(places.slots), layers[0].shape
+        (pages, _, width), n = layers[0].shape, len(places.slots)
+        fits = (
+            len(places.tables) == len(places.first) == len(places.starts) - 1 and len(places.cos) == n == ids.shape[1]
+        )
+        if not fits or layers[0].dtype != self.dtype or places.tables.dtype != torch.int32:
+            raise ValueError(f"the places of a step of {n} rows, its ids or its cache do not fit")
         memory = torch.empty(n * self._row_bytes // self.dtype.itemsize, dtype=self.dtype)
         for place, x in inputs:
             self._view(memory, place, n).copy_(x)
         addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
         step = _Step(
-            *(memory.data_ptr(), ids.data_ptr(), ctypes.addressof(addresses), places.cos.data_ptr(), places.sin.data_ptr()),
+            *(
+                memory.data_ptr(),
+                ids.data_ptr(),
+                ctypes.addressof(addresses),
+                places.cos.data_ptr(),
+                places.sin.data_ptr(),
+            ),
             *(places.slots.data_ptr(), places.starts.data_ptr(), places.first.data_ptr(), places.tables.data_ptr()),
             *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(layers), pages, width, places.cos.shape[1]),
             *(*places.tables.shape, torch.get_num_threads()),
@@ -414,7 +423,9 @@ class Tape:
         size = self._size(x.wide)
         sides = (v * size for p in (out, x) for v in (p.row, p.offset, p.stride if p.groups > 1 else 0))
         out_row, out_offset, out_group, x_row, x_offset, x_group = sides
-        self._note(COPY, out.at, out_row, out_offset, out_group, x.at, x_row, x_offset, x_group, x.groups, x.width * size)
+        self._note(
+            COPY, out.at, out_row, out_offset, out_group, x.at, x_row, x_offset, x_group, x.groups, x.width * size
+        )
         return out
 
     def _multiply(self, weight: PackedLinear | PackedHeads, x: Place, out: Place, groups: int) -> Place:
