@@ -62,7 +62,7 @@ def count_pages(config: ModelConfig, dtype: torch.dtype, max_sequences: int, num
 
 
 class PagedCache:
-    """The tensors. `angles` are computed for every position once, so that a position has one angle whatever the batch."""
+    """The tensors. `angles` are computed once for every position, so that it has one angle whatever the batch."""
 
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype) -> None:
         shape = (num_pages, PAGE_SIZE)

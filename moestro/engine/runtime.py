@@ -1,8 +1,8 @@
 """The model as it is served: weights packed for the kernels, attention over the pages of many sequences.
 
 The same arithmetic as `model/transformer.py`, without gradients and with one promise more: a token's numbers depend on
-that token and on what it attends to alone, bit for bit. Every product, norm, activation and attention below comes from
-`ops/packed.py`, whose rows do not depend on each other, or is an elementwise operation that IEEE 754 rounds in one way.
+that token and on what it attends to alone, bit for bit. Every operation below is one of `ops/serving.py`, whose rows do
+not depend on each other; a forward pass is written down once and then run as one native call, or carried out at once.
 So a request gets the same tokens and log-probabilities whatever shares its batch, however its prompt is cut into
 chunks, wherever its prefix comes from, and however often it is preempted.
 
