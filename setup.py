@@ -28,6 +28,7 @@ AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 FLAGS = {
     "csrc/dispatch.cpp": [],
+    "csrc/run.cpp": [],
     "csrc/kernels_avx2.cpp": AVX2,
     "csrc/kernels_avx512.cpp": AVX512,
     "csrc/kernels_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],

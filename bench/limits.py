@@ -12,7 +12,7 @@ from moestro.ops import native
 
 @dataclass(frozen=True)
 class Limits:
-    """GB/s read from memory; GFLOP/s of products, the better of torch's large matrices and the kernels' in registers."""
+    """GB/s read from memory; GFLOP/s of products, the better of torch's large matrices and ours in registers."""
 
     read: float
     fp32: float

@@ -5,9 +5,9 @@
     python bench/train.py --sweep                # how our tokens/s falls with experts, top-k, sequence length
 
 Each mode is a process of its own that waits while the others run; a round gives every mode its steps in turn. Printed:
-median tokens/s, spread, the ratio to the best transformers mode, and the share of the machine's product peak, measured in
-registers, that 6·N_active·tokens/s makes. `dense` modes are our own dense model of equal active size. `kept` modes tell
-malloc to keep freed memory, as `moestro train` always does.
+median tokens/s, spread, the ratio to the best transformers mode, and the share of the machine's product peak, measured
+in registers, that 6·N_active·tokens/s makes. `dense` modes are our own dense model of equal active size. `kept` modes
+tell malloc to keep freed memory, as `moestro train` always does.
 A mode holds 2 to 4 GiB; the seven fit into 24. transformers' third implementation, `batched_mm`, copies an expert per
 token and does not.
 """

@@ -138,8 +138,66 @@ template <class T> int check_rows(int64_t rows, int64_t width) {
     return bad;
 }
 
+// Vectors a little apart, the last one ending with its memory; turned there and back.
+template <class T> int check_rope(int64_t rows, int64_t groups, int64_t width) {
+    const int64_t apart = width + 1, row = groups * apart + 3, extent = rows && groups ? (rows - 1) * row + (groups - 1) * apart + width : 0;
+    const auto x = random_vector<T>(extent);
+    const std::vector<float> cos(rows * width / 2, 0.6f), sin(rows * width / 2, 0.8f);
+    std::vector<T> out(rows * groups * width);
+    int bad = moestro_rope(out.data(), x.data(), cos.data(), sin.data(), rows, groups, width, groups * width, width, row, apart, 0, TYPE<T>, 2);
+    bad |= moestro_rope(out.data(), out.data(), cos.data(), sin.data(), rows, groups, width, groups * width, width, groups * width, width, 1, TYPE<T>, 2);
+    for (int64_t i = 0; sizeof(T) == 4 && i < rows * groups * width; i++) {
+        const int64_t vector = i / width;
+        bad |= std::fabs(float(out[i]) - float(x[vector / groups * row + vector % groups * apart + i % width])) > 1e-5f;
+    }
+    return bad;
+}
+
+inline int check_route(int64_t rows, int64_t num_experts, int64_t groups, int64_t kept, int64_t top_k, int function) {
+    const auto logits = random_vector<float>(rows * num_experts), bias = random_vector<float>(num_experts);
+    std::vector<int64_t> ids(rows * top_k);
+    std::vector<float> weights(rows * top_k);
+    int bad = 0;
+    for (int given : {0, 1})
+        bad |= moestro_route(ids.data(), weights.data(), function == MOESTRO_CONSTANT ? nullptr : logits.data(), bias.data(), rows, num_experts, groups, kept, top_k, 2.0f, function, 1 + num_experts % 2, given, 1, given, 2);
+    for (int64_t id : ids) bad |= id < 0 || id >= num_experts;
+    return bad;
+}
+
+// Places of 64 bytes a row: 0 the input, then its norm, the logits of 4 experts, their weights, a copy of the first half.
+inline int check_run(int64_t rows) {
+    const auto panels = random_panels(packed_bytes(4, 16, 0));
+    const auto weight = random_vector<float>(16), bias = random_vector<float>(4), values = random_vector<float>(rows * 16);
+    std::vector<float> pages(2 * 64 * 8, 7.0f), turn(rows * 2, 0.5f), memory(rows * 5 * 16);
+    std::vector<int64_t> ids(rows * 2), slots(rows), starts{0, rows}, first{0};
+    std::vector<int32_t> tables{0, 1};
+    for (int64_t i = 0; i < rows; i++) slots[i] = 127 - i;
+    if (rows) memcpy(memory.data(), values.data(), rows * 64);
+    const double one = 1;
+    int64_t bits;
+    memcpy(&bits, &one, 8);
+    const auto address = [](const void *p) { return int64_t(p); };
+    const std::vector<int64_t> program = {
+        3, 64, 0, address(weight.data()), 16, bits, 0, 0,                  // norm
+        0, 128, 64, address(panels.data()), 1, 4, 16, 0, 0,                // linear
+        10, 0, 192, 128, address(bias.data()), 4, 2, 1, bits, 0, 2, 0, 1, 0,  // route
+        7, 256, 64, 0, 32, 0, 64, 0, 32, 2, 32,                            // copy both halves of a row
+        6, 64, 256, 16, 12, 1, 4, 4, 0,                                    // rotate its last four values
+        8, 0, 256, 0,                                                      // store eight
+        5, 0, 0, 256, 16, 0,                                               // add
+    };
+    void *layers[] = {pages.data()};
+    const MoestroStep step = {reinterpret_cast<char *>(memory.data()), ids.data(), layers, turn.data(), turn.data(), slots.data(), starts.data(), first.data(), tables.data(), rows, 320, 1, 2, 1, 2, 8, 2, 1, 2, 2};
+    int bad = moestro_run(program.data(), int64_t(program.size()), &step);
+    for (int64_t i = 0; i < rows; i++) bad |= memcmp(&pages[slots[i] * 8], &memory[rows * 64 + i * 8], 32);
+    return bad | !moestro_run(program.data(), int64_t(program.size()) - 1, &step);
+}
+
 template <class T> int check_serving() {
     int bad = 0;
+    for (int64_t rows : {0, 1, 5}) bad |= check_rope<T>(rows, 1, 2) | check_rope<T>(rows, 3, 34) | check_rope<T>(rows, 0, 4) | check_rope<T>(rows, 2, 0);
+    for (int function = 0; function < 4; function++) bad |= check_route(3, 37, 1, 1, 5, function) | check_route(300, 64, 8, 3, 8, function) | check_route(2, 1, 1, 1, 1, function) | check_route(0, 4, 2, 1, 2, function);
+    for (int64_t rows : {0, 1, 9}) bad |= check_run(rows);
     for (int kind = 0; kind < 4; kind++) {
         for (int64_t n : {0, 1, 5, 7, 25, 101}) bad |= check_linear<T>(1, n, 70, 67, kind) | check_linear<T>(3, n, 33, 64, kind);
         bad |= check_linear<T>(1, 2, 1, 1, kind) | check_linear<T>(1, 2, 3, 0, kind) | check_linear<T>(1, 2, 0, 3, kind) | check_linear<T>(0, 2, 3, 3, kind);

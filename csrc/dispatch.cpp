@@ -112,6 +112,12 @@ int check_attention(const PagedAttention &a, int64_t num_rows, int64_t num_pages
     return MOESTRO_OK;
 }
 
+// Vectors of `width` at these distances, `groups` to a row, do not overlap and fit the address space.
+bool fits_vectors(int64_t rows, int64_t groups, int64_t width, int64_t row, int64_t group) {
+    if (!fits(rows, row) || !fits(groups, group) || !fits(rows, groups, width)) return false;
+    return groups == 0 || (group >= width && row >= (groups - 1) * group + width);
+}
+
 }  // namespace
 
 extern "C" {
@@ -250,6 +256,37 @@ int moestro_score(float *out, const float *logits, int64_t rows, int64_t width, 
     if (function < MOESTRO_SIGMOID || function > MOESTRO_SQRT_SOFTPLUS) return MOESTRO_BAD_TYPE;
     if (!fits(rows, width) || !sane(threads)) return MOESTRO_BAD_SIZE;
     chosen->kernels->score(out, logits, rows, width, function, threads);
+    return MOESTRO_OK;
+}
+
+int moestro_rope(void *out, const void *x, const float *cos, const float *sin, int64_t rows, int64_t groups,
+                 int64_t width, int64_t out_row, int64_t out_group, int64_t x_row, int64_t x_group, int inverse, int type,
+                 int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (width % 2 || !fits_vectors(rows, groups, width, out_row, out_group) || !fits_vectors(rows, groups, width, x_row, x_group) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->rope({out, x, cos, sin, rows, groups, width, out_row, out_group, x_row, x_group, inverse != 0}, type, threads);
+    return MOESTRO_OK;
+}
+
+int moestro_route(int64_t *ids, float *weights, const float *logits, const float *bias, int64_t rows,
+                  int64_t num_experts, int64_t num_groups, int64_t top_k_groups, int64_t top_k, float scale, int function,
+                  int group_best, int multiply, int normalize, int given, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (function < MOESTRO_SIGMOID || function > MOESTRO_CONSTANT) return MOESTRO_BAD_TYPE;
+    if (!fits(rows, num_experts) || num_experts < 1 || num_groups < 1 || num_experts % num_groups || !sane(threads)) return MOESTRO_BAD_SIZE;
+    if (top_k_groups < 1 || top_k_groups > num_groups || top_k < 0 || group_best < 1 || group_best > 2) return MOESTRO_BAD_SIZE;
+    if (top_k > num_experts / num_groups * top_k_groups) return MOESTRO_BAD_SIZE;
+    for (int64_t i = 0; given && i < rows * top_k; i++)
+        if (ids[i] < 0 || ids[i] >= num_experts) return MOESTRO_BAD_SIZE;
+    return chosen->kernels->route({ids, weights, logits, bias, rows, num_experts, num_groups, top_k_groups, top_k, scale, function, group_best, multiply != 0, normalize != 0, given != 0}, threads);
+}
+
+int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (!fits(rows, width) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->add(out, a, b, rows, width, type, threads);
     return MOESTRO_OK;
 }
 

@@ -5,6 +5,7 @@
 #include "head.h"
 #include "packed.h"
 #include "rows.h"
+#include "serve_rows.h"
 #include "table.h"
 
 // What dispatch.cpp calls, one set of these per instruction set.
@@ -74,4 +75,10 @@ extern const Kernels KERNELS = {
     [](float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) { score(out, logits, rows, width, function, threads); },
     [](int64_t rounds, int type, int threads) { return type == MOESTRO_FLOAT32 ? multiply_in_registers<float>(rounds, threads) : multiply_in_registers<uint16_t>(rounds, threads); },
     [](const CrossEntropy &p, int type, int threads) { return type == MOESTRO_FLOAT32 ? cross_entropy<float>(p, threads) : cross_entropy<uint16_t>(p, threads); },
+    [](const Rope &p, int type, int threads) { type == MOESTRO_FLOAT32 ? rope<float>(p, threads) : rope<uint16_t>(p, threads); },
+    [](const Route &p, int threads) { return route(p, threads); },
+    [](void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads) {
+        if (type == MOESTRO_FLOAT32) return add(static_cast<float *>(out), static_cast<const float *>(a), static_cast<const float *>(b), rows, width, threads);
+        add(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(a), static_cast<const uint16_t *>(b), rows, width, threads);
+    },
 };

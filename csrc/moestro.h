@@ -12,7 +12,7 @@ extern "C" {
 
 enum { MOESTRO_FLOAT32 = 0, MOESTRO_BFLOAT16 = 1 };
 enum { MOESTRO_KIND_FP32 = 0, MOESTRO_KIND_BF16 = 1, MOESTRO_KIND_INT8 = 2, MOESTRO_KIND_INT4 = 3 };
-enum { MOESTRO_SIGMOID = 0, MOESTRO_SOFTMAX = 1, MOESTRO_SQRT_SOFTPLUS = 2 };
+enum { MOESTRO_SIGMOID = 0, MOESTRO_SOFTMAX = 1, MOESTRO_SQRT_SOFTPLUS = 2, MOESTRO_CONSTANT = 3 };
 enum { MOESTRO_OK = 0, MOESTRO_BAD_TYPE = 1, MOESTRO_BAD_SIZE = 2, MOESTRO_NO_MEMORY = 3, MOESTRO_NO_ISA = 4 };
 
 // Name of the instruction set in use: "avx512bf16", "avx512", "avx2", or "" where none of them can run.
@@ -82,6 +82,38 @@ int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows,
 int moestro_swiglu(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
 // Scores of logits [rows, width]: the sigmoid, the softmax of a row, or √softplus.
 int moestro_score(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
+
+// out = x with its pairs (0, 1), (2, 3), … rotated by the angles of their row, backwards where `inverse`. Vector (row, g) of
+// `width` values lies at x + row · x_row + g · x_group, and likewise in out, which may be x; cos and sin [rows, width / 2].
+int moestro_rope(void *out, const void *x, const float *cos, const float *sin, int64_t rows, int64_t groups,
+                 int64_t width, int64_t out_row, int64_t out_group, int64_t x_row, int64_t x_group, int inverse, int type,
+                 int threads);
+
+// A router: ids [rows, top_k] and weights of logits [rows, E]. Scores are compared with bias [E] added or, where `multiply`,
+// times 1 + bias. Experts of the top_k_groups best groups count, a group by the sum of its `group_best` (1 or 2) best. They
+// come in descending order, of equal ones the lowest id first. Weights are scores without bias, normalised to sum to 1 if
+// asked, times scale. `given`: ids are an input, and only weights are computed. Logits of MOESTRO_CONSTANT are not read.
+int moestro_route(int64_t *ids, float *weights, const float *logits, const float *bias, int64_t rows,
+                  int64_t num_experts, int64_t num_groups, int64_t top_k_groups, int64_t top_k, float scale, int function,
+                  int group_best, int multiply, int normalize, int given, int threads);
+
+// out = a + b, [rows, width] each; out may be either.
+int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
+
+// What a program (csrc/run.cpp) runs on: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k]; the cache,
+// num_layers times pages [num_pages, 64, page_width]; the rest as for attention and rotation, slots [num_rows] where the
+// tokens' rows go, page · 64 + place.
+typedef struct {
+    char *memory;
+    int64_t *ids;
+    void *const *pages;
+    const float *cos, *sin;
+    const int64_t *slots, *starts, *first;
+    const int32_t *tables;
+    int64_t num_rows, row_bytes, num_routers, top_k, num_layers, num_pages, page_width, half_angles, num_sequences, max_pages;
+    int threads;
+} MoestroStep;
+int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);
 
 #ifdef __cplusplus
 }

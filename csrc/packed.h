@@ -102,8 +102,8 @@ inline int64_t rows_of_block(int64_t n) {
     return blocks <= 1 ? std::max<int64_t>(n, 1) : round_up((n + blocks - 1) / blocks, MR);
 }
 inline int64_t panels_of_task(int64_t total, int threads) { return std::min<int64_t>(4, std::max<int64_t>(1, total / (16 * threads))); }
-// Waking threads takes microseconds.
-inline int worth_threads(double bytes, double products, int threads) { return bytes < 32768 && products < 5e5 ? 1 : threads; }
+// Waking threads and waiting for the last takes microseconds, much longer where cores are shared with others.
+inline int worth_threads(double bytes, double products, int threads) { return bytes < 131072 && products < 2e6 ? 1 : threads; }
 
 template <class P, class T> int packed_linear(const PackedLinear &a, int threads) {
     T *out = static_cast<T *>(a.out);

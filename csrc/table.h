@@ -63,6 +63,24 @@ struct PagedAttention {
     float scale;
 };
 
+struct Rope {
+    void *out;
+    const void *x;
+    const float *cos, *sin;
+    int64_t rows, groups, width, out_row, out_group, x_row, x_group;
+    bool inverse;
+};
+
+struct Route {
+    int64_t *ids;
+    float *weights;
+    const float *logits, *bias;
+    int64_t rows, num_experts, num_groups, top_k_groups, top_k;
+    float scale;
+    int function, group_best;
+    bool multiply, normalize, given;
+};
+
 struct Kernels {
     int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type, int threads);
     int (*experts_forward)(const ExpertsForward &, int type, int threads);
@@ -77,4 +95,7 @@ struct Kernels {
     void (*score)(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
     int64_t (*multiply_in_registers)(int64_t rounds, int type, int threads);
     int (*cross_entropy)(const CrossEntropy &, int type, int threads);
+    void (*rope)(const Rope &, int type, int threads);
+    int (*route)(const Route &, int threads);
+    void (*add)(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 };

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
+from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -115,13 +117,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class Computed:
-    """A row's tokens from position `first` on: hidden [n, D], expert ids [n, L, A]; logits [1 + drafts, V] or none."""
+    """A row's tokens from position `first` on, which are rows `start` … of the step: hidden [n, D], ids [n, L, A].
+
+    If they are the last ones, logits [1 + drafts, V] fp32, of each the likeliest token or None where numbers are not
+    finite; none otherwise.
+    """
 
     row: Row
     first: int
-    hidden: Tensor
-    routes: Tensor
+    start: int
+    step_hidden: Tensor
+    step_routes: Tensor
     logits: Tensor
+    likeliest: list[int | None]
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.step_hidden[self.start : self.start + self.row.count]
+
+    @property
+    def routes(self) -> Tensor:
+        return self.step_routes[self.start : self.start + self.row.count]
 
 
 class Engine:
@@ -183,6 +199,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """How things stand; the tensor is a copy."""
         scheduler, counters = self.scheduler, self._counters
+        counters.settle()
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -268,19 +285,20 @@ class Engine:
             inputs.append((tokens, first, sequence.pages))
         step = self.cache.prepare(inputs)
         output = self.runtime.forward(step, self.cache)
-        ids = step.tokens.new_zeros(len(step.tokens), 0, self.runtime.config.top_k)
-        if output.ids:
-            ids = torch.stack(output.ids, dim=1)
-            self.cache.write_routes(step.slots, ids)
-            self._counters.add_routes(ids)
-        hidden = output.hidden.split([row.count for row in rows])
-        routes = ids.to(torch.int16).split([row.count for row in rows])
+        routes = output.ids.transpose(0, 1).to(torch.int16)
+        self.cache.write_routes(step.slots, routes)
+        self._counters.add_routes(routes)
         wanted = [1 + len(row.sequence.drafts) if row.is_last else 0 for row in rows]
-        last = torch.cat([part[len(part) - count :] for part, count in zip(hidden, wanted, strict=True)])
-        logits = self.runtime.logits(last) if len(last) else last
-        firsts = [first for _, first, _ in inputs]
-        parts = zip(rows, firsts, hidden, routes, logits.split(wanted), strict=True)
-        return [Computed(*part) for part in parts]
+        starts = list(accumulate((row.count for row in rows), initial=0))
+        last = [n for end, count in zip(starts[1:], wanted, strict=True) for n in range(end - count, end)]
+        hidden = output.hidden if len(last) == starts[-1] else output.hidden[last]
+        logits = self.runtime.logits(hidden) if last else hidden
+        likeliest = find_likeliest(logits) if last else []
+        parts, done = [], 0
+        for row, (_, first, _), start, count in zip(rows, inputs, starts, wanted, strict=False):
+            own = slice(done, done := done + count)
+            parts.append(Computed(row, first, start, output.hidden, routes, logits[own], likeliest[own]))
+        return parts
 
     def _score_prompt(self, part: Computed) -> None:
         """Log-probabilities of the prompt tokens that follow the row's tokens, once each even after preemption."""
@@ -299,15 +317,16 @@ class Engine:
         if sequence.params.prompt_logprobs is not None:
             self._score_prompt(part)
         self.scheduler.commit(row)
-        if not len(part.logits):
+        if not part.likeliest:
             return []
-        if not sequence.generated:
+        if not sequence.num_generated:
             self._counters.prompt_tokens += sequence.num_prompt
         drafts = self._progress[sequence].drafting.take(sequence)
-        routes = part.routes[len(part.routes) - len(part.logits) :]
+        wants = sequence.params.return_routes
+        routes = part.routes[-len(part.likeliest) :] if wants else [None] * len(part.likeliest)
         events: list[Event] = []
-        for logits, draft, ids in zip(part.logits, [*drafts, None], routes, strict=True):
-            choice = self._choose(sequence, logits, draft)
+        for i, (draft, ids) in enumerate(zip([*drafts, None], routes, strict=True)):
+            choice = self._choose(sequence, part.logits[i], part.likeliest[i], draft)
             events.append(self._advance(sequence, choice, ids))
             if events[-1].finish_reason or draft is None or choice.token != draft[0]:
                 break
@@ -315,31 +334,32 @@ class Engine:
         num_right = sum(draft[0] == event.token for draft, event in zip(drafts, events, strict=False))
         return [*events[:-1], self._count_drafts(sequence, events[-1], len(drafts), num_right)]
 
-    def _choose(self, sequence: Sequence, logits: Tensor, draft: Draft | None) -> Choice:
-        params, prompt = sequence.params, sequence.tokens[: sequence.num_prompt]
-        if not torch.isfinite(logits.sum()):
+    def _choose(self, sequence: Sequence, logits: Tensor, likeliest: int | None, draft: Draft | None) -> Choice:
+        params, sampler = sequence.params, self._progress[sequence].sampler
+        if likeliest is None:
             return Choice(None, error="the model's numbers are not finite")
         if params.max_tokens == 0:
             return Choice(None)
         try:
-            token = self._progress[sequence].sampler.choose(logits, prompt, sequence.generated, draft)
+            prompt = sequence.tokens[: sequence.num_prompt]
+            token = likeliest if sampler.is_plain else sampler.choose(logits, prompt, sequence.generated, draft)
         except Exception as error:  # whatever it is, it is of this sequence alone, and its last event says it
             return Choice(None, error=str(error) or type(error).__name__)
         return Choice(token, None if params.logprobs is None else score_token(logits, token, params.logprobs))
 
-    def _advance(self, sequence: Sequence, choice: Choice, routes: Tensor) -> Event:
+    def _advance(self, sequence: Sequence, choice: Choice, routes: Tensor | None) -> Event:
         """Append a token and find out whether the text ends with it."""
         params, progress = sequence.params, self._progress[sequence]
-        is_first = not sequence.generated
+        is_first = not sequence.num_generated
         sequence.tokens += [] if choice.token is None else [choice.token]
         self._counters.generated_tokens += choice.token is not None
         stop_string = self._find_stop(sequence)
         reason: FinishReason | None = None
         if choice.error:
             reason = "error"
-        elif stop_string is not None or choice.token in self.stop_ids | params.stop_ids or progress.sampler.is_finished:
+        elif stop_string is not None or self._is_stop(choice.token, params) or progress.sampler.is_finished:
             reason = "stop"
-        elif len(sequence.generated) >= params.max_tokens:
+        elif sequence.num_generated >= params.max_tokens:
             reason = "length"
         wants = params.return_routes
         return Event(
@@ -351,7 +371,7 @@ class Engine:
             stop_string,
             prompt_logprobs=progress.prompt_logprobs if is_first and params.prompt_logprobs is not None else None,
             routes=self.cache.read_routes(sequence.pages, sequence.num_computed) if wants and reason else None,
-            token_routes=routes if wants and choice.token is not None else None,
+            token_routes=None if choice.token is None else routes,
             error=choice.error,
         )
 
@@ -364,7 +384,7 @@ class Engine:
             drafting.count(drafted, accepted)
             self._counters.add_drafts(drafted, accepted)
         if drafting.off_after is None and not drafting.pays(self.drafter.cost):
-            drafting.off_after = len(sequence.generated)
+            drafting.off_after = sequence.num_generated
             sequence.ahead = 0
             self._counters.speculation_off += 1
         return replace(event, drafts=drafting.report()) if event.finish_reason else event
@@ -381,6 +401,9 @@ class Engine:
             ready = self.drafter.run(work)
         for sequence, count in ready:
             self.scheduler.mark_ready(sequence, count)
+
+    def _is_stop(self, token: int | None, params: SamplingParams) -> bool:
+        return token in self.stop_ids or token in params.stop_ids
 
     def _find_stop(self, sequence: Sequence) -> str | None:
         """The first of the stop strings in the text that the last token may have completed."""
@@ -442,6 +465,12 @@ def make_sampler(params: SamplingParams, index: int, grammar: Matcher | None = N
         logit_bias=params.logit_bias,
         grammar=grammar.copy() if grammar else None,
     )
+
+
+def find_likeliest(logits: Tensor) -> list[int | None]:
+    """logits [N, V] -> of each row the token with the largest one, or None where they are not all finite."""
+    sums, tokens = logits.sum(-1).tolist(), logits.argmax(-1).tolist()
+    return [token if isfinite(total) else None for token, total in zip(tokens, sums, strict=True)]
 
 
 def score_token(logits: Tensor, token: int, num_top: int) -> TokenLogprob:

@@ -18,26 +18,18 @@ from moestro.config import ModelConfig
 from moestro.engine.pages import PAGE_SIZE
 from moestro.engine.scheduler import pages_for
 from moestro.errors import ConfigError
-from moestro.model.attention import RopeTables, cache_width
+from moestro.model.attention import cache_width
 from moestro.model.rope import rope_tables
+from moestro.ops.serving import Places
 
 FREE_SHARE = 0.5  # of the free memory, where the user names no size
 
 
-@dataclass(frozen=True)
-class StepInput:
-    """The N tokens of a step: those of sequence s are starts[s]:starts[s+1], at positions from first[s] on.
-
-    `tokens` [N]; `slots` [N], where their rows go; `tables` [S, M] int32, the pages of each sequence; `starts` [S+1];
-    `first` [S]; `rope`, cos and sin of the positions [N, R/2].
-    """
+@dataclass(frozen=True, slots=True)
+class StepInput(Places):
+    """The N tokens [N] of a step: those of sequence s are starts[s]:starts[s+1], at positions from first[s] on."""
 
     tokens: Tensor
-    slots: Tensor
-    tables: Tensor
-    starts: Tensor
-    first: Tensor
-    rope: RopeTables
 
 
 def count_moe_layers(config: ModelConfig) -> int:
@@ -70,7 +62,7 @@ def count_pages(config: ModelConfig, dtype: torch.dtype, max_sequences: int, num
 
 
 class PagedCache:
-    """The tensors. `rope` is computed for every position once, so that a position has one angle whatever the batch."""
+    """The tensors. `angles` are computed once for every position, so that it has one angle whatever the batch."""
 
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype) -> None:
         shape = (num_pages, PAGE_SIZE)
@@ -78,7 +70,8 @@ class PagedCache:
             torch.empty(*shape, cache_width(config), dtype=dtype) for _ in range(config.num_layers + config.mtp_depth)
         ]
         self.routes = torch.empty(*shape, count_moe_layers(config), config.top_k, dtype=torch.int16)
-        self.rope = rope_tables(config, torch.arange(config.max_seq_len))
+        self._routes_by_slot = self.routes.flatten(0, 1)
+        self.angles = torch.stack(rope_tables(config, torch.arange(config.max_seq_len)))  # cos and sin
 
     def prepare(self, parts: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> StepInput:
         """The step that computes, per sequence, (tokens, position of the first, pages that hold all positions)."""
@@ -92,17 +85,17 @@ class PagedCache:
             positions += span
             slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in span]
             starts.append(len(tokens))
-        tables = torch.zeros(len(parts), max(len(pages) for _, _, pages in parts), dtype=torch.int32)
-        for row, (_, _, pages) in zip(tables, parts, strict=True):
-            row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        at = torch.tensor(positions)
-        first_positions = torch.tensor([first for _, first, _ in parts])
-        rope = (self.rope[0][at], self.rope[1][at])
-        return StepInput(torch.tensor(tokens), torch.tensor(slots), tables, torch.tensor(starts), first_positions, rope)
+        most = max(len(pages) for _, _, pages in parts)
+        tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for _, _, pages in parts], dtype=torch.int32)
+        numbers = torch.tensor([*slots, *starts, *(first for _, first, _ in parts), *positions, *tokens])
+        n, s = len(tokens), len(parts)
+        to, begins, firsts, at, own = torch.split_with_sizes(numbers, (n, s + 1, s, n, n))
+        cos, sin = self.angles.index_select(1, at).unbind()
+        return StepInput(to, tables, begins, firsts, cos, sin, own)
 
     def write_routes(self, slots: Tensor, ids: Tensor) -> None:
-        """Keep the expert ids [N, L, A] of the tokens in these slots."""
-        self.routes.flatten(0, 1)[slots] = ids.to(torch.int16)
+        """Keep the expert ids [N, L, A] int16 of the tokens in these slots."""
+        self._routes_by_slot.index_copy_(0, slots, ids)
 
     def read_routes(self, pages: Sequence[int], count: int) -> Tensor:
         """Expert ids [count, L, A] int16 of the first `count` tokens of a sequence."""

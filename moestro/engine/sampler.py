@@ -70,6 +70,12 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it takes the likeliest token of the model, whatever came before."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return self.temperature == 0 and not penalties and not self.logit_bias and self.grammar is None
+
+    @property
     def is_finished(self) -> bool:
         """Whether the grammar lets nothing follow."""
         return self.grammar is not None and self.grammar.is_finished

@@ -125,6 +125,11 @@ class Sequence:
         return self.num_computed < self.num_prefill
 
     @property
+    def num_generated(self) -> int:
+        """Tokens of the continuation so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
     def generated(self) -> list[int]:
         """The continuation so far."""
         return self.tokens[self.num_prompt :]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+MOST_WAITING = 64  # steps
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -43,7 +45,7 @@ class DraftCounts:
 
 @dataclass
 class Counters:
-    """What the engine itself counts."""
+    """What the engine itself counts. `loads` is complete after `settle`: many steps are counted as fast as one."""
 
     loads: Tensor
     drafted: list[int]
@@ -52,15 +54,24 @@ class Counters:
     generated_tokens: int = 0
     speculation_off: int = 0
     _offsets: Tensor = field(init=False)
+    _waiting: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         layers, experts = self.loads.shape
         self._offsets = torch.arange(layers)[:, None] * experts
 
     def add_routes(self, ids: Tensor) -> None:
-        """Expert ids [N, L, A]: one count for all layers."""
-        total = torch.bincount((ids + self._offsets).flatten(), minlength=self.loads.numel())
-        self.loads += total.view_as(self.loads)
+        """Expert ids [N, L, A]."""
+        self._waiting.append(ids)
+        if len(self._waiting) == MOST_WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what waits: one count for all layers."""
+        if self._waiting:
+            ids = torch.cat(self._waiting) + self._offsets
+            self.loads += torch.bincount(ids.flatten(), minlength=self.loads.numel()).view_as(self.loads)
+            self._waiting.clear()
 
     def add_drafts(self, drafted: int, accepted: int) -> None:
         """One check of so many drafts, the first of which were right."""

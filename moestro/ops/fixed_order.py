@@ -15,6 +15,7 @@ The same signatures and meanings as in `packed.py`, which says what they are; sl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from moestro.ops import quantize
 from moestro.ops.quantize import PANEL
+
+if TYPE_CHECKING:
+    from moestro.ops.serving import Selection
 
 TILE_ROWS, TILE = 16, 64
 PANELS_AT_ONCE = 64  # unpacked at a time
@@ -115,6 +119,30 @@ def score(logits: Tensor, function: str) -> Tensor:
             weights = activate(torch.exp, logits - logits.amax(-1, keepdim=True))
             return weights / sum_rows(weights)
     return torch.ones_like(logits)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `serving.rope`."""
+    shape = (len(x), *[1] * (x.dim() - 2), x.shape[-1] // 2)
+    cos, sin, (even, odd) = cos.view(shape), sin.view(shape), x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def route(logits: Tensor, selection: Selection, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `serving.route`."""
+    scores = score(logits, selection.score)
+    if ids is None:
+        choice = scores * (1 + selection.bias) if selection.multiply else scores + selection.bias
+        groups = choice.unflatten(1, (selection.num_groups, -1))
+        best = groups.sort(-1, descending=True).values[..., : selection.group_best].sum(-1)
+        order = best.sort(dim=-1, descending=True, stable=True).indices[:, : selection.top_k_groups]
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, order, True)
+        choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : selection.top_k]
+    weights = scores.gather(1, ids)
+    if selection.normalize:
+        weights = weights / (sum_rows(weights) + 1e-20)
+    return ids, weights * selection.scale
 
 
 def attend(q: Tensor, rows: Tensor, seen: Tensor, scale: float, value_offset: int, value_width: int) -> Tensor:

@@ -44,6 +44,10 @@ _SIGNATURES = {
     "moestro_swiglu": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_score": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_set_isa": [ctypes.c_char_p],
+    "moestro_rope": [_POINTER] * 4 + [_SIZE] * 7 + [_INT] * 3,
+    "moestro_route": [_POINTER] * 4 + [_SIZE] * 5 + [_FLOAT] + [_INT] * 6,
+    "moestro_add": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
+    "moestro_run": [_POINTER, _SIZE, _POINTER],
 }
 
 

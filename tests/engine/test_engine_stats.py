@@ -13,6 +13,7 @@ def test_loads_are_counted_layer_by_layer() -> None:
     batches = [torch.randint(0, 7, (count, 3, 2), generator=generator) for count in (1, 5, 40)]
     for ids in batches:
         counters.add_routes(ids)
+    counters.settle()
     every = torch.cat(batches)
     for layer in range(3):
         for expert in range(7):
