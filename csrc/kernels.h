@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "experts.h"
+#include "flash_backward.h"
 #include "packed.h"
 #include "rows.h"
 #include "table.h"
@@ -72,4 +73,10 @@ extern const Kernels KERNELS = {
         swiglu(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(gate_up), rows, width, threads);
     },
     [](float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) { score(out, logits, rows, width, function, threads); },
+    [](const FlashForward &p, int type, int threads) {
+        return type == MOESTRO_FLOAT32 ? flash_forward<float>(p, threads) : flash_forward<uint16_t>(p, threads);
+    },
+    [](const FlashBackward &p, int type, int threads) {
+        return type == MOESTRO_FLOAT32 ? flash_backward<float>(p, threads) : flash_backward<uint16_t>(p, threads);
+    },
 };

@@ -1,14 +1,15 @@
 """The fused operations: one public function each, one signature, up to three implementations.
 
 `reference.py` is the specification in plain, obvious torch. `fused.py` computes the same with hand-written backward
-passes, no padding and little memory. `native.py` calls the compiled kernels for what they cover, where they were built.
+passes, no padding and little memory. `native.py` and `native_attention.py` call the compiled kernels for what they
+cover, where they were built.
 `MOESTRO_OPS=reference` or `MOESTRO_OPS=fused` forces one of the first two.
 """
 
 import os
 
 from moestro.errors import ConfigError
-from moestro.ops import fused, native, reference
+from moestro.ops import fused, native, native_attention, reference
 
 _wish = os.environ.get("MOESTRO_OPS")
 if _wish not in (None, "", "reference", "fused"):
@@ -16,7 +17,7 @@ if _wish not in (None, "", "reference", "fused"):
 _chosen = reference if _wish == "reference" else fused
 
 grouped_experts = _chosen.grouped_experts if _wish in ("reference", "fused") else native.grouped_experts
-packed_attention = _chosen.packed_attention
+packed_attention = _chosen.packed_attention if _wish in ("reference", "fused") else native_attention.packed_attention
 linear_cross_entropy = _chosen.linear_cross_entropy
 
 __all__ = ["grouped_experts", "linear_cross_entropy", "packed_attention"]
