@@ -3,20 +3,22 @@
 // A task is a head's queries, up to TASK_QUERIES of one document. It walks over the keys that they see, KEYS at a time:
 //
 //   scores    rows of queries · keys turned into panels
-//   weights   exp(score − largest so far), while what was summed before is scaled to the new largest
+//   weights   2^(score · log2 e − largest so far), while what was summed before is scaled to the new largest
 //   values    weights · values
 //
 // Every product is tiles of up to MR rows and NR columns, and every tile takes only what lies on or below the diagonal. All
-// sums have an order that the document alone decides. Kept for the backward pass (flash_backward.h): log Σ exp(score) of every row.
+// sums have an order that the document alone decides. Kept for the backward pass (flash_backward.h): log2 Σ exp(score) of every row.
 #pragma once
 #include <omp.h>
 
+#include "rows.h"
 #include "table.h"
 #include "tile.h"
 
 namespace {
 
-constexpr int64_t KEYS = 64, QUERIES = 96, TASK_QUERIES = 4 * QUERIES;
+constexpr int64_t KEYS = 128, QUERIES = 96, TASK_QUERIES = 4 * QUERIES;
+constexpr float LOG2_E = 1.44269504088896341f;  // weights are computed as powers of two
 constexpr int64_t SCORE_PITCH = KEYS + 16;  // an odd number of cache lines: rows at one column lie in different sets
 
 thread_local Scratch flash_space;
@@ -105,6 +107,14 @@ template <class T> void copy_rows(Step *to, int64_t pitch, const T *from, int64_
     }
 }
 
+// Rows as a left operand: where they lie if they are steps there, else copied to `to`.
+template <class T> Strided take_rows(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
+    constexpr int PER = Layout<T>::PER_STEP;
+    if (sizeof(T) * PER == 4 && width % PER == 0 && stride % PER == 0) return {reinterpret_cast<const Step *>(from), stride / PER, 1};
+    copy_rows(to, pitch, from, stride, rows, width);
+    return {to, pitch, 1};
+}
+
 // Rows as steps along their number, for a right operand. The same as copy_rows where a step is one element.
 template <class T> void copy_panel(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
     constexpr int PER = Layout<T>::PER_STEP;
@@ -119,10 +129,10 @@ template <class T> void copy_panel(Step *to, int64_t pitch, const T *from, int64
     }
 }
 
-// Rows of `steps` steps, made by copy_rows, turned into panels [count / NR][steps][NR].
-inline void turn(Step *panels, const Step *rows, int64_t pitch, int64_t count, int64_t steps) {
+// Rows of `steps` steps turned into panels [count / NR][steps][NR].
+inline void turn(Step *panels, Strided rows, int64_t count, int64_t steps) {
     const float *columns[KEYS];
-    for (int64_t n = 0; n < count; n++) columns[n] = reinterpret_cast<const float *>(rows + n * pitch);
+    for (int64_t n = 0; n < count; n++) columns[n] = reinterpret_cast<const float *>(rows.data + n * rows.row);
     for (int64_t n = 0; n < count; n += NR) pack_columns(panels + n * steps, NR, columns + n, int(std::min<int64_t>(NR, count - n)), steps);
 }
 
@@ -139,8 +149,14 @@ template <class T> Strided as_rows(Step *space, const float *weights, int64_t ro
 
 template <class T> const T *element(const HeadRows &x, int64_t row, int64_t head) { return static_cast<const T *>(x.data) + row * x.row + head * x.head; }
 
+// Fetches rows ahead of their use, one at a time.
+template <class T> void fetch_row(const HeadRows &x, int64_t row, int64_t head, int64_t width) {
+    const char *data = reinterpret_cast<const char *>(element<T>(x, row, head));
+    for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) _mm_prefetch(data + b, _MM_HINT_T0);
+}
+
 struct QueryTask {
-    int64_t begin, first, last, head;  // of its document; its own queries; the query head
+    int64_t begin, first, last, head, kv_head;  // `begin` of its document, its own queries
 };
 
 // Lists the tasks, those with the most keys of a document first; with `to` null only counts them.
@@ -151,7 +167,7 @@ inline int64_t list_query_tasks(QueryTask *to, const Documents &d) {
         for (int64_t b = blocks - 1; b >= 0; b--)
             for (int64_t h = 0; h < d.num_heads; h++) {
                 const int64_t first = begin + b * TASK_QUERIES;
-                if (to) to[count] = {begin, first, std::min(first + TASK_QUERIES, end), h};
+                if (to) to[count] = {begin, first, std::min(first + TASK_QUERIES, end), h, h / (d.num_heads / d.num_kv_heads)};
                 count++;
             }
     }
@@ -185,45 +201,81 @@ template <class T> bool make_space(ForwardSpace &f, const Documents &d) {
     return true;
 }
 
-// Scores of one row become weights, zeros behind the `seen` ones; returns what sums before them are to be scaled by.
+// 2ʸ within 2 units in the last place for y in [-126, 127]; below, 2⁻¹²⁶. Half the instructions of fast_exp.
+inline float fast_exp2(float y) {
+    y = y < -126.0f ? -126.0f : y;
+    const float shifted = y + 12583039.0f;  // 1.5 · 2²³ + 127: the low bits are the biased exponent of the nearest integer
+    const float r = y - (shifted - 12583039.0f);
+    float p = 1.535336188319500e-4f;
+    p = p * r + 1.339887440266574e-3f;
+    p = p * r + 9.618437357674640e-3f;
+    p = p * r + 5.550332471162809e-2f;
+    p = p * r + 2.402264791363012e-1f;
+    p = p * r + 6.931472028550421e-1f;
+    p = p * r + 1.0f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits <<= 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+// All lanes as one, in an order that does not depend on the instruction set; unrolled, it stays in registers.
+template <class Combine> inline float fold_lanes(float *v, Combine combine) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; l++) v[l] = combine(v[l], v[l + half]);
+    return v[0];
+}
+
+inline float larger(float a, float b) { return a < b ? b : a; }
+
+// Scores of one row become weights, zeros behind the `seen` ones; returns what sums before them are to be scaled by. `scale`
+// takes scores to powers of two.
 inline float weigh(float *row, int64_t seen, float scale, bool first, float *largest, float *total) {
-    const int64_t filled = round_up(seen, 16);
-    std::fill(row + seen, row + filled, row[0]);
-    float most = first ? -INFINITY : *largest, sum = 0, lanes[16];
-    std::fill(lanes, lanes + 16, most);
-    for (int64_t j = 0; j < filled; j += 16)
+    const int64_t filled = round_up(seen, LANES);
+    for (int64_t j = seen; j < filled; j++) row[j] = row[0];
+    float lanes[LANES], sums[LANES] = {};
+    for (float &lane : lanes) lane = first ? -INFINITY : *largest;
+    for (int64_t j = 0; j < filled; j += LANES)
 #pragma omp simd
-        for (int l = 0; l < 16; l++) {
-            row[j + l] *= scale;
-            lanes[l] = lanes[l] < row[j + l] ? row[j + l] : lanes[l];
-        }
-    for (float lane : lanes) most = std::max(most, lane);
+        for (int l = 0; l < LANES; l++) lanes[l] = larger(lanes[l], row[j + l] * scale);
+    const float most = fold_lanes(lanes, larger);
 #pragma omp simd
-    for (int64_t j = 0; j < filled; j++) row[j] = fast_exp(row[j] - most);
-    std::fill(row + seen, row + KEYS, 0.0f);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < filled; j++) sum += row[j];
-    const float before = first ? 0.0f : fast_exp(*largest - most);
+    for (int64_t j = 0; j < filled; j++) row[j] = fast_exp2(std::fma(row[j], scale, -most));
+    for (int64_t j = seen; j < KEYS; j++) row[j] = 0.0f;
+    for (int64_t j = 0; j < filled; j += LANES)
+#pragma omp simd
+        for (int l = 0; l < LANES; l++) sums[l] += row[j + l];
+    const float before = first ? 0.0f : fast_exp2(*largest - most), sum = fold_lanes(sums, [](float a, float b) { return a + b; });
     *total = first ? sum : std::fma(*total, before, sum);
     *largest = most;
     return before;
 }
 
-// Up to QUERIES queries from `query` on with up to KEYS keys from `key` on.
-template <class T> void attend_block(const ForwardSpace &f, const Documents &d, const QueryTask &t, int64_t query, int64_t key, int64_t count) {
-    const int64_t rows = std::min(QUERIES, t.last - query), row = query - t.first, ahead = query - key;
-    const bool first = key == t.begin;
+// Up to QUERIES queries from `query` on with up to KEYS keys from `key` on; meanwhile keys and values behind these are fetched.
+template <class T> void attend_block(const FlashForward &a, const ForwardSpace &f, const QueryTask &t, Strided queries, int64_t query, int64_t key) {
+    const Documents &d = a.documents;
+    const int64_t count = std::min(KEYS, t.last - key), rows = std::min(QUERIES, t.last - query), row = query - t.first, ahead = query - key;
+    const bool begins = key == t.begin;
     float *sums = f.sums + row * f.value_pitch;
-    multiply_tiles<T>(f.scores, SCORE_PITCH, {f.queries + row * f.key_pitch, f.key_pitch, 1}, rows, {f.turned, NR, f.key_steps * NR}, count, false,
+    multiply_tiles<T>(f.scores, SCORE_PITCH, {queries.data + row * queries.row, queries.row, 1}, rows, {f.turned, NR, f.key_steps * NR}, count, false,
         [&](int64_t, int64_t end, int64_t column) { return Part{0, column < ahead + end ? f.key_steps : 0}; });
     for (int64_t i = 0; i < rows; i++) {
-        const float before = weigh(f.scores + i * SCORE_PITCH, std::min(count, ahead + i + 1), d.scale, first, f.largest + row + i, f.total + row + i);
-        if (first || before == 1.0f) continue;
+        const float before = weigh(f.scores + i * SCORE_PITCH, std::min(count, ahead + i + 1), d.scale * LOG2_E, begins, f.largest + row + i, f.total + row + i);
+        const int64_t next = key + KEYS + i;
+        if (i < KEYS && next < t.last) {
+            fetch_row<T>(a.k, next, t.kv_head, d.key_width);
+            fetch_row<T>(a.v, next, t.kv_head, d.value_width);
+        }
+        if (begins || before == 1.0f) continue;
         float *sum = sums + i * f.value_pitch;
 #pragma omp simd
         for (int64_t j = 0; j < d.value_width; j++) sum[j] *= before;
     }
-    multiply_tiles<T>(sums, f.value_pitch, as_rows<T>(f.weights, f.scores, rows), rows, {f.values, f.value_pitch, NR}, d.value_width, !first,
+    multiply_tiles<T>(sums, f.value_pitch, as_rows<T>(f.weights, f.scores, rows), rows, {f.values, f.value_pitch, NR}, d.value_width, !begins,
         [&](int64_t, int64_t end, int64_t) { return Part{0, steps_of<T>(std::min(count, ahead + end))}; });
 }
 
@@ -231,21 +283,19 @@ template <class T> bool attend_queries(const FlashForward &a, const QueryTask &t
     const Documents &d = a.documents;
     ForwardSpace f;
     if (!make_space<T>(f, d)) return false;
-    const int64_t kv_head = t.head / (d.num_heads / d.num_kv_heads);
-    copy_rows(f.queries, f.key_pitch, element<T>(a.q, t.first, t.head), a.q.row, t.last - t.first, d.key_width);
+    const Strided queries = take_rows(f.queries, f.key_pitch, element<T>(a.q, t.first, t.head), a.q.row, t.last - t.first, d.key_width);
     for (int64_t key = t.begin; key < t.last; key += KEYS) {
         const int64_t count = std::min(KEYS, t.last - key);
-        copy_rows(f.keys, f.key_pitch, element<T>(a.k, key, kv_head), a.k.row, count, d.key_width);
-        turn(f.turned, f.keys, f.key_pitch, count, f.key_steps);
-        copy_panel(f.values, f.value_pitch, element<T>(a.v, key, kv_head), a.v.row, count, d.value_width);
-        for (int64_t query = std::max(t.first, key); query < t.last; query += QUERIES) attend_block<T>(f, d, t, query, key, count);
+        turn(f.turned, take_rows(f.keys, f.key_pitch, element<T>(a.k, key, t.kv_head), a.k.row, count, d.key_width), count, f.key_steps);
+        copy_panel(f.values, f.value_pitch, element<T>(a.v, key, t.kv_head), a.v.row, count, d.value_width);
+        for (int64_t query = std::max(t.first, key); query < t.last; query += QUERIES) attend_block<T>(a, f, t, queries, query, key);
     }
     for (int64_t i = 0; i < t.last - t.first; i++) {
         const int64_t row = t.first + i;
         const float inverse = 1.0f / f.total[i], *sum = f.sums + i * f.value_pitch;
         T *out = static_cast<T *>(a.out) + (row * d.num_heads + t.head) * d.value_width;
         for (int64_t j = 0; j < d.value_width; j++) store_value(out + j, sum[j] * inverse);
-        a.log_sums[t.head * d.num_rows + row] = f.largest[i] + std::log(f.total[i]);
+        a.log_sums[t.head * d.num_rows + row] = f.largest[i] + std::log2(f.total[i]);
     }
     return true;
 }

@@ -1,6 +1,6 @@
 // The backward pass of flash.h. With P the weights of a row that sum to 1, D = Σ d_out · out of a row:
 //
-//   P = exp(score − log sum)   dP = d_out · vᵀ   dS = P · (dP − D)
+//   P = exp(score) / Σ exp    dP = d_out · vᵀ   dS = P · (dP − D)
 //   dv = Pᵀ · d_out            dk = scale · dSᵀ · q            dq = scale · dS · k
 //
 // A task owns a chunk of a document's keys and one of their heads: it walks over blocks of keys, and for each over all
@@ -97,14 +97,13 @@ template <class T> Strided as_columns(Step *space, const float *weights, int64_t
 
 // Scores of a row become weights, gradients of weights those of scores; zeros behind the `seen` ones.
 inline void weigh_backward(float *weights, float *gradients, int64_t seen, float scale, float log_sum, float dot) {
-    const int64_t filled = round_up(seen, 16);
+    const int64_t filled = round_up(seen, LANES);
 #pragma omp simd
     for (int64_t j = 0; j < filled; j++) {
-        weights[j] = fast_exp(std::fma(weights[j], scale, -log_sum));
+        weights[j] = fast_exp2(std::fma(weights[j], scale, -log_sum));
         gradients[j] = weights[j] * (gradients[j] - dot);
     }
-    std::fill(weights + seen, weights + KEYS, 0.0f);
-    std::fill(gradients + seen, gradients + KEYS, 0.0f);
+    for (int64_t j = seen; j < KEYS; j++) weights[j] = gradients[j] = 0.0f;
 }
 
 // A block of queries and one of keys.
@@ -124,7 +123,7 @@ template <class T> void attend_backward(const BackwardSpace &b, const Documents 
     multiply_tiles<T>(b.gradients, SCORE_PITCH, d_out, m.rows, {b.v_turned, NR, b.value_steps * NR}, m.count, false,
         [&](int64_t, int64_t end, int64_t column) { return Part{0, column < m.ahead + end ? b.value_steps : 0}; });
     for (int64_t i = 0; i < m.rows; i++)
-        weigh_backward(b.weights + i * SCORE_PITCH, b.gradients + i * SCORE_PITCH, std::min(m.count, m.ahead + i + 1), d.scale, m.log_sums[i], m.dots[i]);
+        weigh_backward(b.weights + i * SCORE_PITCH, b.gradients + i * SCORE_PITCH, std::min(m.count, m.ahead + i + 1), d.scale * LOG2_E, m.log_sums[i], m.dots[i]);
     const auto below = [&](int64_t row, int64_t, int64_t) { return Part{std::max<int64_t>(0, row - m.ahead) / PER, steps_of<T>(m.rows)}; };
     multiply_tiles<T>(m.dv, b.value_pitch, as_columns<T>(b.pairs, b.weights, m.rows), m.count, d_panel, d.value_width, m.dk_begun, below);
     multiply_tiles<T>(m.dk, b.key_pitch, as_columns<T>(b.pairs, b.gradients, m.rows), m.count, q_panel, d.key_width, m.dk_begun, below);
@@ -154,9 +153,8 @@ template <class T> bool attend_keys(const FlashBackward &a, const KeyTask &t, fl
             const int64_t count = std::min(KEYS, t.last - key), kept = group > 1 ? key - t.first : 0;
             float *dk = b.dk + kept * b.key_pitch, *dv = b.dv + kept * b.value_pitch;
             copy_both(b.k_rows, b.k_panel, b.key_pitch, element<T>(a.k, key, t.head), a.k.row, count, d.key_width);
-            copy_rows(b.v_rows, b.value_pitch, element<T>(a.v, key, t.head), a.v.row, count, d.value_width);
-            turn(b.k_turned, b.k_rows, b.key_pitch, count, b.key_steps);
-            turn(b.v_turned, b.v_rows, b.value_pitch, count, b.value_steps);
+            turn(b.k_turned, {b.k_rows, b.key_pitch, 1}, count, b.key_steps);
+            turn(b.v_turned, take_rows(b.v_rows, b.value_pitch, element<T>(a.v, key, t.head), a.v.row, count, d.value_width), count, b.value_steps);
             for (int64_t query = key; query < t.end; query += QUERIES) {
                 const int64_t row = query - t.first, at = head * d.num_rows + query;
                 attend_backward<T>(b, d, {row, std::min(QUERIES, t.end - query), count, query - key, a.log_sums + at, a.dots + at, dq + row * b.key_pitch, dk, dv, key > t.first, h > 0 || query > key});
@@ -187,21 +185,20 @@ template <class T> void finish_queries(const FlashBackward &a, const KeyTask *t,
     }
 }
 
-// dots [H, N] = Σ d_out · out of a row, in 16 lanes whatever the instruction set.
+// dots [H, N] = Σ d_out · out of a row, in LANES lanes whatever the instruction set.
 template <class T> void sum_dots(float *dots, const FlashBackward &a) {
     const Documents &d = a.documents;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < d.num_rows; row++)
         for (int64_t h = 0; h < d.num_heads; h++) {
             const T *out = static_cast<const T *>(a.out) + (row * d.num_heads + h) * d.value_width, *d_out = element<T>(a.d_out, row, h);
-            float lanes[16] = {}, sum = 0;
+            float lanes[LANES] = {};
             int64_t j = 0;
-            for (; j + 16 <= d.value_width; j += 16)
+            for (; j + LANES <= d.value_width; j += LANES)
 #pragma omp simd
-                for (int l = 0; l < 16; l++) lanes[l] = std::fma(load_value(out + j + l), load_value(d_out + j + l), lanes[l]);
+                for (int l = 0; l < LANES; l++) lanes[l] = std::fma(load_value(out + j + l), load_value(d_out + j + l), lanes[l]);
             for (int l = 0; j < d.value_width; j++, l++) lanes[l] = std::fma(load_value(out + j), load_value(d_out + j), lanes[l]);
-            for (float lane : lanes) sum += lane;
-            dots[h * d.num_rows + row] = sum;
+            dots[h * d.num_rows + row] = sum_lanes(lanes);
         }
 }
 

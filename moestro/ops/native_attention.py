@@ -1,9 +1,9 @@
 """Attention of packed documents through the compiled kernels (`csrc/flash.h`), forward and backward.
 
 softmax(scale · q kᵀ) v over the causal part of every document, without ever holding more of the scores than a block:
-memory is linear in the number of tokens. Kept for the backward pass: inputs, output, and the logarithm of the
-softmax's denominator of every row. Inputs are read where they lie, through the strides of their rows and heads. Where the
-kernels cannot run, `fused.py` computes the same.
+memory is linear in the number of tokens. Kept for the backward pass: inputs, output, and of every row the logarithm of
+the sum that its softmax divides by. Inputs are read where they lie, through the strides of their rows and heads. Where
+the kernels cannot run, `fused.py` computes the same.
 """
 
 from __future__ import annotations
