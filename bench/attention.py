@@ -4,8 +4,8 @@
 
 Products over causal pairs are counted, forward 2·(K + W) operations a pair and head, backward 2·(3K + 2W), whatever an
 implementation computes besides. Printed for each shape and precision: median GFLOP/s of forward and of backward with
-their spread, the native kernels' ratio to the better of the others, and their share of the machine's fp32 peak: the best
-of many products of ours whose operands stay in cache. torch: `ops/fused.py`; sdpa: a call of
+their spread, the native kernels' ratio to the better of the others, and their share of the fp32 peak: the best of many
+products of ours whose operands stay in cache. torch: `ops/fused.py`; sdpa: a call of
 `scaled_dot_product_attention` for every document, or one for all where they are equally long. One thread is timed in
 CPU time, which other work on a shared machine disturbs less.
 """

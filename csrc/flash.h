@@ -17,7 +17,9 @@
 
 namespace {
 
-constexpr int64_t KEYS = 128, QUERIES = 96, TASK_QUERIES = 4 * QUERIES;
+constexpr int64_t KEYS = 64, QUERIES = 96, TASK_QUERIES = 4 * QUERIES;
+static_assert(KEYS <= QUERIES, "the first queries that see a block of keys must be as many: they begin its gradients");
+static_assert(KEYS % NR == 0 && KEYS % LANES == 0 && QUERIES % 2 == 0, "blocks are whole panels, lanes and pairs");
 constexpr float LOG2_E = 1.44269504088896341f;  // weights are computed as powers of two
 constexpr int64_t SCORE_PITCH = KEYS + 16;  // an odd number of cache lines: rows at one column lie in different sets
 

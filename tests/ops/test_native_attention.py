@@ -1,8 +1,8 @@
 """Attention of packed documents: the compiled kernels against the specification in fp64, on every instruction set.
 
 Bounds on the norm of the error over that of the result. fp32: sums of up to 1300 products, rounding errors of u = 2⁻²⁴
-that add up like √1300, about 36 u = 2.1e-6. bf16, unit roundoff 2⁻⁹: weights and their gradients are rounded before they
-are multiplied, so is the result, and `out` before the backward pass takes its product with the gradient: 4 · 2⁻⁹.
+that add up like √1300, about 36 u = 2.1e-6. bf16, unit roundoff 2⁻⁹: weights and their gradients are rounded before
+they are multiplied, so is the result, and so is `out`, whose product with the gradient is subtracted: 4 · 2⁻⁹.
 """
 
 from __future__ import annotations
