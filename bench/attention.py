@@ -1,6 +1,6 @@
 """Attention in training: native kernels beside plain torch and torch's own flash attention, same inputs, in turn.
 
-    python bench/attention.py [--rounds 9] [--threads 2] [--only "bench/train"]
+    python bench/attention.py [--rounds 9] [--threads 2] [--only bench/train] [--types fp32]
 
 Products over causal pairs are counted, forward 2·(K + W) operations a pair and head, backward 2·(3K + 2W), whatever an
 implementation computes besides. Printed for each shape and precision: median GFLOP/s of forward and of backward with
@@ -44,6 +44,7 @@ class Shape:
         return self.heads * sum(n * (n + 1) / 2 for n in self.lengths)
 
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIXED = [1, 3, 8192, 700, 40, 1500, 9, 260, 64, 2100, 18, 513, 1, 130]
 SHAPES = {
     "bench/train": Shape([512] * 16, 4, 64, 64),
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=machine.usable_threads())
     parser.add_argument("--only", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--types", nargs="+", choices=[*TYPES], default=[*TYPES])
     options = parser.parse_args()
     machine.keep_freed_memory()
     torch.set_num_threads(options.threads)
@@ -142,8 +144,8 @@ def main() -> None:
     print(f"fp32 peak: {peak:.0f} GFLOP/s\n")
     print(f"{'shape':<18} {'':<14} {'native':>16} {'torch':>16} {'sdpa':>16} {'ratio':>6} {'of peak':>8}")
     for name in options.only:
-        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            rates = measure(SHAPES[name], dtype, options.rounds)
+        for label in options.types:
+            rates = measure(SHAPES[name], TYPES[label], options.rounds)
             for i, way in enumerate(("forward", "backward")):
                 all_of = [pair[i] for pair in rates.values()]
                 middle = [statistics.median(values) for values in all_of]
