@@ -211,6 +211,28 @@ template <class T> int check_serving() {
     return bad | check_rows<T>(2000, 64) | check_rows<T>(4, 0);
 }
 
+// Documents of these lengths; rows of all inputs lie `pad` elements further apart than they need to, the last one ends its memory.
+template <class T> int check_flash(std::vector<int64_t> lengths, int64_t heads, int64_t kv_heads, int64_t key, int64_t value, int64_t pad) {
+    std::vector<int64_t> starts{0};
+    for (int64_t length : lengths) starts.push_back(starts.back() + length);
+    const int64_t n = starts.back();
+    const int64_t strides[] = {heads * key + pad, key, kv_heads * key + pad, key, kv_heads * value + pad, value, heads * value + pad, value};
+    const auto rows = [&](int64_t width) { return random_vector<T>(n ? (n - 1) * (width + pad) + width : 0); };
+    const auto q = rows(heads * key), k = rows(kv_heads * key), v = rows(kv_heads * value), d_out = rows(heads * value);
+    std::vector<T> out(n * heads * value), dq(n * heads * key), dk(n * kv_heads * key), dv(n * kv_heads * value);
+    std::vector<float> log_sums(heads * n);
+    int bad = moestro_flash_forward(out.data(), log_sums.data(), q.data(), k.data(), v.data(), starts.data(), strides, int64_t(lengths.size()), n, heads, kv_heads, key, value, 0.3f, TYPE<T>, 2);
+    bad |= moestro_flash_backward(dq.data(), dk.data(), dv.data(), d_out.data(), q.data(), k.data(), v.data(), out.data(), log_sums.data(), starts.data(), strides, int64_t(lengths.size()), n, heads, kv_heads, key, value, 0.3f, TYPE<T>, 2);
+    for (float sum : log_sums) bad |= !std::isfinite(sum);
+    return bad;
+}
+
+template <class T> int check_documents() {
+    int bad = check_flash<T>({}, 2, 1, 4, 3, 0) | check_flash<T>({0}, 1, 1, 1, 1, 0) | check_flash<T>({1}, 1, 1, 1, 1, 0) | check_flash<T>({1, 0, 2}, 3, 3, 5, 3, 1);
+    bad |= check_flash<T>({7, 64, 65}, 3, 1, 33, 17, 1) | check_flash<T>({95, 129}, 4, 2, 64, 16, 0) | check_flash<T>({385, 3}, 2, 1, 24, 40, 2);
+    return bad | check_flash<T>({130}, 2, 2, 192, 128, 3) | check_flash<T>({1100}, 2, 1, 6, 9, 0);
+}
+
 template <class T> int check_type() {
     int bad = 0;
     for (int turned = 0; turned < 4; turned++) {
@@ -238,7 +260,7 @@ int main() {
     for (const char *isa : {"avx2", "avx512", "avx512bf16"}) {
         if (moestro_set_isa(isa)) continue;
         paths++;
-        if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
+        if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>() | check_documents<float>() | check_documents<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
     }
     std::printf("%d paths\n", paths);
     return 0;

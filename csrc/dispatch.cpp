@@ -118,6 +118,21 @@ bool fits_vectors(int64_t rows, int64_t groups, int64_t width, int64_t row, int6
     return groups == 0 || (group >= width && row >= (groups - 1) * group + width);
 }
 
+// Rows that lie within LARGEST elements of their first one.
+bool fits_rows(int64_t rows, int64_t heads, int64_t width, const int64_t *strides) {
+    return fits(rows, strides[0]) && fits(heads, strides[1]) && fits(rows, heads, width + 127);
+}
+
+int check_documents(const Documents &d, const int64_t *strides) {
+    if (d.num_documents < 0 || d.num_documents > LARGEST || d.num_rows < 0 || d.num_heads < 1 || d.num_kv_heads < 1 || d.num_heads % d.num_kv_heads) return MOESTRO_BAD_SIZE;
+    if (d.key_width < 1 || d.value_width < 1 || d.key_width > LARGEST || d.value_width > LARGEST) return MOESTRO_BAD_SIZE;
+    if (!fits_rows(d.num_rows, d.num_heads, d.key_width, strides) || !fits_rows(d.num_rows, d.num_kv_heads, d.key_width, strides + 2) || !fits_rows(d.num_rows, d.num_kv_heads, d.value_width, strides + 4)) return MOESTRO_BAD_SIZE;
+    if (!fits(d.num_rows, d.num_heads, d.value_width + 127) || d.starts[0] != 0 || d.starts[d.num_documents] != d.num_rows) return MOESTRO_BAD_SIZE;
+    for (int64_t s = 0; s < d.num_documents; s++)
+        if (d.starts[s + 1] < d.starts[s]) return MOESTRO_BAD_SIZE;
+    return MOESTRO_OK;
+}
+
 }  // namespace
 
 extern "C" {
@@ -288,6 +303,34 @@ int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t w
     if (!fits(rows, width) || !sane(threads)) return MOESTRO_BAD_SIZE;
     chosen->kernels->add(out, a, b, rows, width, type, threads);
     return MOESTRO_OK;
+}
+
+int moestro_flash_forward(void *out, float *log_sums, const void *q, const void *k, const void *v, const int64_t *starts,
+                          const int64_t *strides, int64_t num_documents, int64_t num_rows, int64_t num_heads,
+                          int64_t num_kv_heads, int64_t key_width, int64_t value_width, float scale, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    const Documents documents = {starts, num_documents, num_rows, num_heads, num_kv_heads, key_width, value_width, scale};
+    if (!sane(threads)) return MOESTRO_BAD_SIZE;
+    if (const int error = check_documents(documents, strides)) return error;
+    if (num_rows == 0) return MOESTRO_OK;
+    const std::lock_guard<std::mutex> lock(running);
+    return chosen->kernels->flash_forward({out, log_sums, {q, strides[0], strides[1]}, {k, strides[2], strides[3]}, {v, strides[4], strides[5]}, documents}, type, threads);
+}
+
+int moestro_flash_backward(void *dq, void *dk, void *dv, const void *d_out, const void *q, const void *k, const void *v,
+                           const void *out, const float *log_sums, const int64_t *starts, const int64_t *strides,
+                           int64_t num_documents, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads,
+                           int64_t key_width, int64_t value_width, float scale, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    const Documents documents = {starts, num_documents, num_rows, num_heads, num_kv_heads, key_width, value_width, scale};
+    if (!sane(threads)) return MOESTRO_BAD_SIZE;
+    if (const int error = check_documents(documents, strides)) return error;
+    if (!fits_rows(num_rows, num_heads, value_width, strides + 6)) return MOESTRO_BAD_SIZE;
+    if (num_rows == 0) return MOESTRO_OK;
+    const std::lock_guard<std::mutex> lock(running);
+    return chosen->kernels->flash_backward({dq, dk, dv, {d_out, strides[6], strides[7]}, {q, strides[0], strides[1]}, {k, strides[2], strides[3]}, {v, strides[4], strides[5]}, out, log_sums, nullptr, documents}, type, threads);
 }
 
 }  // extern "C"

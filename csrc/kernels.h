@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "head.h"
+#include "flash_backward.h"
 #include "packed.h"
 #include "rows.h"
 #include "serve_rows.h"
@@ -80,5 +81,11 @@ extern const Kernels KERNELS = {
     [](void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads) {
         if (type == MOESTRO_FLOAT32) return add(static_cast<float *>(out), static_cast<const float *>(a), static_cast<const float *>(b), rows, width, threads);
         add(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(a), static_cast<const uint16_t *>(b), rows, width, threads);
+    },
+    [](const FlashForward &p, int type, int threads) {
+        return type == MOESTRO_FLOAT32 ? flash_forward<float>(p, threads) : flash_forward<uint16_t>(p, threads);
+    },
+    [](const FlashBackward &p, int type, int threads) {
+        return type == MOESTRO_FLOAT32 ? flash_backward<float>(p, threads) : flash_backward<uint16_t>(p, threads);
     },
 };

@@ -115,6 +115,19 @@ typedef struct {
 } MoestroStep;
 int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);
 
+// Attention of whole documents, for training: out [N, H, W] of q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses key
+// head h · G / H; row i of document s, starts[s] … starts[s+1]-1, sees that document's rows up to i. `strides`, in elements: from
+// row to row and from head to head of q, k and v. log_sums [H, N], kept for the gradients: log2 Σ exp(scale · q · k) of a row.
+int moestro_flash_forward(void *out, float *log_sums, const void *q, const void *k, const void *v, const int64_t *starts,
+                          const int64_t *strides, int64_t num_documents, int64_t num_rows, int64_t num_heads,
+                          int64_t num_kv_heads, int64_t key_width, int64_t value_width, float scale, int type, int threads);
+
+// Gradients: dq [N, H, K], dk [N, G, K], dv [N, G, W] of d_out [N, H, W], whose strides follow those of q, k and v.
+int moestro_flash_backward(void *dq, void *dk, void *dv, const void *d_out, const void *q, const void *k, const void *v,
+                           const void *out, const float *log_sums, const int64_t *starts, const int64_t *strides,
+                           int64_t num_documents, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads,
+                           int64_t key_width, int64_t value_width, float scale, int type, int threads);
+
 #ifdef __cplusplus
 }
 #endif

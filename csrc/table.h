@@ -81,6 +81,33 @@ struct Route {
     bool multiply, normalize, given;
 };
 
+// Row n of head h begins at data + n · row + h · head, in elements.
+struct HeadRows {
+    const void *data;
+    int64_t row, head;
+};
+
+struct Documents {
+    const int64_t *starts;
+    int64_t num_documents, num_rows, num_heads, num_kv_heads, key_width, value_width;
+    float scale;
+};
+
+struct FlashForward {
+    void *out;
+    float *log_sums;
+    HeadRows q, k, v;
+    Documents documents;
+};
+
+struct FlashBackward {
+    void *dq, *dk, *dv;
+    HeadRows d_out, q, k, v;
+    const void *out;
+    const float *log_sums, *dots;  // dots [H, N]: computed by the kernel itself
+    Documents documents;
+};
+
 struct Kernels {
     int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type, int threads);
     int (*experts_forward)(const ExpertsForward &, int type, int threads);
@@ -98,4 +125,6 @@ struct Kernels {
     void (*rope)(const Rope &, int type, int threads);
     int (*route)(const Route &, int threads);
     void (*add)(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
+    int (*flash_forward)(const FlashForward &, int type, int threads);
+    int (*flash_backward)(const FlashBackward &, int type, int threads);
 };

@@ -112,10 +112,7 @@ class HeadAttention(nn.Module):
     def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch) -> Tensor:
         q = self.rotate(self.q(x).unflatten(-1, (self.config.num_heads, -1)), rope)
         k, v = self.kv(x).unflatten(-1, (self.num_kv_heads, -1)).split([self.key_dim, self.config.v_dim], dim=-1)
-        rows = torch.cat([self.rotate(k, rope), v], dim=-1)
-        rows = rows.repeat_interleave(self.config.num_heads // self.num_kv_heads, dim=1)
-        k, v = rows.split([self.key_dim, self.config.v_dim], dim=-1)
-        out: Tensor = self.out(ops.packed_attention(q, k, v, batch.starts, self.scale).flatten(1))
+        out: Tensor = self.out(ops.packed_attention(q, self.rotate(k, rope), v, batch.starts, self.scale).flatten(1))
         return out
 
     def rotate(self, heads: Tensor, rope: RopeTables) -> Tensor:

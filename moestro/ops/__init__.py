@@ -1,14 +1,15 @@
 """The fused operations: one public function each, one signature, up to three implementations.
 
 `reference.py` is the specification in plain, obvious torch. `fused.py` computes the same with hand-written backward
-passes, no padding and little memory. `native.py` calls the compiled kernels for what they cover, where they were built.
+passes, no padding and little memory. `native.py` and `native_attention.py` call the compiled kernels for what they
+cover, where they were built.
 `MOESTRO_OPS=reference` or `MOESTRO_OPS=fused` forces one of the first two.
 """
 
 import os
 
 from moestro.errors import ConfigError
-from moestro.ops import fused, native, reference
+from moestro.ops import fused, native, native_attention, reference
 
 _wish = os.environ.get("MOESTRO_OPS")
 if _wish not in (None, "", "reference", "fused"):
@@ -19,6 +20,6 @@ _fastest = _plain if _wish else native
 grouped_experts = _fastest.grouped_experts
 linear = _fastest.linear
 linear_cross_entropy = _fastest.linear_cross_entropy
-packed_attention = _plain.packed_attention
+packed_attention = _plain.packed_attention if _wish else native_attention.packed_attention
 
 __all__ = ["grouped_experts", "linear", "linear_cross_entropy", "packed_attention"]

@@ -101,6 +101,8 @@ class _GroupedExperts(torch.autograd.Function):
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float) -> Tensor:
     """See `reference.packed_attention`."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     out: Tensor = _PackedAttention.apply(q, k, v, tuple(starts), scale)
     return out
 

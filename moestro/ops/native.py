@@ -43,6 +43,8 @@ _SIGNATURES = {
     "moestro_rms_norm": [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
     "moestro_swiglu": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_score": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
+    "moestro_flash_forward": [_POINTER] * 7 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 2,
+    "moestro_flash_backward": [_POINTER] * 11 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 2,
     "moestro_set_isa": [ctypes.c_char_p],
     "moestro_rope": [_POINTER] * 4 + [_SIZE] * 7 + [_INT] * 3,
     "moestro_route": [_POINTER] * 4 + [_SIZE] * 5 + [_FLOAT] + [_INT] * 6,

@@ -32,9 +32,11 @@ def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float) -> Tensor:
     """Causal attention inside each sequence of a packed batch.
 
-    q, k [N, H, K], v [N, H, W]; sequence s is rows starts[s]:starts[s+1] -> [N, H, W].
+    q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses key head h · G // H; sequence s is rows
+    starts[s]:starts[s+1] -> [N, H, W].
     """
-    out = []
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    out = [v.new_empty(0, *v.shape[1:])]
     for start, end in itertools.pairwise(starts):
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
