@@ -9,12 +9,20 @@ constexpr int LANES = 16;
 constexpr int64_t SHARED_VALUES = 1 << 16;  // of a call that is worth a second thread
 
 template <class T> inline void load_lanes(float *to, const T *from, int64_t count) {
+    if (count >= LANES) {
+        for (int j = 0; j < LANES; j++) to[j] = load_value(from + j);
+        return;
+    }
     for (int j = 0; j < LANES; j++) to[j] = 0;
-    for (int64_t j = 0; j < std::min<int64_t>(LANES, count); j++) to[j] = load_value(from + j);
+    for (int64_t j = 0; j < count; j++) to[j] = load_value(from + j);
 }
 
 template <class T> inline void store_lanes(T *to, const float *from, int64_t count) {
-    for (int64_t j = 0; j < std::min<int64_t>(LANES, count); j++) store_value(to + j, from[j]);
+    if (count >= LANES) {
+        for (int j = 0; j < LANES; j++) store_value(to + j, from[j]);
+        return;
+    }
+    for (int64_t j = 0; j < count; j++) store_value(to + j, from[j]);
 }
 
 inline float sum_lanes(float *v) {

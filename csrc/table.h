@@ -53,6 +53,28 @@ struct PagedAttention {
     float scale;
 };
 
+struct NormBackward {
+    void *dx, *d_weight;
+    const void *dy, *x, *weight;
+    int64_t rows, width;
+    float eps;
+};
+
+struct JoinHeads {
+    void *out;
+    const void *plain, *rotary;
+    const float *cos, *sin;
+    int64_t rows, heads, plain_width, rotary_width, plain_row, plain_head, rotary_row, rotary_head;
+};
+
+struct SplitHeads {
+    void *d_plain, *d_rotary;
+    const void *d_out;
+    const float *cos, *sin;
+    int64_t rows, heads, plain_width, rotary_width;
+    bool shared;
+};
+
 struct Kernels {
     int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type, int threads);
     int (*experts_forward)(const ExpertsForward &, int type, int threads);
@@ -65,4 +87,8 @@ struct Kernels {
     void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads);
     void (*swiglu)(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
     void (*score)(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
+    int (*rms_norm_backward)(const NormBackward &, int type, int weight_type, int threads);
+    void (*swiglu_backward)(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
+    void (*join_heads)(const JoinHeads &, int type, int threads);
+    void (*split_heads)(const SplitHeads &, int type, int threads);
 };

@@ -1,22 +1,34 @@
 """The fused operations: one public function each, one signature, up to three implementations.
 
 `reference.py` is the specification in plain, obvious torch. `fused.py` computes the same with hand-written backward
-passes, no padding and little memory. `native.py` calls the compiled kernels for what they cover, where they were built.
-`MOESTRO_OPS=reference` or `MOESTRO_OPS=fused` forces one of the first two.
+passes, no padding and little memory. `native.py` and `native_rows.py` call the compiled kernels for what they cover,
+where they were built. `MOESTRO_OPS=reference` or `MOESTRO_OPS=fused` forces one of the first two; operations that
+`fused.py` lacks are then the reference.
 """
 
 import os
 
 from moestro.errors import ConfigError
-from moestro.ops import fused, native, reference
+from moestro.ops import fused, native, native_rows, reference
 
 _wish = os.environ.get("MOESTRO_OPS")
 if _wish not in (None, "", "reference", "fused"):
     raise ConfigError(f"MOESTRO_OPS={_wish} is neither reference nor fused")
 _chosen = reference if _wish == "reference" else fused
+_rows = reference if _wish in ("reference", "fused") else native_rows
 
 grouped_experts = _chosen.grouped_experts if _wish in ("reference", "fused") else native.grouped_experts
 packed_attention = _chosen.packed_attention
 linear_cross_entropy = _chosen.linear_cross_entropy
+rms_norm = _rows.rms_norm
+swiglu = _rows.swiglu
+join_heads = _rows.join_heads
 
-__all__ = ["grouped_experts", "linear_cross_entropy", "packed_attention"]
+__all__ = [
+    "grouped_experts",
+    "join_heads",
+    "linear_cross_entropy",
+    "packed_attention",
+    "rms_norm",
+    "swiglu",
+]

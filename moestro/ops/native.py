@@ -37,6 +37,10 @@ _SIGNATURES = {
     "moestro_rms_norm": [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
     "moestro_swiglu": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_score": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
+    "moestro_rms_norm_backward": [_POINTER] * 5 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
+    "moestro_swiglu_backward": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
+    "moestro_join_heads": [_POINTER] * 5 + [_SIZE] * 8 + [_INT] * 2,
+    "moestro_split_heads": [_POINTER] * 5 + [_SIZE] * 4 + [_INT] * 3,
     "moestro_set_isa": [ctypes.c_char_p],
 }
 
