@@ -153,6 +153,34 @@ template <class T> int check_rope(int64_t rows, int64_t groups, int64_t width) {
     return bad;
 }
 
+template <class T> int check_training_rows(int64_t rows, int64_t width) {
+    const auto x = random_vector<T>(rows * width), dy = random_vector<T>(rows * width), both = random_vector<T>(rows * 2 * width);
+    const auto weight = random_vector<float>(width);
+    std::vector<T> dx(x.size()), d_both(both.size());
+    std::vector<float> d_weight(width);
+    int bad = moestro_rms_norm_backward(dx.data(), d_weight.data(), dy.data(), x.data(), weight.data(), rows, width, 1e-6f, TYPE<T>, MOESTRO_FLOAT32, 2);
+    return bad | moestro_swiglu_backward(d_both.data(), dy.data(), both.data(), rows, width, TYPE<T>, 2);
+}
+
+template <class T> int check_heads(int64_t rows, int64_t heads, int64_t plain, int64_t rotary, bool shared) {
+    const int64_t head = plain + 3, row = heads * head, turned = shared ? rotary : heads * rotary;
+    const auto from = random_vector<T>(rows ? rows * row - 3 : 0), other = random_vector<T>(rows * turned), d_out = random_vector<T>(rows * heads * (plain + rotary));
+    const auto cos = random_vector<float>(rows * (rotary / 2)), sin = random_vector<float>(rows * (rotary / 2));
+    std::vector<T> out(d_out.size()), d_plain(rows * heads * plain), d_rotary(other.size());
+    int bad = moestro_join_heads(out.data(), from.data(), other.data(), cos.data(), sin.data(), rows, heads, plain, rotary, row, head, turned, shared ? 0 : rotary, TYPE<T>, 2);
+    return bad | moestro_split_heads(d_plain.data(), d_rotary.data(), d_out.data(), cos.data(), sin.data(), rows, heads, plain, rotary, shared, TYPE<T>, 2);
+}
+
+template <class T> int check_training() {
+    int bad = check_training_rows<T>(4, 0) | check_training_rows<T>(2000, 64) | check_training_rows<T>(17, 4099);
+    for (int64_t width : {1, 16, 37}) bad |= check_training_rows<T>(0, width) | check_training_rows<T>(3, width);
+    for (const bool shared : {false, true}) {
+        bad |= check_heads<T>(0, 2, 3, 4, shared) | check_heads<T>(1, 1, 1, 2, shared) | check_heads<T>(5, 3, 7, 0, shared) | check_heads<T>(5, 3, 0, 6, shared);
+        bad |= check_heads<T>(900, 4, 33, 130, shared);
+    }
+    return bad;
+}
+
 inline int check_route(int64_t rows, int64_t num_experts, int64_t groups, int64_t kept, int64_t top_k, int function) {
     const auto logits = random_vector<float>(rows * num_experts), bias = random_vector<float>(num_experts);
     std::vector<int64_t> ids(rows * top_k);
@@ -260,7 +288,8 @@ int main() {
     for (const char *isa : {"avx2", "avx512", "avx512bf16"}) {
         if (moestro_set_isa(isa)) continue;
         paths++;
-        if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>() | check_documents<float>() | check_documents<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
+        if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
+        if (check_documents<float>() | check_documents<uint16_t>() | check_training<float>() | check_training<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
     }
     std::printf("%d paths\n", paths);
     return 0;

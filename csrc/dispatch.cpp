@@ -92,6 +92,9 @@ bool fits(int64_t a, int64_t b, int64_t c) { return fits(a, b) && fits(a * b, c)
 // A packed matrix is padded to whole panels and blocks of 64.
 bool fits_packed(int64_t groups, int64_t m, int64_t k) { return m >= 0 && k >= 0 && m <= LARGEST && k <= LARGEST && fits(groups, m + 63, k + 63); }
 
+// A rotated part is made of pairs.
+bool fits_heads(int64_t rows, int64_t heads, int64_t plain, int64_t rotary) { return plain >= 0 && rotary >= 0 && rotary % 2 == 0 && plain <= LARGEST && rotary <= LARGEST && fits(rows, heads, plain + rotary); }
+
 int check_attention(const PagedAttention &a, int64_t num_rows, int64_t num_pages) {
     if (!fits(num_rows, a.num_heads, a.key_width) || !fits(num_rows, a.num_heads, a.value_width + 63) || !fits(num_pages, 64, a.page_width) || !fits(a.num_sequences, a.max_pages) || !fits(a.max_pages, 64)) return MOESTRO_BAD_SIZE;
     if (a.groups < 1 || a.num_heads < 1 || a.num_heads % a.groups || a.page_width % a.groups) return MOESTRO_BAD_SIZE;
@@ -331,6 +334,45 @@ int moestro_flash_backward(void *dq, void *dk, void *dv, const void *d_out, cons
     if (num_rows == 0) return MOESTRO_OK;
     const std::lock_guard<std::mutex> lock(running);
     return chosen->kernels->flash_backward({dq, dk, dv, {d_out, strides[6], strides[7]}, {q, strides[0], strides[1]}, {k, strides[2], strides[3]}, {v, strides[4], strides[5]}, out, log_sums, nullptr, documents}, type, threads);
+}
+
+int moestro_rms_norm_backward(void *dx, void *d_weight, const void *dy, const void *x, const void *weight, int64_t rows,
+                              int64_t width, float eps, int type, int weight_type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type) || !known(weight_type)) return MOESTRO_BAD_TYPE;
+    if (!fits(rows, width) || !fits(width, 64) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    const std::lock_guard<std::mutex> lock(running);
+    return chosen->kernels->rms_norm_backward({dx, d_weight, dy, x, weight, rows, width, eps}, type, weight_type, threads);
+}
+
+int moestro_swiglu_backward(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type,
+                            int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (!fits(rows, width, 2) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->swiglu_backward(d_gate_up, dy, gate_up, rows, width, type, threads);
+    return MOESTRO_OK;
+}
+
+int moestro_join_heads(void *out, const void *plain, const void *rotary, const float *cos, const float *sin, int64_t rows,
+                       int64_t heads, int64_t plain_width, int64_t rotary_width, int64_t plain_row, int64_t plain_head,
+                       int64_t rotary_row, int64_t rotary_head, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (!fits_heads(rows, heads, plain_width, rotary_width) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    if (plain_row < 0 || plain_head < 0 || rotary_row < 0 || rotary_head < 0) return MOESTRO_BAD_SIZE;
+    if (!fits(rows, plain_row) || !fits(heads, plain_head) || !fits(rows, rotary_row) || !fits(heads, rotary_head)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->join_heads({out, plain, rotary, cos, sin, rows, heads, plain_width, rotary_width, plain_row, plain_head, rotary_row, rotary_head}, type, threads);
+    return MOESTRO_OK;
+}
+
+int moestro_split_heads(void *d_plain, void *d_rotary, const void *d_out, const float *cos, const float *sin, int64_t rows,
+                        int64_t heads, int64_t plain_width, int64_t rotary_width, int shared, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (!fits_heads(rows, heads, plain_width, rotary_width) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->split_heads({d_plain, d_rotary, d_out, cos, sin, rows, heads, plain_width, rotary_width, shared != 0}, type, threads);
+    return MOESTRO_OK;
 }
 
 }  // extern "C"

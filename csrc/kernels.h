@@ -8,6 +8,7 @@
 #include "rows.h"
 #include "serve_rows.h"
 #include "table.h"
+#include "train_rows.h"
 
 // What dispatch.cpp calls, one set of these per instruction set.
 
@@ -88,4 +89,15 @@ extern const Kernels KERNELS = {
     [](const FlashBackward &p, int type, int threads) {
         return type == MOESTRO_FLOAT32 ? flash_backward<float>(p, threads) : flash_backward<uint16_t>(p, threads);
     },
+    [](const NormBackward &p, int type, int weight_type, int threads) {
+        const bool wide = weight_type == MOESTRO_FLOAT32;
+        if (type == MOESTRO_FLOAT32) return wide ? rms_norm_backward<float, float>(p, threads) : rms_norm_backward<float, uint16_t>(p, threads);
+        return wide ? rms_norm_backward<uint16_t, float>(p, threads) : rms_norm_backward<uint16_t, uint16_t>(p, threads);
+    },
+    [](void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type, int threads) {
+        if (type == MOESTRO_FLOAT32) return swiglu_gradient(static_cast<float *>(d_gate_up), static_cast<const float *>(dy), static_cast<const float *>(gate_up), rows, width, threads);
+        swiglu_gradient(static_cast<uint16_t *>(d_gate_up), static_cast<const uint16_t *>(dy), static_cast<const uint16_t *>(gate_up), rows, width, threads);
+    },
+    [](const JoinHeads &p, int type, int threads) { type == MOESTRO_FLOAT32 ? join_heads<float>(p, threads) : join_heads<uint16_t>(p, threads); },
+    [](const SplitHeads &p, int type, int threads) { type == MOESTRO_FLOAT32 ? split_heads<float>(p, threads) : split_heads<uint16_t>(p, threads); },
 };

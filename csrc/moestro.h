@@ -127,6 +127,25 @@ int moestro_flash_backward(void *dq, void *dk, void *dv, const void *d_out, cons
                            const void *out, const float *log_sums, const int64_t *starts, const int64_t *strides,
                            int64_t num_documents, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads,
                            int64_t key_width, int64_t value_width, float scale, int type, int threads);
+// What follows is for training again.
+
+// Gradients of moestro_rms_norm: dx, dy, x [rows, width]; d_weight, weight [width] of weight_type. d_weight is summed over
+// blocks of rows, then over the blocks, whatever the threads.
+int moestro_rms_norm_backward(void *dx, void *d_weight, const void *dy, const void *x, const void *weight, int64_t rows,
+                              int64_t width, float eps, int type, int weight_type, int threads);
+// Gradient of moestro_swiglu: d_gate_up, gate_up [rows, 2 · width], dy [rows, width].
+int moestro_swiglu_backward(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type,
+                            int threads);
+
+// out [rows, heads, P + R]: P values of plain, then R of rotary, whose pairs (0, 1), (2, 3), … are turned by the row's angles;
+// cos, sin [rows, R / 2]. Value j of row n and head h is plain[n · plain_row + h · plain_head + j], and so for rotary;
+// rotary_head = 0 lets all heads share it.
+int moestro_join_heads(void *out, const void *plain, const void *rotary, const float *cos, const float *sin, int64_t rows,
+                       int64_t heads, int64_t plain_width, int64_t rotary_width, int64_t plain_row, int64_t plain_head,
+                       int64_t rotary_row, int64_t rotary_head, int type, int threads);
+// Its gradients: d_out [rows, heads, P + R]; d_plain [rows, heads, P], d_rotary [rows, heads, R] or, shared, [rows, R].
+int moestro_split_heads(void *d_plain, void *d_rotary, const void *d_out, const float *cos, const float *sin, int64_t rows,
+                        int64_t heads, int64_t plain_width, int64_t rotary_width, int shared, int type, int threads);
 
 #ifdef __cplusplus
 }

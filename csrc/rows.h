@@ -9,12 +9,20 @@ constexpr int LANES = 16;
 constexpr int64_t SHARED_VALUES = 1 << 16;  // of a call that is worth a second thread
 
 template <class T> inline void load_lanes(float *to, const T *from, int64_t count) {
+    if (count >= LANES) {
+        for (int j = 0; j < LANES; j++) to[j] = load_value(from + j);
+        return;
+    }
     for (int j = 0; j < LANES; j++) to[j] = 0;
-    for (int64_t j = 0; j < std::min<int64_t>(LANES, count); j++) to[j] = load_value(from + j);
+    for (int64_t j = 0; j < count; j++) to[j] = load_value(from + j);
 }
 
 template <class T> inline void store_lanes(T *to, const float *from, int64_t count) {
-    for (int64_t j = 0; j < std::min<int64_t>(LANES, count); j++) store_value(to + j, from[j]);
+    if (count >= LANES) {
+        for (int j = 0; j < LANES; j++) store_value(to + j, from[j]);
+        return;
+    }
+    for (int64_t j = 0; j < count; j++) store_value(to + j, from[j]);
 }
 
 inline float sum_lanes(float *v) {
@@ -98,6 +106,23 @@ inline void score(float *out, const float *logits, int64_t rows, int64_t width, 
             store_lanes(to + j, v, width - j);
         }
     });
+}
+
+// Pairs (x0, x1), (x2, x3), … of one vector, LANES values at a time; every pair is rounded in the same way.
+template <class T, class From> void rotate_vector(T *out, const From *x, const float *cos, const float *sin, int64_t width, float sign) {
+    constexpr int HALF = LANES / 2;
+    for (int64_t j = 0; j < width; j += LANES) {
+        float v[LANES], c[LANES], s[LANES];
+        load_lanes(v, x + j, width - j);
+        load_lanes(c, cos + j / 2, std::min<int64_t>(HALF, (width - j) / 2));
+        load_lanes(s, sin + j / 2, std::min<int64_t>(HALF, (width - j) / 2));
+        for (int l = 0; l < HALF; l++) {
+            const float even = v[2 * l], odd = v[2 * l + 1], turn = sign * s[l];
+            v[2 * l] = std::fma(even, c[l], -(odd * turn));
+            v[2 * l + 1] = std::fma(odd, c[l], even * turn);
+        }
+        store_lanes(out + j, v, width - j);
+    }
 }
 
 }  // namespace

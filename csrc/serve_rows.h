@@ -7,23 +7,6 @@ namespace {
 
 thread_local Scratch route_row;
 
-// Pairs (x0, x1), (x2, x3), … of one vector, LANES values at a time; every pair is rounded in the same way.
-template <class T> void rotate_vector(T *out, const T *x, const float *cos, const float *sin, int64_t width, float sign) {
-    constexpr int HALF = LANES / 2;
-    for (int64_t j = 0; j < width; j += LANES) {
-        float v[LANES], c[LANES], s[LANES];
-        load_lanes(v, x + j, width - j);
-        load_lanes(c, cos + j / 2, std::min<int64_t>(HALF, (width - j) / 2));
-        load_lanes(s, sin + j / 2, std::min<int64_t>(HALF, (width - j) / 2));
-        for (int l = 0; l < HALF; l++) {
-            const float even = v[2 * l], odd = v[2 * l + 1], turn = sign * s[l];
-            v[2 * l] = std::fma(even, c[l], -(odd * turn));
-            v[2 * l + 1] = std::fma(odd, c[l], even * turn);
-        }
-        store_lanes(out + j, v, width - j);
-    }
-}
-
 template <class T> void rope(const Rope &a, int threads) {
     T *out = static_cast<T *>(a.out);
     const T *x = static_cast<const T *>(a.x);

@@ -108,6 +108,28 @@ struct FlashBackward {
     Documents documents;
 };
 
+struct NormBackward {
+    void *dx, *d_weight;
+    const void *dy, *x, *weight;
+    int64_t rows, width;
+    float eps;
+};
+
+struct JoinHeads {
+    void *out;
+    const void *plain, *rotary;
+    const float *cos, *sin;
+    int64_t rows, heads, plain_width, rotary_width, plain_row, plain_head, rotary_row, rotary_head;
+};
+
+struct SplitHeads {
+    void *d_plain, *d_rotary;
+    const void *d_out;
+    const float *cos, *sin;
+    int64_t rows, heads, plain_width, rotary_width;
+    bool shared;
+};
+
 struct Kernels {
     int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type, int threads);
     int (*experts_forward)(const ExpertsForward &, int type, int threads);
@@ -127,4 +149,8 @@ struct Kernels {
     void (*add)(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
     int (*flash_forward)(const FlashForward &, int type, int threads);
     int (*flash_backward)(const FlashBackward &, int type, int threads);
+    int (*rms_norm_backward)(const NormBackward &, int type, int weight_type, int threads);
+    void (*swiglu_backward)(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
+    void (*join_heads)(const JoinHeads &, int type, int threads);
+    void (*split_heads)(const SplitHeads &, int type, int threads);
 };

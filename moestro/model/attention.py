@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moestro import ops
 from moestro.config import ModelConfig
 from moestro.model.layers import Linear, RMSNorm
-from moestro.model.rope import apply_rope, softmax_scale
+from moestro.model.rope import softmax_scale
 
 RopeTables = tuple[Tensor, Tensor]
 
@@ -81,19 +81,17 @@ class LatentAttention(nn.Module):
         q = self.q_up(self.q_norm(self.q_down(x))) if config.q_lora_rank else self.q(x)
         q_nope, q_rope = q.unflatten(-1, (config.num_heads, -1)).split([config.nope_dim, config.rope_dim], dim=-1)
         latent, k_rope = self.kv_down(x).split([config.kv_lora_rank, config.rope_dim], dim=-1)
-        k, v = self.expand(self.kv_norm(latent), apply_rope(k_rope, rope))
-        q = torch.cat([q_nope, apply_rope(q_rope, rope)], dim=-1)
+        k_nope, v = self.expand(self.kv_norm(latent))
+        q, k = ops.join_heads(q_nope, q_rope, rope), ops.join_heads(k_nope, k_rope, rope)
         mixed = ops.packed_attention(q, k, v, batch.starts, self.scale)
         out: Tensor = self.out(mixed.flatten(1))
         return out
 
-    def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """latent [S, C], k_rope [S, R] -> keys [S, H, nope + R], values [S, H, V]."""
-        config = self.config
-        k_nope, v = (
-            self.kv_up(latent).unflatten(-1, (config.num_heads, -1)).split([config.nope_dim, config.v_dim], dim=-1)
-        )
-        return torch.cat([k_nope, k_rope[:, None].expand(-1, config.num_heads, -1)], dim=-1), v
+    def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """latent [S, C] -> keys without their rotated part [S, H, nope], values [S, H, V]."""
+        heads = self.kv_up(latent).unflatten(-1, (self.config.num_heads, -1))
+        k_nope, v = heads.split([self.config.nope_dim, self.config.v_dim], dim=-1)
+        return k_nope, v
 
 
 class HeadAttention(nn.Module):
@@ -117,5 +115,5 @@ class HeadAttention(nn.Module):
 
     def rotate(self, heads: Tensor, rope: RopeTables) -> Tensor:
         """Rotate the last `rope_dim` values of heads [N, H, nope + R]."""
-        nope, rotated = heads.split([self.config.nope_dim, self.config.rope_dim], dim=-1)
-        return torch.cat([nope, apply_rope(rotated, rope)], dim=-1)
+        nope, rotary = heads.split([self.config.nope_dim, self.config.rope_dim], dim=-1)
+        return ops.join_heads(nope, rotary, rope)

@@ -4,7 +4,6 @@ activations decide the precision of the arithmetic, by explicit casts and never 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moestro import ops
@@ -30,7 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -42,6 +41,5 @@ class MLP(nn.Module):
         self.down = Linear(inner_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(ops.swiglu(self.gate_up(x)))
         return out

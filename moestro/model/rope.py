@@ -54,10 +54,3 @@ def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]
     elif rope.factor > 1:
         magnitude = yarn_mscale(rope.factor, 1.0)
     return angles.cos() * magnitude, angles.sin() * magnitude
-
-
-def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x [N, ..., R] by its row's angles: pairs (x0, x1), (x2, x3), … stay where they are."""
-    cos, sin = (t.to(x.dtype).view(len(x), *[1] * (x.dim() - 2), -1) for t in tables)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)

@@ -1,25 +1,37 @@
 """The fused operations: one public function each, one signature, up to three implementations.
 
 `reference.py` is the specification in plain, obvious torch. `fused.py` computes the same with hand-written backward
-passes, no padding and little memory. `native.py` and `native_attention.py` call the compiled kernels for what they
-cover, where they were built.
-`MOESTRO_OPS=reference` or `MOESTRO_OPS=fused` forces one of the first two.
+passes, no padding and little memory. `native.py`, `native_attention.py` and `native_rows.py` call the compiled kernels
+for what they cover, where they were built. `MOESTRO_OPS=reference` or `MOESTRO_OPS=fused` forces one of the first two;
+operations that `fused.py` lacks are then the reference.
 """
 
 import os
 
 from moestro.errors import ConfigError
-from moestro.ops import fused, native, native_attention, reference
+from moestro.ops import fused, native, native_attention, native_rows, reference
 
 _wish = os.environ.get("MOESTRO_OPS")
 if _wish not in (None, "", "reference", "fused"):
     raise ConfigError(f"MOESTRO_OPS={_wish} is neither reference nor fused")
 _plain = reference if _wish == "reference" else fused
 _fastest = _plain if _wish else native
+_rows = reference if _wish else native_rows
 
 grouped_experts = _fastest.grouped_experts
 linear = _fastest.linear
 linear_cross_entropy = _fastest.linear_cross_entropy
 packed_attention = _plain.packed_attention if _wish else native_attention.packed_attention
+rms_norm = _rows.rms_norm
+swiglu = _rows.swiglu
+join_heads = _rows.join_heads
 
-__all__ = ["grouped_experts", "linear", "linear_cross_entropy", "packed_attention"]
+__all__ = [
+    "grouped_experts",
+    "join_heads",
+    "linear",
+    "linear_cross_entropy",
+    "packed_attention",
+    "rms_norm",
+    "swiglu",
+]

@@ -60,3 +60,33 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K], weight [M, K] -> x Wᵀ [..., M]."""
     return F.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last axis: x [..., D], weight [D] -> [..., D] in the precision of x."""
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up: gate_up [..., 2F], gates first -> [..., F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def join_heads(plain: Tensor, rotary: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads of a plain part and one rotated by its row's angles.
+
+    plain [N, H, P], rotary [N, H, R] or [N, R] for all heads, tables (cos, sin) [N, R/2] -> [N, H, P + R].
+    """
+    turned = rotate(rotary, tables)
+    if turned.dim() == 2:
+        turned = turned[:, None].expand(-1, plain.shape[1], -1)
+    return torch.cat([plain, turned], dim=-1)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x [N, ..., R] by its row's angles, at least in fp32: pairs (x0, x1), (x2, x3), … stay where they are."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = (t.to(wide.dtype).view(len(x), *[1] * (x.dim() - 2), x.shape[-1] // 2) for t in tables)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
