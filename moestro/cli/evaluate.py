@@ -55,7 +55,7 @@ def evaluate(
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
     language_model = load(model, dtype, weights=weights)
-    seq_len = min(seq_len, language_model.model.config.max_seq_len)
+    seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(
             language_model,
