@@ -28,7 +28,7 @@ def evaluate(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
+        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
     data
         What to evaluate on: like train --data. Without it, the documents that the run held out.
     split

@@ -29,7 +29,7 @@ def generate(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
+        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
     prompt
         The beginning of a text; "-" reads it from standard input.
     max_tokens

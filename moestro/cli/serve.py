@@ -35,7 +35,7 @@ def serve(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face directory of the family.
+        A run, a checkpoint, a Hugging Face directory of the family, or packed weights.
     host
         The address to listen on; one that others can reach needs a key.
     port

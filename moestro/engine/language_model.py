@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Engine, Event
-from moestro.engine.packed_directory import PackedFiles, dtype_name, is_packed, refuse_existing, write_packed
+from moestro.engine.packed_directory import PackedFiles, claim, dtype_name, is_packed, write_packed
 from moestro.engine.packing import Source, choose_kind
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
@@ -149,7 +149,7 @@ def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
 
 def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> Runtime:
     """Pack a run, a checkpoint or a Hugging Face directory into `out`; see `packed_directory.write_packed`."""
-    refuse_existing(out)
+    claim(out)
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")

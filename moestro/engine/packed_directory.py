@@ -94,11 +94,11 @@ def write_packed(out: Path, source: Path, tensors: Mapping[str, Tensor], kind: s
     `out` is there when everything is on disk, and not before. ConfigError if something is there already,
     CheckpointError if the disk is full.
     """
-    refuse_existing(out)
+    claim(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     info = {"format": FORMAT, "version": VERSION, "weights": kind, "dtype": dtype_name(dtype)}
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
@@ -112,10 +112,11 @@ def write_packed(out: Path, source: Path, tensors: Mapping[str, Tensor], kind: s
         shutil.rmtree(partial, ignore_errors=True)  # not there any more where all went well
 
 
-def refuse_existing(out: Path) -> None:
-    """ConfigError if there is something in the place where a directory is to be written."""
+def claim(out: Path) -> None:
+    """Make the folder that a directory is to be written in; ConfigError if there is something in its place."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists; choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from moestro.model.hf import Slot, duplicate_names, fused_slots, hf_to_config, t
 from moestro.model.transformer import Transformer
 
 SHARD_BYTES = 5_000_000_000  # the Hugging Face default
-REMAP_BYTES = 1 << 28
+REMAP_BYTES = 1 << 26
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what users may choose
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
 LARGE = 1 << 21  # bytes
-CHUNK = 1 << 20  # elements quantised at a time: what packing needs beside the weight and its packed copy
+CHUNK = 1 << 18  # elements quantised at a time: what packing needs beside the weight and its packed copy
 
 
 @dataclass(frozen=True)
