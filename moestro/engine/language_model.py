@@ -149,11 +149,12 @@ def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
 
 def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> Runtime:
     """Pack a run, a checkpoint or a Hugging Face directory into `out`; see `packed_directory.write_packed`."""
-    claim(out)
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
-    runtime = Runtime(source, weights)
+    kind = choose_kind(source, weights)
+    claim(out)
+    runtime = Runtime(source, kind)
     write_packed(out, source.directory, runtime.tensors, runtime.kind, runtime.dtype)
     return runtime
 

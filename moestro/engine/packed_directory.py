@@ -55,7 +55,7 @@ class PackedFiles:
         for name, size in info["files"].items():
             path = directory / name
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing: pack the model again")
+                raise CheckpointError(f"{path} is missing: pack the original again")
             if path.stat().st_size != size:
                 raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: it is damaged")
             with open_tensors(path) as file:
@@ -79,8 +79,8 @@ def read_info(directory: Path) -> dict[str, Any]:
     path = directory / INFO_NAME
     info = read_json(path)
     if info.get("format") != FORMAT or info.get("version") != VERSION:
-        found = f"{info.get('format')!r} version {info.get('version')!r}"
-        raise CheckpointError(f"{path} says {found}; read is {FORMAT} version {VERSION}: pack the model again")
+        found = f"{info.get('format')} version {info.get('version')}"
+        raise CheckpointError(f"{path} is {found}, and this reads {FORMAT} version {VERSION}: pack the original again")
     files = info.get("files")
     is_list = isinstance(files, dict) and all(isinstance(size, int) and Path(n).name == n for n, size in files.items())
     if info.get("weights") not in LAYOUTS or info.get("dtype") not in DTYPES or not files or not is_list:
