@@ -41,7 +41,7 @@ class Peaks:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         self.before = self.most = read_memory()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
