@@ -38,7 +38,7 @@ def serve_ours(directory: str, weights: str) -> None:
     from moestro.engine.language_model import load
     from moestro.engine.sequence import Request, SamplingParams
 
-    engine = Engine(load(directory, weights=weights, release=True), memory_bytes=2**30, draft_tokens=0)
+    engine = Engine(load(directory, weights=weights), memory_bytes=2**30, draft_tokens=0)
     vocabulary = engine.runtime.config.vocab_size
     answer({"routed_bytes": engine.runtime.routed_bytes, "other_bytes": engine.runtime.other_bytes})
     for line in sys.stdin:
@@ -153,7 +153,7 @@ def measure_speculation(directory: Path, rounds: int, count: int) -> None:
                 seconds += time.perf_counter() - start
                 tokens += len(completion.ids)
             speeds[k].append(tokens / seconds)
-    config = language_model.model.config
+    config = language_model.config
     plain = statistics.median(speeds[0])
     runtime = engines[0].runtime
     print(f"{len(prompts)} prompts of real text, {count} tokens each, greedy, one stream")

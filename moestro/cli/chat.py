@@ -24,7 +24,7 @@ def chat(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
+        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
     system
         A first message that says how to behave.
     max_tokens
@@ -45,7 +45,7 @@ def chat(
 
     beginning = [{"role": "system", "content": system}] if system else []
     conversation = Conversation(
-        load(model, dtype, weights=weights, release=True), max_tokens, temperature, top_p, seed, list(beginning)
+        load(model, dtype, weights=weights), max_tokens, temperature, top_p, seed, list(beginning)
     )
     if sys.stdin.isatty():
         print_note("An empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.")

@@ -28,7 +28,7 @@ def evaluate(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
+        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
     data
         What to evaluate on: like train --data. Without it, the documents that the run held out.
     split
@@ -55,7 +55,7 @@ def evaluate(
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
     language_model = load(model, dtype, weights=weights)
-    seq_len = min(seq_len, language_model.model.config.max_seq_len)
+    seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(
             language_model,

@@ -29,7 +29,7 @@ def generate(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
+        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
     prompt
         The beginning of a text; "-" reads it from standard input.
     max_tokens
@@ -51,7 +51,7 @@ def generate(
 
     if prompt == "-":
         prompt = read_input(sys.stdin.read)
-    language_model = load(model, dtype, weights=weights, release=True)
+    language_model = load(model, dtype, weights=weights)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     seconds = time.perf_counter() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -19,7 +19,7 @@ def inspect(
     Parameters
     ----------
     model
-        A preset's name, a run, a checkpoint or a Hugging Face directory.
+        A preset's name, a run, a checkpoint, a Hugging Face directory, or packed weights.
     overrides
         Settings as model.key=value.
     json_output
@@ -27,7 +27,7 @@ def inspect(
     """
     from moestro.model.size import describe_size
 
-    description = describe_size(read_model_config(model, overrides))
+    description = describe_size(read_model_config(model, overrides)) | describe_packing(model)
     if json_output:
         print_json({"name": model, **description})
         return
@@ -54,7 +54,20 @@ def inspect(
             f"{description['training_flops_per_token'] / 1e9:,.3f} G to train (4096 tokens or the model's length)",
         ),
     ]
+    if "packed" in description:
+        packed = description["packed"]
+        rows.append(("packed", f"{packed['weights']} for {packed['dtype']}, {packed['bytes'] / 1e9:,.2f} GB"))
     print_rows([("model", model), *rows])
+
+
+def describe_packing(model: str) -> dict[str, Any]:
+    """{"packed": {"weights", "dtype", "bytes"}} of a directory of packed weights, nothing of others."""
+    from moestro.engine.packed_directory import is_packed, read_info
+
+    if model in preset_names() or not is_packed(Path(model)):
+        return {}
+    info = read_info(Path(model))
+    return {"packed": {"weights": info["weights"], "dtype": info["dtype"], "bytes": sum(info["files"].values())}}
 
 
 def read_model_config(model: str, overrides: tuple[str, ...]) -> ModelConfig:

@@ -35,7 +35,7 @@ def serve(
     Parameters
     ----------
     model
-        A run, a checkpoint or a Hugging Face directory of the family.
+        A run, a checkpoint, a Hugging Face directory of the family, or packed weights.
     host
         The address to listen on; one that others can reach needs a key.
     port
@@ -72,7 +72,7 @@ def serve(
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     with bind(host, port) as listener:
-        language_model = load(model, dtype, weights=weights, release=True)
+        language_model = load(model, dtype, weights=weights)
         service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 

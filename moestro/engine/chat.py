@@ -29,7 +29,7 @@ class Conversation:
         asked, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
         ids = model.stream_ids(
             prompt,
-            max_tokens=min(self.max_tokens, max(model.model.config.max_seq_len - len(prompt), 1)),
+            max_tokens=min(self.max_tokens, max(model.config.max_seq_len - len(prompt), 1)),
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed + len(self.messages),
@@ -45,7 +45,7 @@ class Conversation:
 
         A system message stays. What is said last is never left out, even if there is no room for a reply.
         """
-        limit = self.language_model.model.config.max_seq_len - self.max_tokens
+        limit = self.language_model.config.max_seq_len - self.max_tokens
         prompt = encode_chat(messages, self.language_model.tokenizer)
         while len(prompt) > limit and sum(message["role"] == "user" for message in messages) > 1:
             first = next(i for i, message in enumerate(messages) if message["role"] == "user")

@@ -1,7 +1,7 @@
 """A model with its tokenizer, loaded from a directory and ready to write text.
 
-`load` takes a run, a checkpoint of one, or any Hugging Face `deepseek_v3` or `deepseek_v2` directory. Text is
-written by an engine, the same that serves many requests.
+`load` takes a run, a checkpoint of one, any Hugging Face `deepseek_v3` or `deepseek_v2` directory, or packed weights.
+Text is written by an engine, the same that serves many requests.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pathlib import Path
 
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Engine, Event
+from moestro.engine.packed_directory import PackedFiles, claim, dtype_name, is_packed, write_packed
+from moestro.engine.packing import Source, choose_kind
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.transformer import Transformer
-from moestro.model.weights import DTYPES, load_model, read_json
+from moestro.model.weights import DTYPES, ModelFiles, read_json, read_model
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,31 @@ class Generation:
 class LanguageModel:
     """Model, tokenizer, and the ids that end a text.
 
-    `weights` is how matrices are packed for serving (`runtime.KINDS`; None: as they are computed with). With `release`
-    only the packed ones are kept: then `model` can no longer compute, and memory holds the weights once.
+    `source` is a model, or a directory's files, of which `runtime` and `model` each read what they need when they are
+    first asked for. `weights` is how matrices are packed for serving (None: as they are computed with).
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        stop_ids: frozenset[int],
-        *,
-        weights: str | None = None,
-        release: bool = False,
+        self, source: Source, tokenizer: Tokenizer, stop_ids: frozenset[int], *, weights: str | None = None
     ) -> None:
-        self.model = model.eval()
+        self.source, self.config = source, source.config
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
-        self.weights = weights
-        self.release = release
+        self.weights = choose_kind(source, weights) if weights or isinstance(source, PackedFiles) else None
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The whole model, which can be trained, taken apart and evaluated; CheckpointError if only packed is left."""
+        if isinstance(self.source, PackedFiles):
+            raise CheckpointError(f"{self.source.directory} holds weights packed for serving: this needs the original")
+        if isinstance(self.source, ModelFiles):
+            return read_model(self.source)
+        return self.source.eval()
 
     @cached_property
     def runtime(self) -> Runtime:
-        """The model packed for serving, made when it is first asked for."""
-        return Runtime(self.model, self.weights, release=self.release)
+        """The model packed for serving."""
+        return Runtime(self.source, self.weights)
 
     @cached_property
     def engine(self) -> Engine:
@@ -120,17 +124,39 @@ def find_model_directory(path: Path) -> Path:
     raise CheckpointError(f"{path} is neither a run with a checkpoint nor a model directory (no config.json)")
 
 
-def load(path: str | Path, dtype: str = "auto", *, weights: str | None = None, release: bool = False) -> LanguageModel:
-    """Load a run, a checkpoint or a Hugging Face directory; `dtype` is auto (as stored), fp32 or bf16.
+def load(path: str | Path, dtype: str = "auto", *, weights: str | None = None) -> LanguageModel:
+    """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
-    `weights` and `release`: see `LanguageModel`.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`: see `LanguageModel`.
     """
+    source = open_source(Path(path), dtype)
+    tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
+    return LanguageModel(source, tokenizer, _stop_ids(source.directory, tokenizer), weights=weights)
+
+
+def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
+    """The files that a path means; ConfigError where packed weights are for other activations than `dtype`."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype must be auto, fp32 or bf16, not '{dtype}'")
-    directory = find_model_directory(Path(path))
-    model = load_model(directory, DTYPES.get(dtype))
-    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    return LanguageModel(model, tokenizer, _stop_ids(directory, tokenizer), weights=weights, release=release)
+    directory = find_model_directory(path)
+    if not is_packed(directory):
+        return ModelFiles(directory, DTYPES.get(dtype))
+    files = PackedFiles(directory)
+    if dtype not in ("auto", dtype_name(files.dtype)):
+        raise ConfigError(f"{directory} is packed for {dtype_name(files.dtype)}, not {dtype}: pack the original again")
+    return files
+
+
+def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> Runtime:
+    """Pack a run, a checkpoint or a Hugging Face directory into `out`; see `packed_directory.write_packed`."""
+    source = open_source(path, dtype)
+    if isinstance(source, PackedFiles):
+        raise ConfigError(f"{source.directory} is packed already: pack the original")
+    kind = choose_kind(source, weights)
+    claim(out)
+    runtime = Runtime(source, kind)
+    write_packed(out, source.directory, runtime.tensors, runtime.kind, runtime.dtype)
+    return runtime
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -13,25 +13,23 @@ more in prefill is a few percent until thousands of tokens (docs/serving.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.config import ModelConfig
+from moestro.engine.packing import Packer, Source
 from moestro.engine.paged_cache import PagedCache, StepInput
-from moestro.errors import ConfigError
 from moestro.model.attention import HeadAttention, LatentAttention
 from moestro.model.experts import MoE
-from moestro.model.layers import MLP, RMSNorm
-from moestro.model.transformer import Block, MTPModule, Transformer
-from moestro.ops.packed import PackedExperts, PackedHeads, PackedLinear
+from moestro.model.layers import RMSNorm
+from moestro.model.transformer import Block, MTPModule
+from moestro.ops.packed import PackedExperts
 from moestro.ops.serving import Eager, Heads, Place, Rows, Selection, Tape, X, can_tape
 from moestro.routing.router import Router
-
-KINDS = ("fp32", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -42,38 +40,11 @@ class StepOutput:
     ids: Tensor
 
 
-class Packer:
-    """Packs matrices as `kind` and counts their bytes: those of routed experts, and those that every token reads."""
-
-    def __init__(self, kind: str, dtype: torch.dtype) -> None:
-        self.kind, self.dtype = kind, dtype
-        self.routed_bytes = self.other_bytes = 0
-
-    def linear(self, *weights: Tensor, kind: str | None = None) -> PackedLinear:
-        """One product for matrices [M, K] with the same input, their outputs one after the other."""
-        whole = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
-        packed = PackedLinear.pack(whole, kind or self.kind)
-        self.other_bytes += packed.nbytes
-        return packed
-
-    def heads(self, weight: Tensor) -> PackedHeads:
-        """A matrix per head [H, V, K], in the precision of the activations."""
-        packed = PackedHeads.pack(weight.detach().to(self.dtype))
-        self.other_bytes += packed.nbytes
-        return packed
-
-    def experts(self, gate_up: Tensor, down: Tensor) -> PackedExperts:
-        """The routed experts of a layer."""
-        packed = PackedExperts.pack(gate_up.detach(), down.detach(), self.kind)
-        self.routed_bytes += packed.nbytes
-        return packed
-
-
 class ServedNorm:
     """RMSNorm of rows [N, 1, D]."""
 
-    def __init__(self, norm: RMSNorm) -> None:
-        self.weight, self.eps = norm.weight.detach(), norm.eps
+    def __init__(self, norm: RMSNorm, packer: Packer) -> None:
+        self.weight, self.eps = packer.plain("weight"), norm.eps
 
     def __call__(self, rows: Rows[X], x: X) -> X:
         return rows.norm(x, self.weight, self.eps)
@@ -85,17 +56,16 @@ class ServedLatentAttention:
     def __init__(self, attention: LatentAttention, packer: Packer) -> None:
         config = self.config = attention.config
         self.scale = attention.scale
-        query = attention.q_down if config.q_lora_rank else attention.q
-        self.down = packer.linear(query.weight, attention.kv_down.weight)  # queries or their latents, latents, keys
+        query = "q_down.weight" if config.q_lora_rank else "q.weight"
+        self.down = packer.linear("down", query, "kv_down.weight")  # queries or their latents, latents, keys
         if config.q_lora_rank:
-            self.q_norm = ServedNorm(attention.q_norm)
-            self.q_up = packer.linear(attention.q_up.weight)
-        self.kv_norm = ServedNorm(attention.kv_norm)
-        up = attention.kv_up.weight.view(config.num_heads, -1, config.kv_lora_rank)
-        up_k, up_v = up.split([config.nope_dim, config.v_dim], dim=1)
-        self.absorb = packer.heads(up_k.transpose(1, 2))
-        self.expand = packer.heads(up_v)
-        self.out = packer.linear(attention.out.weight)
+            self.q_norm = ServedNorm(attention.q_norm, packer.at("q_norm"))
+            self.q_up = packer.linear("q_up", "q_up.weight")
+        self.kv_norm = ServedNorm(attention.kv_norm, packer.at("kv_norm"))
+        num_heads, nope_dim = config.num_heads, config.nope_dim
+        self.absorb = packer.heads("absorb", "kv_up.weight", num_heads, lambda up: up[:, :nope_dim].transpose(1, 2))
+        self.expand = packer.heads("expand", "kv_up.weight", num_heads, lambda up: up[:, nope_dim:])
+        self.out = packer.linear("out", "out.weight")
 
     def __call__(self, rows: Rows[X], x: X, layer: int) -> X:
         config = self.config
@@ -116,8 +86,8 @@ class ServedHeadAttention:
 
     def __init__(self, attention: HeadAttention, packer: Packer) -> None:
         self.attention = attention
-        self.down = packer.linear(attention.q.weight, attention.kv.weight)
-        self.out = packer.linear(attention.out.weight)
+        self.down = packer.linear("down", "q.weight", "kv.weight")
+        self.out = packer.linear("out", "out.weight")
 
     def __call__(self, rows: Rows[X], x: X, layer: int) -> X:
         attention, config = self.attention, self.attention.config
@@ -136,8 +106,9 @@ class ServedHeadAttention:
 class ServedMLP:
     """SwiGLU. x [N, 1, D] -> [N, 1, D]."""
 
-    def __init__(self, mlp: MLP, packer: Packer) -> None:
-        self.gate_up, self.down = packer.linear(mlp.gate_up.weight), packer.linear(mlp.down.weight)
+    def __init__(self, packer: Packer) -> None:
+        self.gate_up = packer.linear("gate_up", "gate_up.weight")
+        self.down = packer.linear("down", "down.weight")
 
     def __call__(self, rows: Rows[X], x: X) -> X:
         return rows.linear(self.down, rows.swiglu(rows.linear(self.gate_up, x)))
@@ -152,10 +123,10 @@ class ServedMoE:
 
     def __init__(self, moe: MoE, packer: Packer) -> None:
         self.router: Router = moe.router
-        weight = moe.router.weight
-        self.gate = None if weight is None else packer.linear(weight.float(), kind="fp32")
-        self.experts = packer.experts(moe.experts.gate_up, moe.experts.down)
-        self.shared = None if moe.shared is None else ServedMLP(moe.shared, packer)
+        self.router.bias = packer.plain("router.bias")
+        self.gate = None if moe.router.weight is None else packer.linear("gate", "router.weight", kind="fp32")
+        self.experts = packer.experts("experts")
+        self.shared = None if moe.shared is None else ServedMLP(packer.at("shared"))
 
     def __call__(self, rows: Rows[X], x: X, index: int) -> X:
         logits = None if self.gate is None else rows.linear(self.gate, rows.widen(x))
@@ -184,15 +155,17 @@ class ServedBlock:
     """Pre-norm residual block over one layer's pages."""
 
     def __init__(self, block: Block, packer: Packer) -> None:
-        self.attention_norm, self.ffn_norm = ServedNorm(block.attention_norm), ServedNorm(block.ffn_norm)
-        attention = block.attention
+        self.attention_norm = ServedNorm(block.attention_norm, packer.at("attention_norm"))
+        self.ffn_norm = ServedNorm(block.ffn_norm, packer.at("ffn_norm"))
+        attention, inner = block.attention, packer.at("attention")
         self.attention: ServedLatentAttention | ServedHeadAttention
         if isinstance(attention, LatentAttention):
-            self.attention = ServedLatentAttention(attention, packer)
+            self.attention = ServedLatentAttention(attention, inner)
         else:
-            self.attention = ServedHeadAttention(attention, packer)
+            self.attention = ServedHeadAttention(attention, inner)
+        inner = packer.at("ffn")
         self.ffn: ServedMoE | ServedMLP
-        self.ffn = ServedMoE(block.ffn, packer) if isinstance(block.ffn, MoE) else ServedMLP(block.ffn, packer)
+        self.ffn = ServedMoE(block.ffn, inner) if isinstance(block.ffn, MoE) else ServedMLP(inner)
 
     @property
     def router(self) -> Router | None:
@@ -212,10 +185,11 @@ class ServedMTP:
     """One prediction depth: combines the hidden states of the depth before with the tokens ahead, runs its block."""
 
     def __init__(self, module: MTPModule, packer: Packer) -> None:
-        self.embed_norm, self.hidden_norm = ServedNorm(module.embed_norm), ServedNorm(module.hidden_norm)
-        self.project = packer.linear(module.project.weight)
-        self.block = ServedBlock(module.block, packer)
-        self.norm = ServedNorm(module.norm)
+        self.embed_norm = ServedNorm(module.embed_norm, packer.at("embed_norm"))
+        self.hidden_norm = ServedNorm(module.hidden_norm, packer.at("hidden_norm"))
+        self.project = packer.linear("project", "project.weight")
+        self.block = ServedBlock(module.block, packer.at("block"))
+        self.norm = ServedNorm(module.norm, packer.at("norm"))
 
     def __call__(self, rows: Rows[X], inputs: Sequence[X], layer: int) -> X:
         embedded, hidden = inputs
@@ -267,29 +241,33 @@ class Pass:
 
 
 class Runtime:
-    """A model with its matrices packed as `weights` (see `KINDS`; None: as they are computed with).
+    """A model with its matrices packed as `weights` (fp32, bf16, int8, int4; None: as they are computed with).
 
-    Embeddings, norms and routers stay as they are, and the head has 8 bits at least. `release` empties the model's own
-    matrices as they are packed, so that memory never holds both whole. `routed_bytes` and `other_bytes` are what the
-    main model's packed matrices take: all routed experts, and what every token reads.
+    `source` is a model, a model's files, or files of packed weights, which stay mapped. Embeddings, norms and routers
+    stay as they are, and the head has 8 bits at least. `tensors` is all that is kept, by name: what to save.
+    `routed_bytes` and `other_bytes` are what the main model's packed matrices take: all routed experts, and what every
+    token reads.
     """
 
-    def __init__(self, model: Transformer, weights: str | None = None, *, release: bool = False) -> None:
-        if weights is not None and weights not in KINDS:
-            raise ConfigError(f"weights must be one of {', '.join(KINDS)}, not '{weights}'")
-        self.config: ModelConfig = model.config
-        self.dtype = model.dtype
-        self.kind = weights or ("bf16" if model.dtype == torch.bfloat16 else "fp32")
-        self.embedding = model.embed.weight.detach()
-        packer = Packer(self.kind, self.dtype)
-        self.head = packer.linear(model.head_weight, kind="int8" if self.kind == "int4" else None)
-        self.blocks = [ServedBlock(block, packer) for block in _packed_blocks(model.layers, release)]
-        self.routed_bytes, self.other_bytes = packer.routed_bytes, packer.other_bytes
-        self.mtp = [ServedMTP(module, packer) for module in _packed_blocks(model.mtp, release)]
-        self.norm = ServedNorm(model.norm)
-        shape = (self.dtype, self.config.hidden_dim)
+    def __init__(self, source: Source, weights: str | None = None) -> None:
+        packer = Packer(source, weights)
+        model, config = packer.model, packer.model.config
+        self.config: ModelConfig = config
+        self.dtype, self.kind = packer.dtype, packer.kind
+        self.embedding = packer.plain("embed.weight")
+        head = "embed.weight" if config.tie_embeddings else "head.weight"
+        self.head = packer.linear("head", head, kind="int8" if self.kind == "int4" else None)
+        self.norm = ServedNorm(model.norm, packer.at("norm"))
+        layers, modules = cast(list[Block], model.layers), cast(list[MTPModule], model.mtp)
+        self.blocks = [ServedBlock(block, packer.at(f"layers.{i}")) for i, block in enumerate(layers)]
+        sizes = [(part.nbytes, isinstance(part, PackedExperts)) for part in packer.parts.values()]
+        self.routed_bytes = sum(size for size, is_routed in sizes if is_routed)
+        self.other_bytes = sum(size for size, is_routed in sizes if not is_routed)
+        self.mtp = [ServedMTP(module, packer.at(f"mtp.{k}")) for k, module in enumerate(modules)]
+        self.tensors = packer.finish()
+        shape = (self.dtype, config.hidden_dim)
         self._main = Pass(self._compute, self.blocks, 0, *shape)
-        depths = enumerate(self.mtp, self.config.num_layers)
+        depths = enumerate(self.mtp, config.num_layers)
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
 
     def forward(self, step: StepInput, cache: PagedCache) -> StepOutput:
@@ -314,15 +292,3 @@ class Runtime:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> [N, V] fp32."""
         return self.head(hidden).float()
-
-
-def _packed_blocks(modules: nn.ModuleList, release: bool) -> Iterator[Any]:
-    """One module after the other; with `release`, each loses its matrices once the next is asked for.
-
-    Norms, routers and their biases are shared with what is served, and stay.
-    """
-    for module in modules:
-        yield module
-        for name, parameter in module.named_parameters() if release else ():
-            if parameter.dim() > 1 and ".router." not in name:
-                parameter.data = parameter.data.new_empty(0)

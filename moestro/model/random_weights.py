@@ -14,9 +14,9 @@ from torch import Tensor
 from moestro.config import ModelConfig
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import CheckpointError, ConfigError
-from moestro.model.hf import Slot, config_to_hf, tensor_map
+from moestro.model.hf import config_to_hf, tensor_map
 from moestro.model.transformer import Transformer
-from moestro.model.weights import DTYPES, write_tensors
+from moestro.model.weights import DTYPES, slot_shape, write_tensors
 
 STREAM_SHARD_BYTES = 1_000_000_000
 
@@ -62,17 +62,10 @@ def random_tensors(config: ModelConfig, seed: int, dtype: torch.dtype) -> Iterat
     shapes = {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
     generator = torch.Generator().manual_seed(seed)
     for name, slot in tensor_map(config).items():
-        shape = _slot_shape(shapes[slot.parameter], slot)
+        shape = slot_shape(shapes[slot.parameter], slot)
         if slot.parameter.endswith("router.bias"):
             yield name, torch.zeros(shape)
         elif len(shape) == 1:
             yield name, torch.ones(shape, dtype=dtype)
         else:
             yield name, torch.empty(shape, dtype=dtype).normal_(0.0, config.init_std, generator=generator)
-
-
-def _slot_shape(shape: torch.Size, slot: Slot) -> tuple[int, ...]:
-    dims = list(shape if slot.expert is None else shape[1:])
-    if slot.start is not None and slot.stop is not None:
-        dims[0] = slot.stop - slot.start
-    return tuple(dims)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moestro.ops import fixed_order, native, quantize
-from moestro.ops.quantize import LAYOUTS, PANEL
+from moestro.ops.quantize import LAYOUTS, PANEL, Rows, Stack
 
 SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2}
 PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forces plain torch elsewhere does so here
@@ -30,6 +30,7 @@ class _Matrices:
     """Packed matrices of one shape, `leading` dimensions of them, and how they are saved."""
 
     leading: int
+    names = ("panels", "sizes")  # of `tensors`
 
     def __init__(self, panels: Tensor, kind: str, out_features: int, in_features: int) -> None:
         """Takes panels as `tensors` gives them; ValueError where they do not fit the sizes."""
@@ -38,6 +39,7 @@ class _Matrices:
             raise ValueError(f"{list(panels.shape)} bytes are not {kind} panels of {out_features} x {in_features}")
         self.panels, self.kind = panels.contiguous(), kind
         self.out_features, self.in_features = out_features, in_features
+        self.sizes = (kind, *panels.shape[: self.leading], out_features, in_features)
         self.nbytes = panels.nbytes
         self._address, self._code = self.panels.data_ptr(), LAYOUTS[kind].code
 
@@ -58,7 +60,7 @@ class PackedLinear(_Matrices):
     leading = 0
 
     @classmethod
-    def pack(cls, weight: Tensor, kind: str) -> PackedLinear:
+    def pack(cls, weight: Tensor | Rows, kind: str) -> PackedLinear:
         """weight [M, K] fp32 or bf16; kind fp32, bf16, int8 or int4."""
         return cls(quantize.pack_panels(weight, kind), kind, *weight.shape)
 
@@ -105,6 +107,8 @@ class PackedHeads(_Matrices):
 class PackedExperts:
     """E SwiGLU experts: Σ over a token's choices of weight · W_down(silu(W_gate x) · W_up x)."""
 
+    names = ("gate_up", "down", "sizes")  # of `tensors`
+
     def __init__(self, gate_up: Tensor, down: Tensor, kind: str, hidden_dim: int, expert_dim: int) -> None:
         """Panels [E, panels, bytes] as `tensors` gives them; ValueError where they do not fit the sizes."""
         up_shape = quantize.panel_shape(2 * -(-expert_dim // 32) * 32, hidden_dim, kind)
@@ -115,11 +119,12 @@ class PackedExperts:
             )
         self.gate_up, self.down, self.kind = gate_up.contiguous(), down.contiguous(), kind
         self.num_experts, self.hidden_dim, self.expert_dim = len(gate_up), hidden_dim, expert_dim
+        self.sizes = (kind, len(gate_up), hidden_dim, expert_dim)
         self.nbytes = gate_up.nbytes + down.nbytes
         self._addresses, self._code = (self.gate_up.data_ptr(), self.down.data_ptr()), LAYOUTS[kind].code
 
     @classmethod
-    def pack(cls, gate_up: Tensor, down: Tensor, kind: str) -> PackedExperts:
+    def pack(cls, gate_up: Tensor | Stack, down: Tensor | Stack, kind: str) -> PackedExperts:
         """gate_up [E, 2F, D], gates first, and down [E, D, F], fp32 or bf16; kind fp32, bf16, int8 or int4."""
         experts, hidden, width = down.shape
         mixed = _pack_each((_mix(one, width) for one in gate_up), (experts, 2 * -(-width // 32) * 32, hidden), kind)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
 LARGE = 1 << 21  # bytes
-CHUNK = 1 << 22  # elements quantised at a time: what packing needs beside the weight and its packed copy
+CHUNK = 1 << 18  # elements quantised at a time: what packing needs beside the weight and its packed copy
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,35 @@ LAYOUTS = {
 }
 
 
+class Rows:
+    """Matrices [m, K] on top of each other as one [M, K], read in `dtype` a few rows at a time.
+
+    They may lie in mapped files: nothing is copied but the rows that are asked for.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._parts, self._dtype = parts, dtype
+        self.shape = (sum(len(part) for part in parts), parts[0].shape[1])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        found, first, last = [], *rows.indices(self.shape[0])[:2]
+        for part in self._parts:
+            found.append(part[max(first, 0) : max(last, 0)])
+            first, last = first - len(part), last - len(part)
+        return torch.cat([rows.to(self._dtype) for rows in found])
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape, read one at a time: together [E, M, K]."""
+
+    shape: Sequence[int]
+    matrices: Iterable[Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.matrices)
+
+
 def panel_shape(rows: int, columns: int, kind: str) -> tuple[int, int]:
     """(panels, bytes of a panel) of a matrix [rows, columns]."""
     layout = LAYOUTS[kind]
@@ -74,7 +103,7 @@ def new_panels(shape: Sequence[int]) -> Tensor:
     return out
 
 
-def pack_panels(weight: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+def pack_panels(weight: Tensor | Rows, kind: str, out: Tensor | None = None) -> Tensor:
     """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], `out` where it is given."""
     rows, columns = weight.shape
     if out is None:

@@ -28,7 +28,7 @@ from moestro.data.tokenizer import Tokenizer
 from moestro.errors import CheckpointError
 from moestro.model.hf import config_to_hf
 from moestro.model.transformer import Transformer
-from moestro.model.weights import fill_model, model_tensors, read_json, tensor_files, write_tensors
+from moestro.model.weights import ModelFiles, fill_model, model_tensors, read_json, sync_directory, write_tensors
 from moestro.training.optim import Optimizers
 
 
@@ -91,7 +91,7 @@ def save_checkpoint(
         _write_json(partial / "train_state" / "state.json", asdict(state))
         manifest = {name: _fingerprint(partial / name) for name in _file_names(partial)}
         _write_json(partial / "manifest.json", manifest)
-        _sync(partial)
+        sync_directory(partial)
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -143,7 +143,7 @@ def find_fault(directory: Path) -> str | None:
 
 def load_checkpoint(directory: Path, model: Transformer, optimizers: Optimizers) -> TrainState:
     """Fill model and optimizers from a checkpoint and return where it stood."""
-    fill_model(model, tensor_files(directory))
+    fill_model(model, ModelFiles(directory))
     optimizers.load_state_tensors(load_file(directory / "train_state" / "optimizer.safetensors"))
     tree = read_json(directory / "train_state" / "state.json")
     try:
@@ -168,13 +168,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _sync(directory: Path) -> None:
-    """Force a directory's files to disk, so that a rename never outlives the data."""
-    for name in [*_file_names(directory), "."]:
-        descriptor = os.open(directory / name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

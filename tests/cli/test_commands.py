@@ -113,6 +113,35 @@ def test_init_makes_a_model_that_writes(call: Call, tmp_path: Path) -> None:
     assert call(*arguments)[0] == 2
 
 
+def test_packed_weights_answer_as_what_they_were_packed_from(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    tree = last_json(call("pack", tiny_run, "--weights", "int8", "--out", packed, "--json"))
+    assert (tree["model"], tree["weights"], tree["dtype"]) == (str(packed), "int8", "fp32")
+    assert last_json(call("inspect", packed, "--json"))["packed"]["bytes"] > tree["bytes"] > 0
+    assert "int8 for fp32" in call("inspect", packed)[1]
+    asked = ("--prompt", "the cat", "--max-tokens", 9, "--temperature", 1, "--json")
+    expected = last_json(call("generate", tiny_run, *asked, "--weights", "int8"))
+    assert last_json(call("generate", packed, *asked))["ids"] == expected["ids"]
+
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 9)
+    scores = [
+        last_json(call("eval", model, "--data", text, "--split", "all", *weights, "--json"))
+        for model, weights in ((tiny_run, ("--weights", "int8")), (packed, ()), (packed, ("--weights", "int8")))
+    ]
+    assert scores[0] == scores[1] == scores[2]
+
+    for arguments, named in (
+        (("generate", packed, "--prompt", "x", "--weights", "int4"), "holds int8 weights, not int4"),
+        (("chat", packed, "--dtype", "bf16"), "packed for fp32, not bf16"),
+        (("pack", packed, "--out", tmp_path / "again"), "packed already"),
+        (("pack", tiny_run, "--out", packed), "exists"),
+        (("ablate", packed, "--data", text), "packed for serving"),
+    ):
+        code, out, err = call(*arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1) and named in err
+
+
 def test_doctor_measures(call: Call) -> None:
     tree = last_json(call("doctor", "--seconds", "0.5", "--json"))
     assert tree["machine"]["cores"] >= 1 and tree["measured"]["fp32_gflops"] > 0
@@ -166,6 +195,10 @@ MISTAKES = [
     ("init", "--preset", "nothing", "--out", "{tmp}/x"),
     ("init", "--preset", "demo", "--out", "{run}"),
     ("init", "--preset", "demo", "--out", "{tmp}/file/x"),
+    ("pack", "/nowhere", "--out", "{tmp}/x"),
+    ("pack", "{run}", "--out", "{run}"),
+    ("pack", "{run}", "--out", "{tmp}/file/x"),
+    ("pack", "{run}", "--out", "{tmp}/x", "--weights", "int2"),
     ("report", "{tmp}"),
     ("report", "/nowhere"),
     ("report", "{run}", "--out", "{tmp}/file/report.html"),
@@ -196,7 +229,8 @@ def test_help_does_not_wait_for_torch() -> None:
     program = """
 import sys
 from moestro.cli import main
-for command in ("", "train", "eval", "generate", "chat", "report", "inspect", "init", "doctor", "compare", "ablate"):
+commands = "train eval generate chat report inspect init pack doctor compare ablate"
+for command in ("", *commands.split()):
     sys.argv = ["moestro", *command.split(), "--help"]
     try:
         main()

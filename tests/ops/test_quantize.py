@@ -103,3 +103,12 @@ def test_rows_are_rounded_to_127ths_of_their_blocks(kind: str, length: int) -> N
         assert ((block - kept).abs() <= step * 0.5001).all()
     x[1, 3] = torch.inf
     assert quantize.round_rows(x, kind)[1, :length].isnan().all()
+
+
+def test_rows_are_those_of_the_whole() -> None:
+    parts = [torch.randn(rows, 3, dtype=torch.float64) for rows in (5, 1, 0, 7)]
+    rows, whole = quantize.Rows(parts, torch.float32), torch.cat(parts).float()
+    assert rows.shape == whole.shape
+    for first in range(13):
+        for last in range(first + 1, 16):
+            assert torch.equal(rows[first:last], whole[first:last])

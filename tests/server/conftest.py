@@ -32,7 +32,7 @@ def make_engine(language_model: LanguageModel) -> Callable[..., Engine]:
     """`make_engine(num_pages=64, max_running=16, …)`."""
 
     def make(num_pages: int = 96, **limits: int) -> Engine:
-        memory = num_pages * page_bytes(language_model.model.config, language_model.model.dtype)
+        memory = num_pages * page_bytes(language_model.config, language_model.model.dtype)
         return Engine(language_model, memory_bytes=memory, **limits)
 
     return make

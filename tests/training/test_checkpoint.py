@@ -101,7 +101,7 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("target", ["save_file", "write_tensors", "_sync", "os.replace"])
+@pytest.mark.parametrize("target", ["save_file", "write_tensors", "sync_directory", "os.replace"])
 def test_a_full_disk_leaves_the_previous_checkpoint(
     save: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:

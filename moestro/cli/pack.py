@@ -1,0 +1,45 @@
+"""`moestro pack`: a model's weights packed once, to be mapped at every start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moestro.cli.output import print_json
+
+
+def pack(
+    model: Path,
+    *,
+    out: Path,
+    weights: str | None = None,
+    dtype: str = "auto",
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Write a directory of packed weights, which generate, chat, serve and eval start from without loading.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
+    out
+        The directory; it must not exist.
+    weights
+        How matrices are kept: int8 or int4 quantise them, bf16 or fp32 convert them. As stored without it.
+    dtype
+        What activations are computed in: auto (as stored), fp32 or bf16.
+    json_output
+        Print {"model", "weights", "dtype", "bytes"}.
+    """
+    from moestro.engine import language_model
+    from moestro.engine.packed_directory import dtype_name
+
+    runtime = language_model.pack(model, out, dtype, weights=weights)
+    num_bytes = sum(tensor.nbytes for tensor in runtime.tensors.values())
+    if json_output:
+        kept = {"weights": runtime.kind, "dtype": dtype_name(runtime.dtype), "bytes": num_bytes}
+        print_json({"model": str(out), **kept})
+    else:
+        print(f"{out}: {runtime.kind} weights, {num_bytes / 1e9:.2f} GB")
