@@ -43,12 +43,12 @@ class Case:
     prefill: bool = False
 
 
-CASES = (
-    Case("decode 1 stream, context 0", 1, 1),
-    Case("decode 1 stream, context 4096", 1, 4096),
-    Case("decode 16 streams", 16, 16),
-    Case("prefill 512", 1, 512, prefill=True),
-)
+CASES = {
+    "decode": Case("decode 1 stream, context 0", 1, 1),
+    "decode-4096": Case("decode 1 stream, context 4096", 1, 4096),
+    "decode-16": Case("decode 16 streams", 16, 16),
+    "prefill": Case("prefill 512", 1, 512, prefill=True),
+}
 KINDS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # our weights and the GGUF type of the same width
 BITS = {"bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}  # a weight
 LLAMA = "llama-batched-bench"
@@ -64,11 +64,11 @@ class Turn:
 
 @dataclass
 class Mode:
-    """One way to serve weights of our `kind`; `run(count)` is a turn that decodes `count` tokens a stream."""
+    """One way to serve weights of our `kind`; `run(cases, count)` is a turn, `count` tokens decoded a stream."""
 
     name: str
     kind: str
-    run: Callable[[int], Turn]
+    run: Callable[[list[Case], int], Turn]
     turns: list[Turn] = field(default_factory=list)
 
     def speeds(self, case: Case) -> list[float]:
@@ -119,37 +119,39 @@ def read_size(directory: Path) -> Size:
     return Size(routed, other, head, cache_bytes, config.num_experts, config.top_k)
 
 
-def ask_worker(script: str, mode: str, directory: Path, count: int, *, python: str = sys.executable) -> Turn:
+def ask_worker(
+    script: str, mode: str, directory: Path, cases: list[Case], count: int, *, python: str = sys.executable
+) -> Turn:
     """A turn of a worker of bench/serve.py, or of one that answers as they do."""
     worker = Worker(script, mode, str(directory), python=python)
     worker.ask([1, 16, 2])  # warm up
     speeds = {}
-    for case in CASES:
+    for case in cases:
         found = worker.ask([case.streams, case.context, 1 if case.prefill else count])
         speeds[case] = case.context / found["first"] if case.prefill else case.streams * count / found["rest"]
     worker.close()
     return Turn(speeds, worker.greeting)
 
 
-def ask_llama(program: str, file: Path, threads: int, count: int) -> Turn:
+def ask_llama(program: str, file: Path, threads: int, cases: list[Case], count: int) -> Turn:
     """A turn of llama-batched-bench, which warms up by itself: a call for single streams, and one for many."""
     # Read, not mapped: pages that the file cache has dropped would be read from disk while decoding.
-    environment = os.environ | {"LLAMA_ARG_LOAD_MODE": "none", "LLAMA_ARG_NO_MMAP": "1"}
+    settings = {"LLAMA_ARG_LOAD_MODE": "none", "LLAMA_ARG_NO_MMAP": "1", "GGML_NO_BACKTRACE": "1"}
     speeds = {}
-    for streams in sorted({case.streams for case in CASES}):
-        cases = [case for case in CASES if case.streams == streams]
-        prompts = [case.context for case in cases]
+    for streams in sorted({case.streams for case in cases}):
+        group = [case for case in cases if case.streams == streams]
+        prompts = [case.context for case in group]
         options = {
-            **{"-m": file, "-t": threads, "-tb": threads, "-c": streams * (max(prompts) + count)},
+            **{"-m": file, "-t": threads, "-tb": threads, "-c": streams * max(256, max(prompts) + count)},
             **{"-npl": streams, "-npp": ",".join(map(str, prompts)), "-ntg": count, "--output-format": "jsonl"},
         }
         command = [program, *(str(word) for option in options.items() for word in option)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         found = {line["pp"]: line for line in lines}
-        if done.returncode or len(found) < len(cases):
+        if done.returncode or len(found) < len(group):
             raise RuntimeError(f"{LLAMA} ended with {done.returncode}: {last_line(done.stderr)}")
-        speeds |= {case: found[case.context]["speed_pp" if case.prefill else "speed_tg"] for case in cases}
+        speeds |= {case: found[case.context]["speed_pp" if case.prefill else "speed_tg"] for case in group}
     return Turn(speeds)
 
 
@@ -228,7 +230,7 @@ def find_modes(options: argparse.Namespace, threads: int) -> tuple[list[Mode], l
     return modes, missing
 
 
-def measure(modes: list[Mode], rounds: int, count: int) -> list[str]:
+def measure(modes: list[Mode], cases: list[Case], rounds: int, count: int) -> list[str]:
     """Give every mode its turns; a mode that fails gets no more of them, and a line is returned."""
     failed: dict[str, str] = {}
     for _ in range(rounds):
@@ -236,7 +238,7 @@ def measure(modes: list[Mode], rounds: int, count: int) -> list[str]:
             if mode.name in failed:
                 continue
             try:
-                mode.turns.append(mode.run(count))
+                mode.turns.append(mode.run(cases, count))
             except RuntimeError as error:
                 failed[mode.name] = f"{mode.name}: {error}"
                 continue
@@ -245,15 +247,16 @@ def measure(modes: list[Mode], rounds: int, count: int) -> list[str]:
     return list(failed.values())
 
 
-def print_table(modes: list[Mode], size: Size, bandwidth: float, peak: float) -> None:
+def print_table(modes: list[Mode], cases: list[Case], size: Size, bandwidth: float, peak: float) -> None:
     """Medians, their spread and share of the limit, and how many times as fast ours are at the same width."""
     print(f"\n{'':<31} {'mode':<16} {'tokens/s':>9} {'spread':>15} {'limit':>7} {'of limit':>9} {'moestro is':>11}")
-    for case in CASES:
-        ours = {mode.kind: statistics.median(mode.speeds(case)) for mode in reversed(modes)}  # ours come first
+    for case in cases:
+        ours = {mode.kind: statistics.median(mode.speeds(case)) for mode in modes if mode.name.startswith("moestro")}
         for mode in modes:
             speeds = mode.speeds(case)
             median, limit = statistics.median(speeds), size.limit(mode, case, bandwidth, peak)
-            ratio = "" if mode.name.startswith("moestro") else f"{ours[mode.kind] / median:.2f}"
+            is_peer = not mode.name.startswith("moestro") and mode.kind in ours
+            ratio = f"{ours[mode.kind] / median:.2f}" if is_peer else ""
             print(f"{case.name:<31} {mode.name:<16} {median:>9.1f} {f'{min(speeds):.1f}–{max(speeds):.1f}':>15}"
                   f" {limit:>7.1f} {median / limit:>9.0%} {ratio:>11}")  # fmt: skip
 
@@ -266,11 +269,12 @@ def compare(options: argparse.Namespace) -> None:
     machine, measured = describe_machine(), measure_machine(4)
     bandwidth, peak = measured.read_gb_per_second * 1e9, max(measured.fp32_gflops, measured.bf16_gflops) * 1e9
     print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}")
-    peaks = f"{measured.fp32_gflops:.0f} GFLOP/s fp32, {measured.bf16_gflops:.0f} bf16"
+    peaks = f"{measured.fp32_gflops:.3g} GFLOP/s fp32, {measured.bf16_gflops:.2g} bf16"
     print(f"limits: {bandwidth / 1e9:.1f} GB/s read, products {peaks}", flush=True)
     modes, missing = find_modes(options, usable_threads())
-    missing += measure(modes, options.rounds, options.tokens)
-    print_table([mode for mode in modes if mode.turns], read_size(options.model), bandwidth, peak)
+    cases = [CASES[name] for name in options.cases]
+    missing += measure(modes, cases, options.rounds, options.tokens)
+    print_table([mode for mode in modes if mode.turns], cases, read_size(options.model), bandwidth, peak)
     for line in missing:
         print(f"not compared: {line}")
 
@@ -294,6 +298,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=gguf_files, default={}, help="bf16=FILE,q8_0=FILE,q4_0=FILE, any of them")
     parser.add_argument("--vllm-python", help="an interpreter that can import vllm")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)
     compare(parser.parse_args())
