@@ -26,6 +26,7 @@ from typing import Any
 from workers import Worker, answer
 
 SHAPE = ["--preset", "moonlight-16b-a3b", "model.num_layers=8", "model.q_lora_rank=1024"]
+MODEL = Path("runs/bench-serve")
 CASES = [(1, 16), (1, 512), (1, 4096), (16, 16)]  # streams, context
 MODES = ("moestro bf16", "transformers bf16")
 
@@ -91,13 +92,18 @@ def touched_share(num_experts: int, top_k: int, tokens: int) -> float:
     return 1 - (1 - top_k / num_experts) ** tokens
 
 
+def write_model(directory: Path) -> None:
+    """The model that is measured, written where it is not there yet."""
+    if not directory.exists():
+        subprocess.run([sys.executable, "-m", "moestro", "init", *SHAPE, "--out", str(directory)], check=True)
+
+
 def compare(directory: Path, modes: list[str], rounds: int, count: int) -> None:
     """Ask all modes in turn and print the table."""
     from moestro.machine import describe_machine, measure_machine
     from moestro.model.weights import read_config
 
-    if not directory.exists():
-        subprocess.run([sys.executable, "-m", "moestro", "init", *SHAPE, "--out", str(directory)], check=True)
+    write_model(directory)
     machine, measured, config = describe_machine(), measure_machine(4), read_config(directory)
     bandwidth = measured.read_gb_per_second * 1e9
     print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}; {bandwidth / 1e9:.0f} GB/s read")
@@ -196,7 +202,7 @@ def main() -> None:
         work(*sys.argv[2:4])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("runs/bench-serve"))
+    parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--modes", default=";".join(MODES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)

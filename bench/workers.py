@@ -15,10 +15,16 @@ class Worker:
     `ask` sends one line of JSON and returns the answer; RuntimeError if the process has died.
     """
 
-    def __init__(self, script: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        script: str,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> None:
         self.name = " ".join(arguments[:1])
         self.process = subprocess.Popen(
-            [sys.executable, script, "--worker", *arguments],
+            [python, script, "--worker", *arguments],
             env=os.environ | (environment or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
