@@ -19,10 +19,13 @@ constexpr int64_t TOKENS_AT_ONCE = 1024;
 thread_local Scratch thread_sums;
 Scratch call_rows, call_gathered, call_middle, call_quantised, call_slots, call_results;  // of the running call
 
+// Vectors of columns of a tile: few rows leave registers for more of them than NR has.
+constexpr int vectors_of(int rows) { return std::min(std::max(rows == 1 ? 8 : rows == 2 ? 4 : 0, Isa::VECTORS), PANEL / Isa::WIDTH); }
+
 // What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES what a panel has of it, ROWS how many
 // rows a tile takes: as many as leave the compiler registers.
 template <Mode MODE> struct FloatProduct {
-    static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL, ROWS = MR;
+    static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL, ROWS = MODE == Mode::WIDENED ? 5 : MR;
     static constexpr int64_t ROW_BYTES = MODE == Mode::WIDENED ? 8 : 4;
     using Element = std::conditional_t<MODE == Mode::PAIRS, uint16_t, float>;  // of prepared rows
     static int64_t row_bytes(int64_t k) { return round_up(k, UNIT) * int64_t(sizeof(Element)); }
@@ -78,22 +81,25 @@ template <int BITS> struct BlockProduct {
 template <class P> int64_t units_of(int64_t k) { return (k + P::UNIT - 1) / P::UNIT; }
 inline int64_t panels_of(int64_t m) { return (m + PANEL - 1) / PANEL; }
 
-// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, two lines of every step
-// of the next one are fetched for each group of rows; a single group is served better by what the processor fetches itself.
+// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the next one is fetched,
+// in the order of memory: two lines of every step for each of several groups of rows; for a single group as many columns as a
+// tile takes, and where it takes all, the processor fetches by itself.
 template <class P> void multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
     if (units == 0) return std::fill(c, c + count * PANEL, 0.0f);
     const int64_t piece = (count <= FEW_ROWS ? FEW_BYTES : MANY_BYTES) / P::BYTES;
+    const int64_t groups = (count + P::ROWS - 1) / P::ROWS, rows_each = (count + groups - 1) / groups;
     for (int64_t unit = 0; unit < units; unit += piece)
-        for (int64_t row = 0, turn = 0; row < count; row += P::ROWS, turn++)
-            for (int64_t column = 0; column < PANEL; column += NR) {
+        for (int64_t row = 0, turn = 0; row < count; row += rows_each, turn++)
+            with_rows<P::ROWS>(std::min(rows_each, count - row), [&](auto r) {
+                constexpr int R = decltype(r)::value, V = vectors_of(R), COLUMNS = V * Isa::WIDTH;
                 const char *next = panel + (unit + piece) * P::BYTES;
-                const Ahead ahead = count > P::ROWS ? Ahead{next + turn % 2 * 128, 4 * PANEL} : Ahead{panel, 0};
                 const Rows from = {rows.data + row * rows.bytes, rows.bytes, rows.scales};
-                const int64_t some = std::min(piece, units - unit);
-                with_rows<P::ROWS>(std::min(P::ROWS, count - row), [&](auto r) {
-                    P::template multiply<decltype(r)::value, Isa::VECTORS>(c + row * PANEL, from, panel, column, unit, some, ahead);
-                });
-            }
+                for (int64_t column = 0; column < PANEL; column += COLUMNS) {
+                    const Ahead own = COLUMNS == PANEL ? Ahead{panel, 0} : Ahead{next + piece * P::BYTES / PANEL * column, 4 * COLUMNS};
+                    const Ahead ahead = groups > 1 ? Ahead{next + turn % 2 * 128, 4 * PANEL} : own;
+                    P::template multiply<R, V>(c + row * PANEL, from, panel, column, unit, std::min(piece, units - unit), ahead);
+                }
+            });
 }
 
 // Rows of a block where n are to be shared out, and panels of a task where so many block-panels are.

@@ -43,6 +43,26 @@ template <int R> struct Pointers {
     }
 };
 
+// use(row, vector, what was loaded, half): V vectors of a step for R rows. Of one row, each vector has done with before the
+// next is loaded, so that many columns fit the registers; of several, each is loaded once for all.
+template <int R, int V, class Vector, class Load, class Use, int HALVES>
+inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use, std::integral_constant<int, HALVES>) {
+    if constexpr (R == 1) {
+        unroll<V>([&](auto v) MOESTRO_INLINE {
+            const Vector b = load(v);
+            unroll<HALVES>([&](auto half) MOESTRO_INLINE { use(std::integral_constant<int, 0>(), v, b, half); });
+        });
+    } else {
+        Vector b[V];
+        unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = load(v); });
+        unroll<HALVES>([&](auto half) MOESTRO_INLINE {
+            unroll<R>([&](auto i) MOESTRO_INLINE {
+                unroll<V>([&](auto v) MOESTRO_INLINE { use(i, v, b[v], half); });
+            });
+        });
+    }
+}
+
 // How a step of a row meets a step of a panel: a float each; a pair of bf16 each; two floats and a pair of bf16.
 enum class Mode { FLOATS, PAIRS, WIDENED };
 
@@ -57,18 +77,11 @@ void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t pane
         unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = accumulate ? Isa::load_any(c + i * c_stride + v * Isa::WIDTH) : Isa::zero(); });
     });
     for (int64_t s = 0; s < steps; s++) {
-        Vector b[V];
-        unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = Isa::load_any(panel + v * Isa::WIDTH * 4); });
         ahead.fetch();
-        unroll<R>([&](auto i) MOESTRO_INLINE {
-            const Vector a = Isa::broadcast(row[i]);
-            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, WIDENED ? Isa::low_half(b[v]) : b[v]); });
-        });
-        if (WIDENED)
-            unroll<R>([&](auto i) MOESTRO_INLINE {
-                const Vector a = Isa::broadcast(row[i] + 4);
-                unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<false>(acc[i][v], a, Isa::high_half(b[v])); });
-            });
+        for_vectors<R, V, Vector>([&](auto v) MOESTRO_INLINE { return Isa::load_any(panel + v * Isa::WIDTH * 4); }, [&](auto i, auto v, Vector b, auto half) MOESTRO_INLINE {
+            const Vector a = Isa::broadcast(row[i] + 4 * half);
+            acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, !WIDENED ? b : half ? Isa::high_half(b) : Isa::low_half(b));
+        }, std::integral_constant<int, WIDENED ? 2 : 1>());
         row.advance(WIDENED ? 8 : 4);
         panel += panel_bytes;
     }
@@ -106,18 +119,11 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
         });
         const char *codes = blocks + b * B::BYTES + column * 4;
         for (int s = 0; s < LOADS; s++) {
-            Integers w[V];
-            unroll<V>([&](auto v) MOESTRO_INLINE { w[v] = Isa::load_codes(codes + v * Isa::WIDTH * 4); });
             ahead.fetch();
-            unroll<R>([&](auto i) MOESTRO_INLINE {
-                const Integers x = Isa::set(step_as_int(row[i]));
-                unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template dot<BITS>(acc[i][v], BITS == 8 ? w[v] : Isa::low_codes(w[v]), x); });
-            });
-            if (BITS == 4)
-                unroll<R>([&](auto i) MOESTRO_INLINE {
-                    const Integers x = Isa::set(step_as_int(row[i] + HIGH));
-                    unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template dot<BITS>(acc[i][v], Isa::high_codes(w[v]), x); });
-                });
+            for_vectors<R, V, Integers>([&](auto v) MOESTRO_INLINE { return Isa::load_codes(codes + v * Isa::WIDTH * 4); }, [&](auto i, auto v, Integers w, auto half) MOESTRO_INLINE {
+                const Integers x = Isa::set(step_as_int(row[i] + HIGH * half));
+                acc[i][v] = Isa::template dot<BITS>(acc[i][v], BITS == 8 ? w : half ? Isa::high_codes(w) : Isa::low_codes(w), x);
+            }, std::integral_constant<int, 8 / BITS>());
             row.advance(4);
             codes += 4 * PANEL;
         }
