@@ -22,7 +22,8 @@ from limits import measure_limits
 
 from moestro import machine
 from moestro.ops import native
-from moestro.ops.packed import PackedExperts, PackedHeads, PackedLinear, paged_attention, rms_norm, score, swiglu
+from moestro.ops.packed import PackedExperts, PackedHeads, PackedLinear, paged_attention, rms_norm, swiglu
+from moestro.ops.serving import Selection, route
 
 HIDDEN, EXPERTS, WIDTH, TOP_K, HEADS, LATENT, ROPE, NOPE, VALUE = 2048, 64, 1408, 6, 16, 512, 64, 128, 128
 PAST_CACHES = 160 * 2**20  # bytes of weights that are taken in turn
@@ -106,11 +107,14 @@ def attention_cases(rows: list[int]) -> Iterator[Case]:
 def small_cases(rows: list[int]) -> Iterator[Case]:
     """What costs calls rather than work: bytes are those read and written."""
     weight = torch.ones(HIDDEN)
+    selection = Selection(
+        torch.zeros(EXPERTS), "sigmoid", TOP_K, 1, 1, 2, 1.0, multiply=False, normalize=True, hashed=False
+    )
     for n in rows:
         x, logits, both = random(n, HIDDEN), torch.randn(n, EXPERTS), random(n, 2 * WIDTH)
         yield Case("rms_norm", "bf16", n, 2.0 * x.nbytes, 0, lambda x=x: rms_norm(x, weight, 1e-6))  # type: ignore[misc]
         yield Case("swiglu", "bf16", n, 1.5 * both.nbytes, 0, lambda x=both: swiglu(x))  # type: ignore[misc]
-        yield Case("score", "fp32", n, 2.0 * logits.nbytes, 0, lambda x=logits: score(x, "sigmoid"))  # type: ignore[misc]
+        yield Case("route", "fp32", n, 1.0 * logits.nbytes, 0, lambda x=logits: route(x, selection))  # type: ignore[misc]
 
 
 CASES = {

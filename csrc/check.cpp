@@ -129,12 +129,9 @@ template <class T> int check_attention(std::vector<int64_t> lengths, int64_t row
 
 template <class T> int check_rows(int64_t rows, int64_t width) {
     const auto x = random_vector<T>(rows * width), both = random_vector<T>(rows * 2 * width), weight = random_vector<T>(width);
-    const auto logits = random_vector<float>(rows * width);
     std::vector<T> out(x.size());
-    std::vector<float> scores(x.size());
     int bad = moestro_rms_norm(out.data(), x.data(), weight.data(), rows, width, 1e-6f, TYPE<T>, TYPE<T>, 2);
     bad |= moestro_swiglu(out.data(), both.data(), rows, width, TYPE<T>, 2);
-    for (int function = 0; function < 3; function++) bad |= moestro_score(scores.data(), logits.data(), rows, width, function, 2);
     return bad;
 }
 

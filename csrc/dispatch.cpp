@@ -269,14 +269,6 @@ int moestro_swiglu(void *out, const void *gate_up, int64_t rows, int64_t width, 
     return MOESTRO_OK;
 }
 
-int moestro_score(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) {
-    if (!chosen) return MOESTRO_NO_ISA;
-    if (function < MOESTRO_SIGMOID || function > MOESTRO_SQRT_SOFTPLUS) return MOESTRO_BAD_TYPE;
-    if (!fits(rows, width) || !sane(threads)) return MOESTRO_BAD_SIZE;
-    chosen->kernels->score(out, logits, rows, width, function, threads);
-    return MOESTRO_OK;
-}
-
 int moestro_rope(void *out, const void *x, const float *cos, const float *sin, int64_t rows, int64_t groups,
                  int64_t width, int64_t out_row, int64_t out_group, int64_t x_row, int64_t x_group, int inverse, int type,
                  int threads) {

@@ -19,7 +19,7 @@ struct HeadTask {
 };
 
 // Logits of one row -> its loss and likeliest token; with `gradient`, softmax − one-hot. Without a target: 0, and zeros.
-template <class T> void score_row(const HeadTask &a, int64_t row, float *logits, T *gradient) {
+template <class T> void cross_entropy_row(const HeadTask &a, int64_t row, float *logits, T *gradient) {
     const int64_t size = a.vocabulary, target = a.targets[row];
     float most[16], sums[16] = {}, largest = -INFINITY;
     for (float &m : most) m = -INFINITY;
@@ -86,7 +86,7 @@ template <class T> int cross_entropy(const CrossEntropy &a, int threads) {
             failed |= !multiply_all<T>({rows, width, nullptr, true}, count, width, by_token, size,
                 [&](int64_t row, int64_t column, const float *values, int64_t n) { memcpy(logits + row * size + column, values, sizeof(float) * n); });
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i++) score_row(task, i, logits + i * size, gradients ? gradients + i * size : nullptr);
+            for (int64_t i = 0; i < count; i++) cross_entropy_row(task, i, logits + i * size, gradients ? gradients + i * size : nullptr);
             if (!d_hidden) continue;
             pack_all(rows_panels, rows, width, false, width, count);
             failed |= !multiply_all<T>({gradients, size, nullptr, true}, count, size, by_width, width,

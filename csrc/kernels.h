@@ -74,7 +74,6 @@ extern const Kernels KERNELS = {
         if (type == MOESTRO_FLOAT32) return swiglu(static_cast<float *>(out), static_cast<const float *>(gate_up), rows, width, threads);
         swiglu(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(gate_up), rows, width, threads);
     },
-    [](float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) { score(out, logits, rows, width, function, threads); },
     [](int64_t rounds, int type, int threads) { return type == MOESTRO_FLOAT32 ? multiply_in_registers<float>(rounds, threads) : multiply_in_registers<uint16_t>(rounds, threads); },
     [](const CrossEntropy &p, int type, int threads) { return type == MOESTRO_FLOAT32 ? cross_entropy<float>(p, threads) : cross_entropy<uint16_t>(p, threads); },
     [](const Rope &p, int type, int threads) { type == MOESTRO_FLOAT32 ? rope<float>(p, threads) : rope<uint16_t>(p, threads); },

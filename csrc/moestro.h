@@ -80,8 +80,6 @@ int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows,
                      int weight_type, int threads);
 // out [rows, width] = silu(gate) · up of gate_up [rows, 2 · width], gates first.
 int moestro_swiglu(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
-// Scores of logits [rows, width]: the sigmoid, the softmax of a row, or √softplus.
-int moestro_score(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
 
 // out = x with its pairs (0, 1), (2, 3), … rotated by the angles of their row, backwards where `inverse`. Vector (row, g) of
 // `width` values lies at x + row · x_row + g · x_group, and likewise in out, which may be x; cos and sin [rows, width / 2].

@@ -1,4 +1,4 @@
-// Functions of single rows: RMSNorm, SwiGLU, router scores. Rows are taken in pieces of 16 values, the last one filled up, so
+// Functions of single rows: RMSNorm, SwiGLU, router scores, rotation. Rows are taken in pieces of 16 values, the last one filled up, so
 // that every value of a row is computed by the same instructions.
 #pragma once
 #include "gemm.h"
@@ -87,25 +87,21 @@ inline void softmax_row(float *out, const float *logits, int64_t width) {
     for (int64_t j = 0; j < width; j++) out[j] /= sum;
 }
 
-inline void score(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads) {
-    for_rows(rows, width, threads, [&](int64_t i) {
-        const float *from = logits + i * width;
-        float *to = out + i * width, v[LANES];
-        if (function == MOESTRO_SOFTMAX) return softmax_row(to, from, width);
-        if (function == MOESTRO_SQRT_SOFTPLUS) {
-            for (int64_t j = 0; j < width; j++) {
-                const float plus = std::max(from[j], 0.0f) + std::log1p(std::exp(-std::fabs(from[j])));
-                to[j] = std::sqrt(std::max(plus, 1.17549435e-38f));
-            }
-            return;
-        }
-        for (int64_t j = 0; j < width; j += LANES) {
-            load_lanes(v, from + j, width - j);
+// Scores of a router's logits [width]: the sigmoid, the softmax, √softplus, or ones.
+inline void score_row(float *to, const float *from, int64_t width, int function) {
+    if (function == MOESTRO_CONSTANT) return std::fill(to, to + width, 1.0f);
+    if (function == MOESTRO_SOFTMAX) return softmax_row(to, from, width);
+    float v[LANES];
+    for (int64_t j = 0; function == MOESTRO_SIGMOID && j < width; j += LANES) {
+        load_lanes(v, from + j, width - j);
 #pragma omp simd
-            for (int l = 0; l < LANES; l++) v[l] = sigmoid(v[l]);
-            store_lanes(to + j, v, width - j);
-        }
-    });
+        for (int l = 0; l < LANES; l++) v[l] = sigmoid(v[l]);
+        store_lanes(to + j, v, width - j);
+    }
+    for (int64_t j = 0; function == MOESTRO_SQRT_SOFTPLUS && j < width; j++) {
+        const float plus = std::max(from[j], 0.0f) + std::log1p(std::exp(-std::fabs(from[j])));
+        to[j] = std::sqrt(std::max(plus, 1.17549435e-38f));
+    }
 }
 
 // Pairs (x0, x1), (x2, x3), … of one vector, LANES values at a time; every pair is rounded in the same way.

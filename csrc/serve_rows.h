@@ -62,8 +62,7 @@ inline bool route_one(const Route &a, int64_t row) {
     float *best = reinterpret_cast<float *>(kept + a.num_groups), *scores = best + 2 * a.num_groups, *choice = scores + a.num_experts;
     int64_t *ids = a.ids + row * a.top_k;
     float *weights = a.weights + row * a.top_k, sum = 0;
-    if (a.function == MOESTRO_CONSTANT) std::fill(scores, scores + a.num_experts, 1.0f);
-    else score(scores, a.logits + row * a.num_experts, 1, a.num_experts, a.function, 1);
+    score_row(scores, a.logits + row * a.num_experts, a.num_experts, a.function);
     if (!a.given) {
         for (int64_t e = 0; e < a.num_experts; e++) choice[e] = comparable(a.multiply ? scores[e] * (1.0f + a.bias[e]) : scores[e] + a.bias[e]);
         if (a.num_groups > a.top_k_groups) mask_groups(choice, best, kept, a);

@@ -141,7 +141,6 @@ struct Kernels {
     int (*paged_attention)(const PagedAttention &, int type, int threads);
     void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads);
     void (*swiglu)(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
-    void (*score)(float *out, const float *logits, int64_t rows, int64_t width, int function, int threads);
     int64_t (*multiply_in_registers)(int64_t rounds, int type, int threads);
     int (*cross_entropy)(const CrossEntropy &, int type, int threads);
     void (*rope)(const Rope &, int type, int threads);

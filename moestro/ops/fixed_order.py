@@ -109,7 +109,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, function: str) -> Tensor:
-    """See `packed.score`."""
+    """Router scores of logits [N, E] fp32: sigmoid, softmax, sqrt_softplus, or constant ones -> [N, E]."""
     match function:
         case "sigmoid":
             return activate(torch.sigmoid, logits)

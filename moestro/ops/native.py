@@ -42,7 +42,6 @@ _SIGNATURES = {
     "moestro_paged_attention": [_POINTER] * 6 + [_SIZE] * 10 + [_FLOAT] + [_INT] * 2,
     "moestro_rms_norm": [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
     "moestro_swiglu": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
-    "moestro_score": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_flash_forward": [_POINTER] * 7 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 2,
     "moestro_flash_backward": [_POINTER] * 11 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 2,
     "moestro_rms_norm_backward": [_POINTER] * 5 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,

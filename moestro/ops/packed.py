@@ -21,7 +21,6 @@ from torch import Tensor
 from moestro.ops import fixed_order, native, quantize
 from moestro.ops.quantize import LAYOUTS, PANEL, Rows, Stack
 
-SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2}
 PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forces plain torch elsewhere does so here
 _KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -177,16 +176,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(n, width)
     sizes = (n, width, native.TYPES[gate_up.dtype], torch.get_num_threads())
     native.call("moestro_swiglu", out, gate_up, *sizes)
-    return out
-
-
-def score(logits: Tensor, function: str) -> Tensor:
-    """Router scores of logits [N, E] fp32: sigmoid, softmax, sqrt_softplus, or constant ones -> [N, E]."""
-    if function not in SCORES or logits.dtype != torch.float32 or not _native(logits):
-        return fixed_order.score(logits, function)
-    logits = logits.contiguous()
-    out = torch.empty_like(logits)
-    native.call("moestro_score", out, logits, *logits.shape, SCORES[function], torch.get_num_threads())
     return out
 
 

@@ -27,7 +27,7 @@ from moestro.ops import fixed_order, native, packed
 from moestro.ops.packed import PackedExperts, PackedHeads, PackedLinear
 from moestro.ops.quantize import LAYOUTS
 
-SCORES = packed.SCORES | {"constant": 3}
+SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}
 LINEAR, EXPERTS, ATTENTION, NORM, SWIGLU, ADD, ROPE, COPY, STORE, WIDEN, ROUTE = range(11)  # as in csrc/run.cpp
 _LINE = 64  # bytes: values begin at cache lines
 

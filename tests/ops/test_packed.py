@@ -21,7 +21,6 @@ from moestro.ops.packed import (
     PackedLinear,
     paged_attention,
     rms_norm,
-    score,
     swiglu,
 )
 
@@ -272,24 +271,6 @@ def test_norm_and_activation(width: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(act.double(), F.silu(gate) * up, rtol=close, atol=1e-6)
     for rows in SLICES:
         assert torch.equal(swiglu(both[rows]), act[rows])
-
-
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [
-        ("sigmoid", torch.sigmoid),
-        ("softmax", lambda t: t.softmax(-1)),
-        ("sqrt_softplus", lambda t: F.softplus(t).sqrt()),
-        ("constant", torch.ones_like),
-    ],
-)
-@pytest.mark.parametrize("width", [1, 16, 37])
-def test_scores(name: str, function: object, width: int) -> None:
-    logits = random(130, width) * 10
-    out = score(logits, name)
-    torch.testing.assert_close(out.double(), function(logits.double()), rtol=1e-5, atol=1e-7)  # type: ignore[operator]
-    for rows in SLICES:
-        assert torch.equal(score(logits[rows], name), out[rows])
 
 
 @pytest.mark.parametrize("kind", KINDS)
