@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moestro import ops
 from moestro.config import ModelConfig
 from moestro.model.attention import AttentionBatch, HeadAttention, LatentAttention, RopeTables
 from moestro.model.experts import MoE
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> [N, V]."""
-        return F.linear(hidden, self.head_weight)
+        return ops.linear(hidden, self.head_weight)
 
     def forward(self, tokens: Tensor, batch: AttentionBatch, *, recompute: bool = False) -> Output:
         """tokens [N] -> hidden [N, D] after the final norm, and the routes of the main MoE layers.

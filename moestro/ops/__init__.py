@@ -8,6 +8,9 @@ operations that `fused.py` lacks are then the reference.
 
 import os
 
+import torch
+
+from moestro import machine
 from moestro.errors import ConfigError
 from moestro.ops import fused, native, native_attention, native_rows, reference
 
@@ -26,11 +29,19 @@ rms_norm = _rows.rms_norm
 swiglu = _rows.swiglu
 join_heads = _rows.join_heads
 
+
+def multiplies_bf16() -> bool:
+    """Whether products in bf16 take about the time of fp32's: by instructions, or by kernels that widen them."""
+    widened = _fastest is native and native.load_library() is not None and native.multiplies_faster(torch.bfloat16)
+    return machine.describe_machine().bf16_is_fast or widened
+
+
 __all__ = [
     "grouped_experts",
     "join_heads",
     "linear",
     "linear_cross_entropy",
+    "multiplies_bf16",
     "packed_attention",
     "rms_norm",
     "swiglu",

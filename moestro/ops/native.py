@@ -98,9 +98,8 @@ def multiplies_faster(dtype: torch.dtype) -> bool:
     Without bf16 instructions torch multiplies bf16 a hundred times slower than fp32; its BLAS for fp32 is at its best
     on Intel's CPUs only. Where both are at their best, they are about equal (docs/kernels.md).
     """
-    if dtype == torch.bfloat16:
-        return "avx512_bf16" not in machine.describe_machine().instruction_sets
-    return "Intel" not in machine.describe_machine().cpu
+    described = machine.describe_machine()
+    return not described.bf16_is_fast if dtype == torch.bfloat16 else "Intel" not in described.cpu
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro import machine
 from moestro.config import TrainConfig
 from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
@@ -97,7 +98,8 @@ class Optimizers:
             whole = [p for p in muon if "gate_up" not in self.names[p]]
             muon_groups: list[dict[str, Any]] = [{"params": halves, "halves": True}, {"params": whole}]
             groups = [g for g in muon_groups if g["params"]]
-            self.all.append(Muon(groups, lr=config.lr, weight_decay=config.weight_decay, dtype=model.dtype))
+            dtype = model.dtype if machine.describe_machine().bf16_is_fast else torch.float32  # torch multiplies here
+            self.all.append(Muon(groups, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype))
 
     def step(self, lr: float) -> None:
         """Update every parameter with learning rate `lr`."""

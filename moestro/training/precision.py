@@ -12,7 +12,7 @@ import time
 import torch
 from torch import Tensor
 
-from moestro import machine, ops
+from moestro import ops
 from moestro.config import Config, ModelConfig
 from moestro.model.layers import MLP
 
@@ -24,7 +24,7 @@ def resolve_dtype(config: Config) -> str:
     """`bf16` or `fp32`: what `train.dtype` says, or under `auto` the one whose steps are measured to be shorter."""
     if config.train.dtype != "auto":
         return config.train.dtype
-    if not machine.describe_machine().bf16_is_fast:
+    if not ops.multiplies_bf16():
         return "fp32"
     tokens = min(config.train.batch_size * config.train.seq_len, MAX_TOKENS)
     seconds = {dtype: float("inf") for dtype in ("fp32", "bf16")}

@@ -11,7 +11,8 @@ import pytest
 from instruction_sets import runnable
 from kernel_build import COMPILER, ROOT, build_settings, compile_all
 
-EMULATED = ["-O2", "-DMOESTRO_EMULATED=1", "-include", "tests/ops/emulated.h", "-Wno-psabi", "-mavx2", "-mfma"]
+COMMON = ["-std=c++17", "-O1", "-DMOESTRO_EMULATED=1", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
+EMULATED = ["-include", "tests/ops/emulated.h", "-Wno-psabi", "-mavx2", "-mfma"]
 
 
 @pytest.mark.slow
@@ -19,8 +20,8 @@ EMULATED = ["-O2", "-DMOESTRO_EMULATED=1", "-include", "tests/ops/emulated.h", "
 @pytest.mark.skipif(runnable()[-1:] == ["avx512bf16"], reason="this machine runs every path itself")
 @pytest.mark.skipif(COMPILER is None or not Path("/usr/include/simde").is_dir(), reason="needs g++ and libsimde-dev")
 def test_paths_that_this_machine_cannot_run(tmp_path: Path) -> None:
-    sources = {source: [] if "dispatch" in source else EMULATED[2:] for source in build_settings()["FLAGS"]}
-    objects = compile_all(tmp_path, sources, ["-std=c++17", *EMULATED[:2], "-fPIC", "-fopenmp", "-ffp-contract=fast"])
+    sources = {source: EMULATED if "avx512" in source else own for source, own in build_settings()["FLAGS"].items()}
+    objects = compile_all(tmp_path, sources, COMMON)
     library = tmp_path / "libmoestro.so"
     assert COMPILER is not None
     subprocess.run([COMPILER, "-shared", "-fopenmp", *objects, "-o", str(library)], cwd=ROOT, check=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 
-from moestro import machine
+from moestro import ops
 from moestro.config import Config
 from moestro.training import precision
 
@@ -17,7 +16,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Seconds that the hot path will be said to take, in turn."""
     told: dict[str, list[float]] = {"fp32": [], "bf16": []}
     monkeypatch.setattr(precision, "time_hot_path", lambda config, tokens, dtype: told[dtype].pop(0))
-    monkeypatch.setattr(machine, "describe_machine", lambda: SimpleNamespace(bf16_is_fast=True))
+    monkeypatch.setattr(ops, "multiplies_bf16", lambda: True)
     return told
 
 
@@ -40,10 +39,10 @@ def test_a_choice_is_not_measured(times: dict[str, list[float]], make_config: Ca
     assert precision.resolve_dtype(make_config("train.dtype=bf16")) == "bf16"
 
 
-def test_without_bf16_instructions_nothing_is_measured(
+def test_where_bf16_is_slow_nothing_is_measured(
     monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config], times: dict[str, list[float]]
 ) -> None:
-    monkeypatch.setattr(machine, "describe_machine", lambda: SimpleNamespace(bf16_is_fast=False))
+    monkeypatch.setattr(ops, "multiplies_bf16", lambda: False)
     assert precision.resolve_dtype(make_config("train.dtype=auto")) == "fp32"
 
 
