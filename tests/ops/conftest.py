@@ -1,4 +1,4 @@
-"""Fixtures of kernel tests: each instruction set in turn, two threads."""
+"""Fixtures of kernel tests: each instruction set in turn, plain torch beside them, two threads."""
 
 from __future__ import annotations
 
@@ -28,4 +28,19 @@ def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["plain", *runnable()])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Plain torch, then each instruction set; there two threads, so that tasks are shared out."""
+    before, library, best = torch.get_num_threads(), native.load_library(), native.current_isa()
+    torch.set_num_threads(1 if request.param == "plain" else 2)
+    if request.param == "plain":
+        monkeypatch.setattr(native, "load_library", lambda: None)
+    elif library is not None:
+        library.moestro_set_isa(request.param.encode())
+    yield request.param
+    if library is not None:
+        library.moestro_set_isa(best.encode())
     torch.set_num_threads(before)

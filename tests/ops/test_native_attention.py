@@ -9,41 +9,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from instruction_sets import runnable
 from torch import Tensor
 
 from moestro import ops
 from moestro.ops import fused, native, native_attention, reference
 
-pytestmark = pytest.mark.skipif(native.load_library() is None, reason="the native kernels are not built")
+pytestmark = [
+    pytest.mark.skipif(native.load_library() is None, reason="the native kernels are not built"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 Attention = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=runnable())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn."""
-    library = native.load_library()
-    assert library is not None
-    best = native.current_isa()
-    assert library.moestro_set_isa(request.param.encode()) == 0
-    yield request.param
-    library.moestro_set_isa(best.encode())
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Two threads, whatever the machine has, so that tasks are shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moestro.ops import native, native_rows, reference
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = [(0, 2, 3, 4), (1, 1, 0, 2), (5, 3, 7, 0), (9, 4, 5, 6), (600, 3, 32, 130)]
 SIZES = [(0, 8), (1, 1), (3, 16), (5, 37), (40, 64), (2100, 33), (7, 5000), (4, 0)]
@@ -32,15 +33,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield request.param
     if library is not None:
         library.moestro_set_isa(best.encode())
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Two threads, whatever the machine has, so that rows are shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -6,12 +6,9 @@ outputs in bf16 add 2⁻⁸ each way; codes are exact, so quantised kinds are he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import runnable
 from torch import Tensor
 
 from moestro.ops import native, quantize, reference
@@ -24,24 +21,10 @@ from moestro.ops.packed import (
     swiglu,
 )
 
+pytestmark = pytest.mark.usefixtures("path")
 DTYPES = [torch.float32, torch.bfloat16]
 KINDS = ["fp32", "bf16", "int8", "int4"]
 SLICES = (slice(0, 1), slice(5, 7), slice(3, 19), slice(40, 129))
-
-
-@pytest.fixture(params=["plain", *runnable()], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Plain torch, then each instruction set; there two threads, so that tasks are shared out."""
-    before, library, best = torch.get_num_threads(), native.load_library(), native.current_isa()
-    torch.set_num_threads(1 if request.param == "plain" else 2)
-    if request.param == "plain":
-        monkeypatch.setattr(native, "load_library", lambda: None)
-    elif library is not None:
-        library.moestro_set_isa(request.param.encode())
-    yield request.param
-    if library is not None:
-        library.moestro_set_isa(best.encode())
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import array
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from instruction_sets import runnable
 from torch import Tensor
 
 from moestro.ops import native
@@ -17,23 +15,9 @@ from moestro.ops.packed import PackedExperts, PackedHeads, PackedLinear
 from moestro.ops.serving import Eager, Heads, Place, Places, Rows, Selection, Tape, X, _Step, rope, route
 from moestro.routing.router import score_experts, select_experts
 
+pytestmark = pytest.mark.usefixtures("path")
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = (slice(0, 1), slice(5, 7), slice(3, 19), slice(40, 129))
-
-
-@pytest.fixture(params=["plain", *runnable()], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Plain torch, then each instruction set; there two threads."""
-    before, library, best = torch.get_num_threads(), native.load_library(), native.current_isa()
-    torch.set_num_threads(1 if request.param == "plain" else 2)
-    if request.param == "plain":
-        monkeypatch.setattr(native, "load_library", lambda: None)
-    elif library is not None:
-        library.moestro_set_isa(request.param.encode())
-    yield request.param
-    if library is not None:
-        library.moestro_set_isa(best.encode())
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
