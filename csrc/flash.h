@@ -115,16 +115,7 @@ template <class T> Strided take_rows(Step *to, int64_t pitch, const T *from, int
 
 // Rows as steps along their number, for a right operand. The same as copy_rows where a step is one element.
 template <class T> void copy_panel(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
-    constexpr int PER = Layout<T>::PER_STEP;
-    for (int64_t s = 0; s < steps_of<T>(rows); s++) {
-        const T *p = from + s * PER * stride, *q = PER == 2 && s * 2 + 1 < rows ? p + stride : nullptr;
-        Step *out = to + s * pitch;
-        if (q)
-            for (int64_t n = 0; n < width; n++) out[n] = make_step(p + n, q + n);
-        else
-            for (int64_t n = 0; n < width; n++) out[n] = make_step(p + n, static_cast<const T *>(nullptr));
-        std::fill(out + width, out + round_up(width, NR), 0);
-    }
+    for (int64_t s = 0; s < steps_of<T>(rows); s++) copy_step(to + s * pitch, StepRows<T>(from, stride, nullptr, s, rows), width, round_up(width, NR));
 }
 
 // Rows of `steps` steps turned into panels [count / NR][steps][NR].

@@ -151,6 +151,14 @@ template <class T> struct StepRows {
     __m256i eight(int64_t n) const { return make_steps8(first + n, second + n); }
 };
 
+// One step of `columns` columns, filled up with zeros to `width`.
+template <class T> inline void copy_step(Step *out, const StepRows<T> &row, int64_t columns, int64_t width) {
+    int64_t n = 0;
+    for (; row.whole() && n + 8 <= columns; n += 8) store_steps8(out + n, row.eight(n));
+    for (; n < columns; n++) out[n] = row.one(n);
+    for (; n < width; n++) out[n] = 0;
+}
+
 // Pack b(k, n), n in [0, columns), into panel[steps][NR]; missing columns and the odd last element are zero.
 // contiguous_k: element (k, n) is src[n * stride + k]; else row(k)[n] as in StepRows.
 template <class T>
@@ -162,14 +170,7 @@ void pack_panel(Step *panel, const T *src, int64_t stride, const int64_t *rows, 
         for (int n = 0; n < columns; n++) starts[n] = src + n * stride;
         return pack_columns(panel, NR, starts, columns, k);
     }
-    for (int64_t s = 0; s < steps; s++) {
-        const StepRows<T> row(src, stride, rows, s, k);
-        Step *out = panel + s * NR;
-        int n = 0;
-        for (; row.whole() && n + 8 <= columns; n += 8) store_steps8(out + n, row.eight(n));
-        for (; n < columns; n++) out[n] = row.one(n);
-        for (; n < NR; n++) out[n] = 0;
-    }
+    for (int64_t s = 0; s < steps; s++) copy_step(panel + s * NR, StepRows<T>(src, stride, rows, s, k), columns, NR);
 }
 
 // c (+)= rows of a · panel: MR rows of sums, `c_stride` apart. Step k of row i is a_rows[i][k * a_step].
