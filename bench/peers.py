@@ -157,7 +157,9 @@ def ask_llama(program: str, file: Path, threads: int, cases: list[Case], count: 
 
 def serve_vllm(directory: str) -> None:
     """The worker of vLLM, for the interpreter that has it; the engine runs in this process."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    threads = len(os.sched_getaffinity(0))
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads)}
+    os.environ.update(settings)
     import random
     import time
 

@@ -1,6 +1,6 @@
 """Serving kernels at Moonlight's shapes, each beside the machine's limit measured in the same run.
 
-    python bench/kernels.py [--rounds 15] [--only linear experts heads attention] [--rows 1 4 16 64 512]
+    python bench/products.py [--rounds 15] [--only linear experts heads attention] [--rows 1 4 16 64 512]
 
 The limit of a call is the larger of its bytes over the measured read bandwidth and its operations over the measured
 bf16 product peak (fp32's for fp32; twice bf16's for int8 and int4, whose instruction does twice the work).
