@@ -3,7 +3,7 @@
 //
 //   scores    rows of a page, read where they lie, times a panel of the columns' queries: a cached row is read once for all
 //   weights   exp(score − largest of the split), vertically, a lane a column; keys that a column does not see weigh 0
-//   values    weights, turned into rows, times panels of values
+//   values    weights, turned into rows, times values: read where they lie, or with bf16 products packed into panels
 //
 // Splits are merged in their order by the usual rescaling, whether one thread or several computed them; so a column's
 // result depends on its query, its position and its cached rows alone.
@@ -15,11 +15,11 @@
 
 namespace {
 
-constexpr int64_t PAGE = 64, SPLIT = 256, VALUE_KEYS = 128;
+constexpr int64_t PAGE = 64, SPLIT = 256;
 constexpr int64_t MOST_PARTIAL = int64_t(1) << 25;  // floats of splits that are kept to be merged
 constexpr int SCORE_ROWS = Isa::WIDTH;              // SCORE_ROWS / V rows times V vectors: as many sums as registers allow
 
-thread_local Scratch query_panel, score_floats, weight_panel, weight_rows, value_panel, wide_rows, own_state, own_partial;
+thread_local Scratch query_panel, score_floats, weight_panel, weight_rows, value_panel, row_copies, own_state, own_partial;
 Scratch call_units, call_partial;
 
 struct Unit {
@@ -65,36 +65,50 @@ template <class T> Query<T> make_query(const PagedAttention &a, const Unit &unit
 }
 
 template <class T> constexpr Mode MODE_OF = Layout<T>::PAIRS ? Mode::PAIRS : Mode::FLOATS;
+template <class T> constexpr bool WIDENED = sizeof(T) == 2 && !Isa::HAS_BF16;  // bf16 that is widened where it is used
 
-template <class T, int V>
-void score_page(float *scores, Rows rows, int64_t count, const Step *panel, int64_t steps) {
+// scores (+)= rows · panel over some steps.
+template <Mode MODE, int V>
+void score_rows(float *scores, Rows rows, int64_t count, const Step *panel, int64_t steps, bool accumulate) {
     constexpr int R = SCORE_ROWS / V, WIDTH = V * Isa::WIDTH;
-    for (int64_t r = 0; r < count; r += R) {
-        const Rows own = {rows.data + r * rows.bytes, rows.bytes};
-        tile<MODE_OF<T>, R, V>(scores + r * WIDTH, WIDTH, own, reinterpret_cast<const char *>(panel), WIDTH * 4, steps, false, {own.data + R * rows.bytes, 64});
-    }
+    for (int64_t r = 0; r < count; r += R)
+        with_rows<R>(std::min<int64_t>(R, count - r), [&](auto n) {
+            const char *own = rows.data + r * rows.bytes;
+            tile<MODE, decltype(n)::value, V>(scores + r * WIDTH, WIDTH, {own, rows.bytes}, reinterpret_cast<const char *>(panel), WIDTH * 4, steps, accumulate, {own + R * rows.bytes, 64});
+        });
+}
+
+// scores of a page, a piece of the panel for all its rows at a time.
+template <Mode MODE, int V>
+void score_page(float *scores, Rows rows, int64_t count, const Step *panel, int64_t steps) {
+    constexpr int64_t PER = MODE == Mode::WIDE_ROWS ? 2 : 1, PIECE = K_PIECE / PER;
+    for (int64_t s = 0; s < steps; s += PIECE)
+        score_rows<MODE, V>(scores, {rows.data + s * 4, rows.bytes}, count, panel + s * PER * V * Isa::WIDTH, std::min(PIECE, steps - s), s > 0);
+}
+
+template <Mode MODE> void score_page(float *scores, int width, Rows rows, int64_t count, const Step *panel, int64_t steps) {
+    if (width == Isa::WIDTH) score_page<MODE, 1>(scores, rows, count, panel, steps);
+    else if (width == 2 * Isa::WIDTH) score_page<MODE, 2>(scores, rows, count, panel, steps);
+    else score_page<MODE, Isa::VECTORS>(scores, rows, count, panel, steps);
 }
 
 // scores [keys][width] of one split.
 template <class T>
 bool score_split(float *scores, const Query<T> &q, const PagedAttention &a, int64_t first, int64_t keys) {
     const int64_t steps = steps_of<T>(a.key_width);
-    const bool in_place = sizeof(T) * Layout<T>::PER_STEP == 4 && a.key_width % Layout<T>::PER_STEP == 0;
-    Step *panel = query_panel.get<Step>(steps * NR), *wide = in_place ? nullptr : wide_rows.get<Step>(PAGE * steps);
-    if (!panel || (!in_place && !wide)) return false;
+    const bool in_place = sizeof(T) == 4 || a.key_width % 2 == 0;
+    Step *panel = query_panel.get<Step>(steps * NR), *copies = in_place ? nullptr : row_copies.get<Step>(PAGE * steps);
+    if (!panel || (!in_place && !copies)) return false;
     pack_columns(panel, q.width, q.columns, q.count, a.key_width);
     for (int64_t j = 0; j < keys; j += PAGE) {
         const int64_t count = std::min(PAGE, keys - j);
         const T *page = q.rows + int64_t(q.table[(first + j) / PAGE]) * PAGE * a.page_width;
-        Rows rows = {reinterpret_cast<const char *>(page), a.page_width * int64_t(sizeof(T))};
+        const Rows rows = {reinterpret_cast<const char *>(page), a.page_width * int64_t(sizeof(T))};
         if (!in_place) {
-            for (int64_t i = 0; i < count; i++) copy_steps(wide + i * steps, page + i * a.page_width, a.key_width);
-            rows = {reinterpret_cast<const char *>(wide), steps * 4};
-        }
-        float *to = scores + j * q.width;
-        if (q.width == Isa::WIDTH) score_page<T, 1>(to, rows, count, panel, steps);
-        else if (q.width == 2 * Isa::WIDTH) score_page<T, 2>(to, rows, count, panel, steps);
-        else score_page<T, Isa::VECTORS>(to, rows, count, panel, steps);
+            for (int64_t i = 0; i < count; i++) copy_steps(copies + i * steps, page + i * a.page_width, a.key_width);
+            score_page<MODE_OF<T>>(scores + j * q.width, q.width, {reinterpret_cast<const char *>(copies), steps * 4}, count, panel, steps);
+        } else if (WIDENED<T>) score_page<Mode::WIDE_ROWS>(scores + j * q.width, q.width, rows, count, panel, steps / 2);
+        else score_page<MODE_OF<T>>(scores + j * q.width, q.width, rows, count, panel, steps);
     }
     return true;
 }
@@ -141,25 +155,35 @@ void weigh_columns(Step *panel, float *largest, float *sum, const float *scores,
     }
 }
 
+// Σ over some keys of weight · value, to [count][stride]; value vectors as `tile` reads them.
+template <Mode MODE>
+void add_panel(float *to, int64_t stride, Rows weights, int64_t count, const char *panel, int64_t panel_bytes, int64_t steps, bool accumulate) {
+    for (int64_t c = 0; c < count; c += MR)
+        with_rows<MR>(std::min<int64_t>(MR, count - c), [&](auto r) {
+            tile<MODE, decltype(r)::value, Isa::VECTORS>(to + c * stride, stride, {weights.data + c * weights.bytes, weights.bytes}, panel, panel_bytes, steps, accumulate, {panel, 0});
+        });
+}
+
 // Σ over the keys of one split of weight · value: to [count][stride].
 template <class T>
 bool add_values(float *to, int64_t stride, const Query<T> &q, const PagedAttention &a, const Step *weights, int64_t row_steps, int64_t first, int64_t keys) {
     constexpr int PER = Layout<T>::PER_STEP;
-    Step *panel = value_panel.get<Step>(steps_of<T>(VALUE_KEYS) * NR);
+    Step *panel = value_panel.get<Step>(steps_of<T>(PAGE) * NR);
     if (!panel) return false;
-    int64_t index[SPLIT];
-    for (int64_t j = 0; j < keys; j++) index[j] = int64_t(q.table[(first + j) / PAGE]) * PAGE + j % PAGE;
-    for (int64_t v = 0; v < a.value_width; v += NR)
-        for (int64_t k = 0; k < keys; k += VALUE_KEYS) {
-            const int64_t count = std::min(VALUE_KEYS, keys - k), columns = std::min<int64_t>(NR, a.value_width - v);
-            pack_panel(panel, q.rows + a.value_offset + v, a.page_width, index + k, false, count, int(columns));
-            for (int64_t c = 0; c < q.count; c += MR) {
-                const Rows rows = {reinterpret_cast<const char *>(weights + c * row_steps + k / PER), row_steps * 4};
-                with_rows<MR>(std::min<int64_t>(MR, q.count - c), [&](auto r) {
-                    tile<MODE_OF<T>, decltype(r)::value, Isa::VECTORS>(to + c * stride + v, stride, rows, reinterpret_cast<const char *>(panel), NR * 4, steps_of<T>(count), k > 0, {reinterpret_cast<const char *>(panel), 0});
-                });
+    for (int64_t j = 0; j < keys; j += PAGE) {
+        const int64_t count = std::min(PAGE, keys - j);
+        const T *page = q.rows + int64_t(q.table[(first + j) / PAGE]) * PAGE * a.page_width + a.value_offset;
+        const Rows rows = {reinterpret_cast<const char *>(weights + j / PER), row_steps * 4};
+        for (int64_t v = 0; v < a.value_width; v += NR) {
+            const int64_t columns = std::min<int64_t>(NR, a.value_width - v);
+            if (WIDENED<T> && columns == NR) {
+                add_panel<Mode::WIDE_VALUES>(to + v, stride, rows, q.count, reinterpret_cast<const char *>(page + v), a.page_width * 2, count, j > 0);
+                continue;
             }
+            pack_panel(panel, page + v, a.page_width, nullptr, false, count, int(columns));
+            add_panel<MODE_OF<T>>(to + v, stride, rows, q.count, reinterpret_cast<const char *>(panel), NR * 4, steps_of<T>(count), j > 0);
         }
+    }
     return true;
 }
 

@@ -25,8 +25,8 @@ constexpr int vectors_of(int rows) { return std::min(std::max(rows == 1 ? 8 : ro
 // What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES what a panel has of it, ROWS how many
 // rows a tile takes: as many as leave the compiler registers.
 template <Mode MODE> struct FloatProduct {
-    static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL, ROWS = MODE == Mode::WIDENED ? 5 : MR;
-    static constexpr int64_t ROW_BYTES = MODE == Mode::WIDENED ? 8 : 4;
+    static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL, ROWS = MODE == Mode::WIDE_PANEL ? 5 : MR;
+    static constexpr int64_t ROW_BYTES = MODE == Mode::WIDE_PANEL ? 8 : 4;
     using Element = std::conditional_t<MODE == Mode::PAIRS, uint16_t, float>;  // of prepared rows
     static int64_t row_bytes(int64_t k) { return round_up(k, UNIT) * int64_t(sizeof(Element)); }
     template <class T> static bool in_place(int64_t k) { return std::is_same<T, Element>::value && k % UNIT == 0; }
@@ -300,7 +300,7 @@ template <class F> int with_product(int kind, int type, F f) {
         constexpr bool PAIRS = sizeof(T) == 2 && Isa::HAS_BF16;
         switch (kind) {
             case MOESTRO_KIND_FP32: return f(FloatProduct<Mode::FLOATS>(), element);
-            case MOESTRO_KIND_BF16: return f(FloatProduct<PAIRS ? Mode::PAIRS : Mode::WIDENED>(), element);
+            case MOESTRO_KIND_BF16: return f(FloatProduct<PAIRS ? Mode::PAIRS : Mode::WIDE_PANEL>(), element);
             case MOESTRO_KIND_INT8: return f(BlockProduct<8>(), element);
             default: return f(BlockProduct<4>(), element);
         }

@@ -63,14 +63,16 @@ inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use, std::integral_con
     }
 }
 
-// How a step of a row meets a step of a panel: a float each; a pair of bf16 each; two floats and a pair of bf16.
-enum class Mode { FLOATS, PAIRS, WIDENED };
+// How rows meet a panel, and what a step is: a float of each; a pair of bf16 of each; two floats of a row and a pair of bf16
+// of the panel; a pair of bf16 of a row and two steps of floats of the panel; a float of a row and bf16 of the panel.
+enum class Mode { FLOATS, PAIRS, WIDE_PANEL, WIDE_ROWS, WIDE_VALUES };
 
 // c (+)= rows · panel over `steps` steps, which lie panel_bytes apart.
 template <Mode MODE, int R, int V>
 void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t panel_bytes, int64_t steps, bool accumulate, Ahead ahead) {
     using Vector = typename Isa::Vector;
-    constexpr bool PAIRS = MODE == Mode::PAIRS, WIDENED = MODE == Mode::WIDENED;
+    constexpr bool PAIRS = MODE == Mode::PAIRS, BOTH = MODE == Mode::WIDE_ROWS;
+    constexpr int HALVES = MODE == Mode::WIDE_PANEL ? 2 : 1, LANE = MODE == Mode::WIDE_VALUES ? 2 : 4;
     Vector acc[R][V];
     Pointers<R> row(rows.data, rows.bytes);
     unroll<R>([&](auto i) MOESTRO_INLINE {
@@ -78,12 +80,20 @@ void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t pane
     });
     for (int64_t s = 0; s < steps; s++) {
         ahead.fetch();
-        for_vectors<R, V, Vector>([&](auto v) MOESTRO_INLINE { return Isa::load_any(panel + v * Isa::WIDTH * 4); }, [&](auto i, auto v, Vector b, auto half) MOESTRO_INLINE {
-            const Vector a = Isa::broadcast(row[i] + 4 * half);
-            acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, !WIDENED ? b : half ? Isa::high_half(b) : Isa::low_half(b));
-        }, std::integral_constant<int, WIDENED ? 2 : 1>());
-        row.advance(WIDENED ? 8 : 4);
-        panel += panel_bytes;
+        unroll<BOTH ? 2 : 1>([&](auto second) MOESTRO_INLINE {
+            if (second) asm volatile("" ::: "memory");  // read rows again rather than keep them in registers
+            for_vectors<R, V, Vector>([&](auto v) MOESTRO_INLINE {
+                const char *at = panel + second * panel_bytes + v * Isa::WIDTH * LANE;
+                return MODE == Mode::WIDE_VALUES ? Isa::load_scales(at) : Isa::load_any(at);
+            }, [&](auto i, auto v, Vector b, auto half) MOESTRO_INLINE {
+                const Vector a = Isa::broadcast(row[i] + 4 * half);
+                const Vector of_row = !BOTH ? a : second ? Isa::high_half(a) : Isa::low_half(a);
+                const Vector of_panel = HALVES == 1 ? b : half ? Isa::high_half(b) : Isa::low_half(b);
+                acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], of_row, of_panel);
+            }, std::integral_constant<int, HALVES>());
+        });
+        row.advance(4 * HALVES);
+        panel += panel_bytes * (BOTH ? 2 : 1);
     }
     unroll<R>([&](auto i) MOESTRO_INLINE {
         unroll<V>([&](auto v) MOESTRO_INLINE { Isa::store_any(c + i * c_stride + v * Isa::WIDTH, acc[i][v]); });
