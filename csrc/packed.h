@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t MOST_ROWS = 96;       // of a block: they stay in the second-level cache beside a piece of a panel
 constexpr int64_t FEW_ROWS = 24;        // of a block beside which a piece of a panel fits the first-level cache
 constexpr int64_t FEW_BYTES = 3 * Block<8>::BYTES, MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
+constexpr int64_t CLOSE_BYTES = 1024;
 constexpr int64_t TOKENS_AT_ONCE = 1024;
 
 thread_local Scratch thread_sums;
@@ -22,14 +23,20 @@ Scratch call_rows, call_gathered, call_middle, call_quantised, call_slots, call_
 // Vectors of columns of a tile: few rows leave registers for more of them than NR has.
 constexpr int vectors_of(int rows) { return std::min(std::max(rows == 1 ? 8 : rows == 2 ? 4 : 0, Isa::VECTORS), PANEL / Isa::WIDTH); }
 
+// Rows that lie a multiple of 2048 bytes apart would share few sets of the first-level cache.
+inline int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 64; }
+
 // What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES what a panel has of it, ROWS how many
 // rows a tile takes: as many as leave the compiler registers.
 template <Mode MODE> struct FloatProduct {
     static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL, ROWS = MODE == Mode::WIDE_PANEL ? 5 : MR;
     static constexpr int64_t ROW_BYTES = MODE == Mode::WIDE_PANEL ? 8 : 4;
     using Element = std::conditional_t<MODE == Mode::PAIRS, uint16_t, float>;  // of prepared rows
-    static int64_t row_bytes(int64_t k) { return round_up(k, UNIT) * int64_t(sizeof(Element)); }
-    template <class T> static bool in_place(int64_t k) { return std::is_same<T, Element>::value && k % UNIT == 0; }
+    static int64_t row_bytes(int64_t k) { return spread(round_up(k, UNIT) * int64_t(sizeof(Element))); }
+    template <class T> static bool in_place(int64_t rows, int64_t stride, int64_t k) {
+        const int64_t bytes = stride * int64_t(sizeof(T));
+        return std::is_same<T, Element>::value && k % UNIT == 0 && (rows == 1 || bytes == spread(bytes));
+    }
     static int64_t scales(int64_t) { return 0; }
     template <class T> static void prepare(char *to, const T *x, int64_t k) {
         Element *out = reinterpret_cast<Element *>(to);
@@ -46,8 +53,8 @@ template <Mode MODE> struct FloatProduct {
 template <int BITS> struct BlockProduct {
     static constexpr int64_t UNIT = Block<BITS>::LENGTH, BYTES = Block<BITS>::BYTES, ROWS = 4;
     using Element = float;  // of what is quantised later
-    static int64_t row_bytes(int64_t k) { return (k + UNIT - 1) / UNIT * (UNIT + int64_t(sizeof(BlockScale))); }
-    template <class T> static bool in_place(int64_t) { return false; }
+    static int64_t row_bytes(int64_t k) { return spread((k + UNIT - 1) / UNIT * (UNIT + int64_t(sizeof(BlockScale)))); }
+    template <class T> static bool in_place(int64_t, int64_t, int64_t) { return false; }
     static int64_t scales(int64_t k) { return round_up(k, UNIT); }
     // A block's scale is its largest magnitude / 127; not finite: not a number, so that results are not either.
     template <class T> static void prepare(char *to, const T *x, int64_t k) {
@@ -81,25 +88,25 @@ template <int BITS> struct BlockProduct {
 template <class P> int64_t units_of(int64_t k) { return (k + P::UNIT - 1) / P::UNIT; }
 inline int64_t panels_of(int64_t m) { return (m + PANEL - 1) / PANEL; }
 
-// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the next one is fetched,
-// in the order of memory: two lines of every step for each of several groups of rows; for a single group as many columns as a
-// tile takes, and where it takes all, the processor fetches by itself.
+// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the next one is fetched
+// from front to end, an equal share by every tile; a single row, whose tile takes all columns, needs the bytes close ahead.
 template <class P> void multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
     if (units == 0) return std::fill(c, c + count * PANEL, 0.0f);
     const int64_t piece = (count <= FEW_ROWS ? FEW_BYTES : MANY_BYTES) / P::BYTES;
     const int64_t groups = (count + P::ROWS - 1) / P::ROWS, rows_each = (count + groups - 1) / groups;
-    for (int64_t unit = 0; unit < units; unit += piece)
-        for (int64_t row = 0, turn = 0; row < count; row += rows_each, turn++)
+    for (int64_t unit = 0; unit < units; unit += piece) {
+        const char *next = panel + unit * P::BYTES + (count == 1 ? CLOSE_BYTES : piece * P::BYTES);
+        for (int64_t row = 0; row < count; row += rows_each)
             with_rows<P::ROWS>(std::min(rows_each, count - row), [&](auto r) {
                 constexpr int R = decltype(r)::value, V = vectors_of(R), COLUMNS = V * Isa::WIDTH;
-                const char *next = panel + (unit + piece) * P::BYTES;
                 const Rows from = {rows.data + row * rows.bytes, rows.bytes, rows.scales};
                 for (int64_t column = 0; column < PANEL; column += COLUMNS) {
-                    const Ahead own = COLUMNS == PANEL ? Ahead{panel, 0} : Ahead{next + piece * P::BYTES / PANEL * column, 4 * COLUMNS};
-                    const Ahead ahead = groups > 1 ? Ahead{next + turn % 2 * 128, 4 * PANEL} : own;
+                    const Ahead ahead = {next, 4 * COLUMNS / groups};
                     P::template multiply<R, V>(c + row * PANEL, from, panel, column, unit, std::min(piece, units - unit), ahead);
+                    next += piece * P::BYTES * COLUMNS / PANEL / groups;
                 }
             });
+    }
 }
 
 // Rows of a block where n are to be shared out, and panels of a task where so many block-panels are.
@@ -116,7 +123,8 @@ template <class P, class T> int packed_linear(const PackedLinear &a, int threads
     const T *x = static_cast<const T *>(a.x);
     const int64_t units = units_of<P>(a.k), row_bytes = P::row_bytes(a.k), panels = panels_of(a.m);
     const int64_t block = rows_of_block(a.n), blocks = (a.n + block - 1) / block;
-    const bool in_place = P::template in_place<T>(a.k);
+    const int64_t stride = a.groups * a.k;
+    const bool in_place = P::template in_place<T>(a.n, stride, a.k);
     char *prepared = in_place ? nullptr : call_rows.get<char>(a.groups * a.n * row_bytes);
     if (!in_place && !prepared) return MOESTRO_NO_MEMORY;
     const int64_t per_task = panels_of_task(blocks * a.groups * panels, threads), per_group = (panels + per_task - 1) / per_task;
@@ -136,7 +144,7 @@ template <class P, class T> int packed_linear(const PackedLinear &a, int threads
             if (!c) continue;
             const int64_t row = task / (a.groups * per_group) * block, g = task / per_group % a.groups;
             const int64_t first = task % per_group * per_task, count = std::min(block, a.n - row);
-            const Rows rows = in_place ? Rows{reinterpret_cast<const char *>(x + (row * a.groups + g) * a.k), a.groups * row_bytes}
+            const Rows rows = in_place ? Rows{reinterpret_cast<const char *>(x + row * stride + g * a.k), stride * int64_t(sizeof(T))}
                                        : Rows{prepared + (g * a.n + row) * row_bytes, row_bytes, P::scales(a.k)};
             for (int64_t p = first; p < std::min(first + per_task, panels); p++) {
                 multiply<P>(c, rows, count, a.panels + (g * panels + p) * units * P::BYTES, units);
@@ -233,12 +241,13 @@ template <class P, class T> int some_experts(const PackedExperts &a, int threads
     if (!sort_slots(s, a.ids, a.num_tokens, a.top_k, a.num_experts)) return MOESTRO_NO_MEMORY;
     T *out = static_cast<T *>(a.out);
     const T *x = static_cast<const T *>(a.x);
-    const int64_t row_bytes = P::row_bytes(a.hidden), middle = round_up(a.width, 2);
-    const bool in_place = P::template in_place<T>(a.hidden);
+    const int64_t row_bytes = P::row_bytes(a.hidden), act_bytes = P::row_bytes(a.width);
+    const int64_t middle = QUANTISED ? a.width : act_bytes / int64_t(sizeof(E));
+    const bool in_place = P::template in_place<T>(1, a.hidden, a.hidden);
+    const int64_t source_bytes = in_place ? a.hidden * int64_t(sizeof(T)) : row_bytes;
     char *tokens = in_place ? nullptr : call_rows.get<char>(a.num_tokens * row_bytes);
     char *gathered = call_gathered.get<char>(s.num_slots * row_bytes);
     E *act = call_middle.get<E>(s.num_slots * middle);
-    const int64_t act_bytes = QUANTISED ? P::row_bytes(a.width) : middle * int64_t(sizeof(E));
     char *quantised = QUANTISED ? call_quantised.get<char>(s.num_slots * act_bytes) : nullptr;
     float *y = call_results.get<float>(s.num_slots * a.hidden);
     if ((!in_place && !tokens) || !gathered || !act || (QUANTISED && !quantised) || !y) return MOESTRO_NO_MEMORY;
@@ -255,12 +264,12 @@ template <class P, class T> int some_experts(const PackedExperts &a, int threads
             for (int64_t n = 0; n < a.num_tokens; n++) P::prepare(tokens + n * row_bytes, x + n * a.hidden, a.hidden);
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.num_slots; i++) memcpy(gathered + i * row_bytes, source + s.token[i] * row_bytes, row_bytes);
+        for (int64_t i = 0; i < s.num_slots; i++) memcpy(gathered + i * row_bytes, source + s.token[i] * source_bytes, source_bytes);
         multiply_parts<P>(s, {gathered, row_bytes, P::scales(a.hidden)}, a.gate_up, gate_panels, units_of<P>(a.hidden), c, threads,
             [&](int64_t i, int64_t p, const float *values) {
                 E *to = act + i * middle + p * HALF;
                 activate_panel(to, values, std::min<int64_t>(HALF, a.width - p * HALF));
-                if (p == gate_panels - 1 && a.width % 2) act[i * middle + a.width] = 0;
+                if (P::UNIT == 2 && a.width % 2 && p == gate_panels - 1) act[i * middle + a.width] = 0;
             });
         if (QUANTISED) {
 #pragma omp for schedule(static)

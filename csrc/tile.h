@@ -19,16 +19,17 @@ struct Rows {
     int64_t scales = 0;  // of quantised rows: where their BlockScales begin
 };
 
-// Where to fetch ahead of use, two lines a step.
+// Where to fetch ahead of use, some lines a step.
 struct Ahead {
     const char *at;
     int64_t bytes;
-    MOESTRO_INLINE void fetch() {
-        _mm_prefetch(at, _MM_HINT_T0);
-        _mm_prefetch(at + 64, _MM_HINT_T0);
+    template <int LINES> MOESTRO_INLINE void fetch() {
+        unroll<LINES>([&](auto line) MOESTRO_INLINE { _mm_prefetch(at + 64 * line, _MM_HINT_T0); });
         at += bytes;
     }
 };
+// Lines of a step of V vectors, no more than the products of R rows leave time for.
+template <int R, int V> constexpr int LINES = std::min(V * Isa::WIDTH / 16, R == 1 ? 4 : 2);
 
 // Three rows share a pointer: base, base + distance, base + 2 · distance are addresses of one instruction.
 template <int R> struct Pointers {
@@ -71,29 +72,29 @@ enum class Mode { FLOATS, PAIRS, WIDE_PANEL, WIDE_ROWS, WIDE_VALUES };
 template <Mode MODE, int R, int V>
 void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t panel_bytes, int64_t steps, bool accumulate, Ahead ahead) {
     using Vector = typename Isa::Vector;
-    constexpr bool PAIRS = MODE == Mode::PAIRS, BOTH = MODE == Mode::WIDE_ROWS;
-    constexpr int HALVES = MODE == Mode::WIDE_PANEL ? 2 : 1, LANE = MODE == Mode::WIDE_VALUES ? 2 : 4;
+    constexpr bool PAIRS = MODE == Mode::PAIRS, WIDE_PANEL = MODE == Mode::WIDE_PANEL, WIDE_ROWS = MODE == Mode::WIDE_ROWS;
+    constexpr int HALVES = WIDE_PANEL || WIDE_ROWS ? 2 : 1, LANE = MODE == Mode::WIDE_VALUES ? 2 : 4;
     Vector acc[R][V];
     Pointers<R> row(rows.data, rows.bytes);
     unroll<R>([&](auto i) MOESTRO_INLINE {
         unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = accumulate ? Isa::load_any(c + i * c_stride + v * Isa::WIDTH) : Isa::zero(); });
     });
     for (int64_t s = 0; s < steps; s++) {
-        ahead.fetch();
-        unroll<BOTH ? 2 : 1>([&](auto second) MOESTRO_INLINE {
-            if (second) asm volatile("" ::: "memory");  // read rows again rather than keep them in registers
+        ahead.fetch<LINES<R, V>>();
+        unroll<HALVES>([&](auto half) MOESTRO_INLINE {
+            if (half) asm volatile("" ::: "memory");  // read again rather than keep in registers, which the sums need
             for_vectors<R, V, Vector>([&](auto v) MOESTRO_INLINE {
-                const char *at = panel + second * panel_bytes + v * Isa::WIDTH * LANE;
-                return MODE == Mode::WIDE_VALUES ? Isa::load_scales(at) : Isa::load_any(at);
-            }, [&](auto i, auto v, Vector b, auto half) MOESTRO_INLINE {
-                const Vector a = Isa::broadcast(row[i] + 4 * half);
-                const Vector of_row = !BOTH ? a : second ? Isa::high_half(a) : Isa::low_half(a);
-                const Vector of_panel = HALVES == 1 ? b : half ? Isa::high_half(b) : Isa::low_half(b);
-                acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], of_row, of_panel);
-            }, std::integral_constant<int, HALVES>());
+                const char *at = panel + v * Isa::WIDTH * LANE + (WIDE_ROWS ? half * panel_bytes : 0);
+                if (MODE == Mode::WIDE_VALUES) return Isa::load_scales(at);
+                const Vector b = Isa::load_any(at);
+                return !WIDE_PANEL ? b : half ? Isa::high_half(b) : Isa::low_half(b);
+            }, [&](auto i, auto v, Vector b, auto) MOESTRO_INLINE {
+                const Vector a = Isa::broadcast(row[i] + (WIDE_PANEL ? 4 * half : 0));
+                acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], !WIDE_ROWS ? a : half ? Isa::high_half(a) : Isa::low_half(a), b);
+            }, std::integral_constant<int, 1>());
         });
-        row.advance(4 * HALVES);
-        panel += panel_bytes * (BOTH ? 2 : 1);
+        row.advance(WIDE_PANEL ? 8 : 4);
+        panel += WIDE_ROWS ? 2 * panel_bytes : panel_bytes;
     }
     unroll<R>([&](auto i) MOESTRO_INLINE {
         unroll<V>([&](auto v) MOESTRO_INLINE { Isa::store_any(c + i * c_stride + v * Isa::WIDTH, acc[i][v]); });
@@ -129,7 +130,7 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
         });
         const char *codes = blocks + b * B::BYTES + column * 4;
         for (int s = 0; s < LOADS; s++) {
-            ahead.fetch();
+            ahead.fetch<LINES<R, V>>();
             for_vectors<R, V, Integers>([&](auto v) MOESTRO_INLINE { return Isa::load_codes(codes + v * Isa::WIDTH * 4); }, [&](auto i, auto v, Integers w, auto half) MOESTRO_INLINE {
                 const Integers x = Isa::set(step_as_int(row[i] + HIGH * half));
                 acc[i][v] = Isa::template dot<BITS>(acc[i][v], BITS == 8 ? w : half ? Isa::high_codes(w) : Isa::low_codes(w), x);
