@@ -30,7 +30,7 @@ inline int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 64;
 // rows a tile takes: as many as leave the compiler registers.
 template <Mode MODE> struct FloatProduct {
     static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL, ROWS = MODE == Mode::WIDE_PANEL ? 5 : MR;
-    static constexpr int64_t ROW_BYTES = MODE == Mode::WIDE_PANEL ? 8 : 4;
+    static constexpr int64_t ROW_BYTES = MODE == Mode::WIDE_PANEL ? 8 : 4, STEP_BYTES = BYTES;
     using Element = std::conditional_t<MODE == Mode::PAIRS, uint16_t, float>;  // of prepared rows
     static int64_t row_bytes(int64_t k) { return spread(round_up(k, UNIT) * int64_t(sizeof(Element))); }
     template <class T> static bool in_place(int64_t rows, int64_t stride, int64_t k) {
@@ -51,7 +51,7 @@ template <Mode MODE> struct FloatProduct {
 };
 
 template <int BITS> struct BlockProduct {
-    static constexpr int64_t UNIT = Block<BITS>::LENGTH, BYTES = Block<BITS>::BYTES, ROWS = 4;
+    static constexpr int64_t UNIT = Block<BITS>::LENGTH, BYTES = Block<BITS>::BYTES, ROWS = 4, STEP_BYTES = BYTES / Block<BITS>::LOADS;
     using Element = float;  // of what is quantised later
     static int64_t row_bytes(int64_t k) { return spread((k + UNIT - 1) / UNIT * (UNIT + int64_t(sizeof(BlockScale)))); }
     template <class T> static bool in_place(int64_t, int64_t, int64_t) { return false; }
@@ -101,7 +101,7 @@ template <class P> void multiply(float *c, Rows rows, int64_t count, const char 
                 constexpr int R = decltype(r)::value, V = vectors_of(R), COLUMNS = V * Isa::WIDTH;
                 const Rows from = {rows.data + row * rows.bytes, rows.bytes, rows.scales};
                 for (int64_t column = 0; column < PANEL; column += COLUMNS) {
-                    const Ahead ahead = {next, 4 * COLUMNS / groups};
+                    const Ahead ahead = {next, P::STEP_BYTES * COLUMNS / PANEL / groups};
                     P::template multiply<R, V>(c + row * PANEL, from, panel, column, unit, std::min(piece, units - unit), ahead);
                     next += piece * P::BYTES * COLUMNS / PANEL / groups;
                 }

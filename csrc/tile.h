@@ -107,7 +107,7 @@ constexpr int PANEL = 64;  // outputs of a packed panel, on every instruction se
 // and high halves of a byte; then PANEL scales in bf16.
 template <int BITS> struct Block {
     static constexpr int LENGTH = BITS == 8 ? 64 : 32, ZERO = BITS == 8 ? 128 : 8;
-    static constexpr int CODES = LENGTH * PANEL * BITS / 8, BYTES = CODES + 2 * PANEL;
+    static constexpr int CODES = LENGTH * PANEL * BITS / 8, BYTES = CODES + 2 * PANEL, LOADS = CODES / (4 * PANEL);
 };
 
 // A block of a quantised row: value = scale · code; `start` takes the panel's ZERO off, −ZERO · Σ codes.
@@ -121,7 +121,7 @@ template <int BITS, int R, int V>
 void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64_t column, int64_t count, bool accumulate, Ahead ahead) {
     using Integers = typename Isa::Integers;
     using B = Block<BITS>;
-    constexpr int LOADS = B::CODES / (4 * PANEL), HIGH = B::LENGTH / 2;  // bytes of a row between low and high codes
+    constexpr int HIGH = B::LENGTH / 2;  // bytes of a row between low and high codes
     Pointers<R> row(rows.data, rows.bytes), scale(rows.data + rows.scales, rows.bytes);
     for (int64_t b = 0; b < count; b++) {
         Integers acc[R][V];
@@ -129,8 +129,8 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
             unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template begin<BITS>(step_as_int(scale[i] + 4)); });
         });
         const char *codes = blocks + b * B::BYTES + column * 4;
-        for (int s = 0; s < LOADS; s++) {
-            ahead.fetch<LINES<R, V>>();
+        for (int s = 0; s < B::LOADS; s++) {
+            ahead.fetch<LINES<R, V> + (R <= 2 ? 1 : 0)>();  // of the scales, too
             for_vectors<R, V, Integers>([&](auto v) MOESTRO_INLINE { return Isa::load_codes(codes + v * Isa::WIDTH * 4); }, [&](auto i, auto v, Integers w, auto half) MOESTRO_INLINE {
                 const Integers x = Isa::set(step_as_int(row[i] + HIGH * half));
                 acc[i][v] = Isa::template dot<BITS>(acc[i][v], BITS == 8 ? w : half ? Isa::high_codes(w) : Isa::low_codes(w), x);
