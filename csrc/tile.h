@@ -44,25 +44,22 @@ template <int R> struct Pointers {
     }
 };
 
-// use(row, vector, what was loaded, half): V vectors of a step for R rows. Of one row, each vector has done with before the
-// next is loaded, so that many columns fit the registers; of several, each is loaded once for all.
-template <int R, int V, class Vector, class Load, class Use, int HALVES>
-inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use, std::integral_constant<int, HALVES>) {
+// use(row, vector, what was loaded): V vectors of a step for R rows. Of one row, each vector has done with before the next is
+// loaded, so that many columns fit the registers; of several, each is loaded once for all.
+template <int R, int V, class Vector, class Load, class Use> inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use) {
     if constexpr (R == 1) {
-        unroll<V>([&](auto v) MOESTRO_INLINE {
-            const Vector b = load(v);
-            unroll<HALVES>([&](auto half) MOESTRO_INLINE { use(std::integral_constant<int, 0>(), v, b, half); });
-        });
+        unroll<V>([&](auto v) MOESTRO_INLINE { use(std::integral_constant<int, 0>(), v, load(v)); });
     } else {
         Vector b[V];
         unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = load(v); });
-        unroll<HALVES>([&](auto half) MOESTRO_INLINE {
-            unroll<R>([&](auto i) MOESTRO_INLINE {
-                unroll<V>([&](auto v) MOESTRO_INLINE { use(i, v, b[v], half); });
-            });
+        unroll<R>([&](auto i) MOESTRO_INLINE {
+            unroll<V>([&](auto v) MOESTRO_INLINE { use(i, v, b[v]); });
         });
     }
 }
+
+// Keeps the compiler from holding in registers what it has read, which the sums need.
+#define READ_AGAIN asm volatile("" ::: "memory")
 
 // How rows meet a panel, and what a step is: a float of each; a pair of bf16 of each; two floats of a row and a pair of bf16
 // of the panel; a pair of bf16 of a row and two steps of floats of the panel; a float of a row and bf16 of the panel.
@@ -82,16 +79,16 @@ void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t pane
     for (int64_t s = 0; s < steps; s++) {
         ahead.fetch<LINES<R, V>>();
         unroll<HALVES>([&](auto half) MOESTRO_INLINE {
-            if (half) asm volatile("" ::: "memory");  // read again rather than keep in registers, which the sums need
+            if (half) READ_AGAIN;
             for_vectors<R, V, Vector>([&](auto v) MOESTRO_INLINE {
                 const char *at = panel + v * Isa::WIDTH * LANE + (WIDE_ROWS ? half * panel_bytes : 0);
                 if (MODE == Mode::WIDE_VALUES) return Isa::load_scales(at);
                 const Vector b = Isa::load_any(at);
                 return !WIDE_PANEL ? b : half ? Isa::high_half(b) : Isa::low_half(b);
-            }, [&](auto i, auto v, Vector b, auto) MOESTRO_INLINE {
+            }, [&](auto i, auto v, Vector b) MOESTRO_INLINE {
                 const Vector a = Isa::broadcast(row[i] + (WIDE_PANEL ? 4 * half : 0));
                 acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], !WIDE_ROWS ? a : half ? Isa::high_half(a) : Isa::low_half(a), b);
-            }, std::integral_constant<int, 1>());
+            });
         });
         row.advance(WIDE_PANEL ? 8 : 4);
         panel += WIDE_ROWS ? 2 * panel_bytes : panel_bytes;
@@ -121,7 +118,7 @@ template <int BITS, int R, int V>
 void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64_t column, int64_t count, bool accumulate, Ahead ahead) {
     using Integers = typename Isa::Integers;
     using B = Block<BITS>;
-    constexpr int HIGH = B::LENGTH / 2;  // bytes of a row between low and high codes
+    constexpr int HALVES = 8 / BITS, HALF = B::LENGTH / 2;  // of a byte of codes; bytes of a row between them
     Pointers<R> row(rows.data, rows.bytes), scale(rows.data + rows.scales, rows.bytes);
     for (int64_t b = 0; b < count; b++) {
         Integers acc[R][V];
@@ -131,14 +128,19 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
         const char *codes = blocks + b * B::BYTES + column * 4;
         for (int s = 0; s < B::LOADS; s++) {
             ahead.fetch<LINES<R, V> + (R <= 2 ? 1 : 0)>();  // of the scales, too
-            for_vectors<R, V, Integers>([&](auto v) MOESTRO_INLINE { return Isa::load_codes(codes + v * Isa::WIDTH * 4); }, [&](auto i, auto v, Integers w, auto half) MOESTRO_INLINE {
-                const Integers x = Isa::set(step_as_int(row[i] + HIGH * half));
-                acc[i][v] = Isa::template dot<BITS>(acc[i][v], BITS == 8 ? w : half ? Isa::high_codes(w) : Isa::low_codes(w), x);
-            }, std::integral_constant<int, 8 / BITS>());
+            unroll<HALVES>([&](auto half) MOESTRO_INLINE {
+                if (half) READ_AGAIN;
+                for_vectors<R, V, Integers>([&](auto v) MOESTRO_INLINE {
+                    const Integers w = Isa::load_codes(codes + v * Isa::WIDTH * 4);
+                    return HALVES == 1 ? w : half ? Isa::high_codes(w) : Isa::low_codes(w);
+                }, [&](auto i, auto v, Integers w) MOESTRO_INLINE {
+                    acc[i][v] = Isa::template dot<BITS>(acc[i][v], w, Isa::set(step_as_int(row[i] + HALF * half)));
+                });
+            });
             row.advance(4);
             codes += 4 * PANEL;
         }
-        if (BITS == 4) row.advance(HIGH);
+        if (BITS == 4) row.advance(HALF);
         const char *scales = blocks + b * B::BYTES + B::CODES + column * 2;
         unroll<V>([&](auto v) MOESTRO_INLINE {
             const auto of_columns = Isa::load_scales(scales + v * Isa::WIDTH * 2);
