@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import serve
-from workers import Worker, answer
+from workers import Worker, answer, keep_answers_apart
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ def serve_vllm(directory: str) -> None:
     threads = len(os.sched_getaffinity(0))
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads)}
     os.environ.update(settings)
+    keep_answers_apart()
     import random
     import time
 

@@ -48,9 +48,22 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"worker failed: {self.name}")
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RuntimeError(f"{self.name} printed among its answers: {line.strip()}") from error
+
+
+_answers = sys.stdout
+
+
+def keep_answers_apart() -> None:
+    """For workers of libraries that print: only answers go to standard output, all else to standard error."""
+    global _answers
+    _answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def answer(value: Any) -> None:
     """What a worker says: one line of JSON."""
-    print(json.dumps(value), flush=True)
+    print(json.dumps(value), file=_answers, flush=True)
