@@ -48,7 +48,7 @@ struct Isa {
         return SHORT_SUMS && BITS == 4 ? _mm512_add_epi32(_mm512_madd_epi16(c, _mm512_set1_epi16(1)), set(start)) : c;
     }
     static Vector to_float(Integers v) { return _mm512_cvtepi32_ps(v); }
-    static Vector load_scales(const char *p) {  // WIDTH bf16
+    static Vector load_widened(const char *p) {  // WIDTH bf16
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }

@@ -34,7 +34,7 @@ struct Isa {
     template <int BITS> static Integers end(Integers c, int start) { return BITS == 4 ? _mm256_add_epi32(sum_pairs(c), set(start)) : c; }
     static Integers sum_pairs(Integers v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
     static Vector to_float(Integers v) { return _mm256_cvtepi32_ps(v); }
-    static Vector load_scales(const char *p) {
+    static Vector load_widened(const char *p) {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
     }

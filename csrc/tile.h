@@ -82,7 +82,7 @@ void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t pane
             if (half) READ_AGAIN;
             for_vectors<R, V, Vector>([&](auto v) MOESTRO_INLINE {
                 const char *at = panel + v * Isa::WIDTH * LANE + (WIDE_ROWS ? half * panel_bytes : 0);
-                if (MODE == Mode::WIDE_VALUES) return Isa::load_scales(at);
+                if (MODE == Mode::WIDE_VALUES) return Isa::load_widened(at);
                 const Vector b = Isa::load_any(at);
                 return !WIDE_PANEL ? b : half ? Isa::high_half(b) : Isa::low_half(b);
             }, [&](auto i, auto v, Vector b) MOESTRO_INLINE {
@@ -143,7 +143,7 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
         if (BITS == 4) row.advance(HALF);
         const char *scales = blocks + b * B::BYTES + B::CODES + column * 2;
         unroll<V>([&](auto v) MOESTRO_INLINE {
-            const auto of_columns = Isa::load_scales(scales + v * Isa::WIDTH * 2);
+            const auto of_columns = Isa::load_widened(scales + v * Isa::WIDTH * 2);
             unroll<R>([&](auto i) MOESTRO_INLINE {
                 float *to = c + i * c_stride + v * Isa::WIDTH;
                 const auto both = Isa::multiply(of_columns, Isa::broadcast(scale[i]));
