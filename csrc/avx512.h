@@ -5,7 +5,7 @@
 namespace {
 struct Isa {
     static constexpr int WIDTH = 16, VECTORS = 4;
-    static constexpr bool HAS_BF16 = MOESTRO_HAS_DOT;
+    static constexpr bool HAS_BF16 = MOESTRO_HAS_DOT, FETCH_CLOSE = false;
     using Vector = __m512;
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector load(const float *p) { return _mm512_load_ps(p); }

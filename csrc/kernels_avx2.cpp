@@ -4,7 +4,7 @@
 namespace {
 struct Isa {
     static constexpr int WIDTH = 8, VECTORS = 2;
-    static constexpr bool HAS_BF16 = false;
+    static constexpr bool HAS_BF16 = false, FETCH_CLOSE = true;
     using Vector = __m256;
     static Vector zero() { return _mm256_setzero_ps(); }
     static Vector load(const float *p) { return _mm256_load_ps(p); }

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t MOST_ROWS = 96;       // of a block: they stay in the second-level cache beside a piece of a panel
 constexpr int64_t FEW_ROWS = 24;        // of a block beside which a piece of a panel fits the first-level cache
 constexpr int64_t FEW_BYTES = 3 * Block<8>::BYTES, MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
-constexpr int64_t CLOSE_BYTES = 1024;
+constexpr int64_t CLOSE_BYTES = 1024;  // ahead of what a lone tile reads, where that is better than the processor's own fetching
 constexpr int64_t TOKENS_AT_ONCE = 1024;
 
 thread_local Scratch thread_sums;
@@ -89,19 +89,21 @@ template <class P> int64_t units_of(int64_t k) { return (k + P::UNIT - 1) / P::U
 inline int64_t panels_of(int64_t m) { return (m + PANEL - 1) / PANEL; }
 
 // c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the next one is fetched
-// from front to end, an equal share by every tile; a single row, whose tile takes all columns, needs the bytes close ahead.
+// from front to end, an equal share by every tile. A lone tile, which takes all rows and columns, reads a panel once from front
+// to end: it fetches close ahead (FETCH_CLOSE) or leaves that to the processor.
 template <class P> void multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
     if (units == 0) return std::fill(c, c + count * PANEL, 0.0f);
     const int64_t piece = (count <= FEW_ROWS ? FEW_BYTES : MANY_BYTES) / P::BYTES;
     const int64_t groups = (count + P::ROWS - 1) / P::ROWS, rows_each = (count + groups - 1) / groups;
     for (int64_t unit = 0; unit < units; unit += piece) {
-        const char *next = panel + unit * P::BYTES + (count == 1 ? CLOSE_BYTES : piece * P::BYTES);
+        const char *at = panel + unit * P::BYTES, *next = at + piece * P::BYTES;
         for (int64_t row = 0; row < count; row += rows_each)
             with_rows<P::ROWS>(std::min(rows_each, count - row), [&](auto r) {
                 constexpr int R = decltype(r)::value, V = vectors_of(R), COLUMNS = V * Isa::WIDTH;
                 const Rows from = {rows.data + row * rows.bytes, rows.bytes, rows.scales};
                 for (int64_t column = 0; column < PANEL; column += COLUMNS) {
-                    const Ahead ahead = {next, P::STEP_BYTES * COLUMNS / PANEL / groups};
+                    const Ahead lone = Isa::FETCH_CLOSE ? Ahead{at + CLOSE_BYTES, P::STEP_BYTES} : Ahead{at, 0};
+                    const Ahead ahead = COLUMNS == PANEL && groups == 1 ? lone : Ahead{next, P::STEP_BYTES * COLUMNS / PANEL / groups};
                     P::template multiply<R, V>(c + row * PANEL, from, panel, column, unit, std::min(piece, units - unit), ahead);
                     next += piece * P::BYTES * COLUMNS / PANEL / groups;
                 }

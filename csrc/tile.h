@@ -29,7 +29,7 @@ struct Ahead {
     }
 };
 // Lines of a step of V vectors, no more than the products of R rows leave time for.
-template <int R, int V> constexpr int LINES = std::min(V * Isa::WIDTH / 16, R == 1 ? 4 : 2);
+template <int R, int V> constexpr int LINES = std::min(V * Isa::WIDTH / 16, R == 1 && Isa::FETCH_CLOSE ? 4 : 2);
 
 // Three rows share a pointer: base, base + distance, base + 2 · distance are addresses of one instruction.
 template <int R> struct Pointers {
