@@ -4,10 +4,9 @@
 
 Products over causal pairs are counted, forward 2·(K + W) operations a pair and head, backward 2·(3K + 2W), whatever an
 implementation computes besides. Printed for each shape and precision: median GFLOP/s of forward and of backward with
-their spread, the native kernels' ratio to the better of the others, and their share of the fp32 peak: the best of many
-products of ours whose operands stay in cache. torch: `ops/fused.py`; sdpa: a call of
-`scaled_dot_product_attention` for every document, or one for all where they are equally long. One thread is timed in
-CPU time, which other work on a shared machine disturbs less.
+their spread, the native kernels' ratio to the better of the others, and their share of the fp32 peak in registers.
+torch: `ops/fused.py`; sdpa: a call of `scaled_dot_product_attention` for every document, or one for all where they are
+equally long. One thread is timed in CPU time, which other work on a shared machine disturbs less.
 """
 
 from __future__ import annotations
@@ -102,17 +101,6 @@ def make_step(attention: Attention, shape: Shape, dtype: torch.dtype) -> Callabl
     return step
 
 
-def measure_peak() -> float:
-    """GFLOP/s of fp32 products that stay in the second-level cache, 96 rows a task."""
-    a, b = torch.ones(4 * 96 * torch.get_num_threads(), 512), torch.ones(32, 512)
-    best = 0.0
-    for _ in range(300):
-        start = clock()
-        native.matmul(a, b, b_transposed=True)
-        best = max(best, 2 * a.numel() * len(b) / (clock() - start) / 1e9)
-    return best
-
-
 def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
     """GFLOP/s of forward and of backward of every implementation, round by round."""
     steps = {name: make_step(attention, shape, dtype) for name, attention in ATTENTIONS.items()}
@@ -138,10 +126,10 @@ def main() -> None:
     options = parser.parse_args()
     machine.keep_freed_memory()
     torch.set_num_threads(options.threads)
-    described, peak = machine.describe_machine(), measure_peak()
+    described, peak = machine.describe_machine(), native.measure_peak(torch.float32, seconds=4) / 1e9
     kernels = native.current_isa() or "none"
     print(f"{described.cpu}, {options.threads} threads, torch {described.torch}, kernels {kernels}")
-    print(f"fp32 peak: {peak:.0f} GFLOP/s\n")
+    print(f"fp32 peak in registers: {peak:.0f} GFLOP/s\n")
     print(f"{'shape':<18} {'':<14} {'native':>16} {'torch':>16} {'sdpa':>16} {'ratio':>6} {'of peak':>8}")
     for name in options.only:
         for label in options.types:
