@@ -7,12 +7,16 @@ package installs all the same and computes with plain torch; `moestro doctor` sa
 
 from __future__ import annotations
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 COMMON = [
     "-std=c++17",
@@ -30,22 +34,45 @@ FLAGS = {
     "csrc/dispatch.cpp": [],
     "csrc/run.cpp": [],
     "csrc/kernels_avx2.cpp": AVX2,
+    "csrc/kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "csrc/kernels_avx512.cpp": AVX512,
-    "csrc/kernels_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "csrc/kernels_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "csrc/kernels_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 LIBRARY = "moestro.ops.libmoestro"
 
 
 class BuildNative(build_ext):
-    """One translation unit per instruction set, each with its own flags, linked into one shared library."""
+    """One translation unit per instruction set, each with its own flags, linked into one shared library.
+
+    A compiler that does not know a newer instruction set builds the others.
+    """
 
     def build_extension(self, ext: Extension) -> None:
-        objects: list[str] = []
-        for source, flags in FLAGS.items():
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags])
+        Path(self.build_temp, "csrc").mkdir(parents=True, exist_ok=True)
+        missing = [source for source, flags in FLAGS.items() if not self._knows(flags)]
+        without = [f"-DMOESTRO_WITHOUT_{source.stem.partition('_')[2].upper()}" for source in map(Path, missing)]
+
+        def build(source: str) -> list[str]:
+            flags = [*COMMON, *FLAGS[source], *without]
+            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = chain.from_iterable(pool.map(build, [source for source in FLAGS if source not in missing]))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, str(target), extra_postargs=["-fopenmp"], target_lang="c++")
+        self.compiler.link_shared_object([*objects], str(target), extra_postargs=["-fopenmp"], target_lang="c++")
+
+    def _knows(self, flags: list[str]) -> bool:
+        """Whether the compiler takes flags for a program without code."""
+        empty = Path(self.build_temp, "empty.cpp")
+        empty.touch()
+        try:
+            self.compiler.compile([str(empty)], output_dir=self.build_temp, extra_postargs=flags)
+        except CompileError:
+            print(f"left out: this compiler does not know {' '.join(flags)}")
+            return False
+        return True
 
     def get_ext_filename(self, ext_name: str) -> str:
         return f"{ext_name.replace('.', '/')}.so"  # no Python in its name: ctypes loads it

@@ -1,11 +1,12 @@
-// The vector of AVX-512, with and without products of bf16 pairs and of int8 quadruples (MOESTRO_HAS_DOT).
+// The vector of AVX-512 F, BW, DQ, VL, with and without products of bf16 pairs (MOESTRO_HAS_BF16) and of int8 quadruples
+// (MOESTRO_HAS_VNNI).
 #pragma once
-#include "avx2.h"
+#include "steps8.h"
 
 namespace {
 struct Isa {
     static constexpr int WIDTH = 16, VECTORS = 4;
-    static constexpr bool HAS_BF16 = MOESTRO_HAS_DOT, FETCH_CLOSE = false;
+    static constexpr bool HAS_BF16 = MOESTRO_HAS_BF16, FETCH_CLOSE = false;
     using Vector = __m512;
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector load(const float *p) { return _mm512_load_ps(p); }
@@ -16,7 +17,7 @@ struct Isa {
     static Vector broadcast(const void *p) { return _mm512_set1_ps(step_as_float(p)); }
     static Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
     template <bool PAIRS> static Vector multiply_add(Vector c, Vector a, Vector b) {
-#if MOESTRO_HAS_DOT
+#if MOESTRO_HAS_BF16
         if (PAIRS) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #endif
         return _mm512_fmadd_ps(a, b, c);
@@ -32,10 +33,10 @@ struct Isa {
     static Integers set(int value) { return _mm512_set1_epi32(value); }
     // Sums of a block: begin, then dot for every four unsigned codes w and signed codes x of a lane, then end; exact.
     // Without VNNI, eight products of 4-bit codes, 2 · 15 · 127 each, fit 16 bits and are widened at the end of a block.
-    static constexpr bool SHORT_SUMS = !MOESTRO_HAS_DOT;
+    static constexpr bool SHORT_SUMS = !MOESTRO_HAS_VNNI;
     template <int BITS> static Integers begin(int start) { return SHORT_SUMS && BITS == 4 ? _mm512_setzero_si512() : set(start); }
     template <int BITS> static Integers dot(Integers c, Integers w, Integers x) {
-#if MOESTRO_HAS_DOT
+#if MOESTRO_HAS_VNNI
         return _mm512_dpbusd_epi32(c, w, x);
 #else
         if (BITS == 4) return _mm512_add_epi16(c, _mm512_maddubs_epi16(w, x));

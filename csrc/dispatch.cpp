@@ -7,7 +7,7 @@
 
 #include "table.h"
 
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512, kernels_avx512vnni, kernels_avx512bf16;
 
 namespace {
 
@@ -43,20 +43,35 @@ bool runs_avx2() {
 }
 
 #if MOESTRO_EMULATED  // by tests, in AVX2 (tests/ops/emulated.h)
+bool runs_avxvnni() { return runs_avx2(); }
 bool runs_avx512() { return runs_avx2(); }
+bool runs_avx512vnni() { return runs_avx2(); }
 bool runs_avx512bf16() { return runs_avx2(); }
 #else
+bool runs_avxvnni() { return runs_avx2() && bit(cpuid(7, 1).eax, 4); }
+
 bool runs_avx512() {
     const unsigned ebx = cpuid(7, 0).ebx;
     return runs_avx2() && (saved_state() & 0xe6) == 0xe6 && bit(ebx, 16) && bit(ebx, 17) && bit(ebx, 30) && bit(ebx, 31);
 }
 
-bool runs_avx512bf16() { return runs_avx512() && bit(cpuid(7, 0).ecx, 11) && bit(cpuid(7, 1).eax, 5); }
+bool runs_avx512vnni() { return runs_avx512() && bit(cpuid(7, 0).ecx, 11); }
+bool runs_avx512bf16() { return runs_avx512vnni() && bit(cpuid(7, 1).eax, 5); }
 #endif
 
-const Choice CHOICES[] = {
+const Choice CHOICES[] = {  // the best one first; a compiler that is too old leaves some out (setup.py)
+#ifndef MOESTRO_WITHOUT_AVX512BF16
     {"avx512bf16", &kernels_avx512bf16, runs_avx512bf16},
+#endif
+#ifndef MOESTRO_WITHOUT_AVX512VNNI
+    {"avx512vnni", &kernels_avx512vnni, runs_avx512vnni},
+#endif
+#ifndef MOESTRO_WITHOUT_AVX512
     {"avx512", &kernels_avx512, runs_avx512},
+#endif
+#ifndef MOESTRO_WITHOUT_AVXVNNI
+    {"avxvnni", &kernels_avxvnni, runs_avxvnni},
+#endif
     {"avx2", &kernels_avx2, runs_avx2},
 };
 

@@ -2,8 +2,7 @@
 
 Optional and never the specification: where the library was not built, or the CPU lacks AVX2, or a tensor is not fp32 or
 bf16 in CPU memory, `fused.py` computes the same. Results depend neither on the number of threads nor on what else is in
-the batch. `MOESTRO_ISA` (avx2, avx512, avx512bf16) forces a lower path than the best one, `MOESTRO_LIBRARY` names
-another build.
+the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one, `MOESTRO_LIBRARY` names another build.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from moestro import machine
 from moestro.errors import ConfigError
 from moestro.ops import fused
 
-ISAS = ("avx2", "avx512", "avx512bf16")
+ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
@@ -75,7 +74,7 @@ def load_library() -> ctypes.CDLL | None:
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments
     if wish and library.moestro_set_isa(wish.encode()):
-        raise ConfigError(f"MOESTRO_ISA={wish} is not one of {', '.join(ISAS)} that this CPU can run")
+        raise ConfigError(f"MOESTRO_ISA={wish} is not one of {', '.join(ISAS)} that was built and this CPU can run")
     return library if library.moestro_isa() else None
 
 

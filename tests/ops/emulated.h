@@ -1,4 +1,4 @@
-// AVX-512 in AVX2, through SIMDe, so that machines without it can test its paths: forced into each kernels_*.cpp (g++ -include).
+// AVX-512 and AVX-VNNI in AVX2, through SIMDe, so that machines without it can test its paths: forced into each kernels_*.cpp (g++ -include).
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -27,3 +27,4 @@ inline __m512i emulated_widen(__m256i v) {
 #define _mm512_cvtepi32_ps emulated_to_float
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32 emulated_widen
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32

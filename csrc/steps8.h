@@ -1,0 +1,48 @@
+// What every AVX2 machine shares: reading a step, and turning eight rows of eight steps.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+// A step of a row of bf16 may lie at any even address.
+inline float step_as_float(const void *p) {
+    float f;
+    memcpy(&f, p, 4);
+    return f;
+}
+
+// Four codes of a row of int8.
+inline int step_as_int(const void *p) {
+    int i;
+    memcpy(&i, p, 4);
+    return i;
+}
+
+// Eight steps that follow each other in a row. Of bf16: widened; or paired with those of the next k.
+inline __m256i widen8(const uint16_t *p) {
+    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16);
+}
+inline __m256i pair8(const uint16_t *p, const uint16_t *q) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), b = _mm_loadu_si128(reinterpret_cast<const __m128i *>(q));
+    return _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
+}
+
+// to[j · to_stride + i] = from[i][j] for i, j in 0 … 7.
+inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *const *from) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(static_cast<const float *>(from[i]));
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(reinterpret_cast<float *>(to + i * to_stride), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(reinterpret_cast<float *>(to + (i + 4) * to_stride), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+}
