@@ -15,6 +15,7 @@ constexpr int64_t MOST_ROWS = 96;       // of a block: they stay in the second-l
 constexpr int64_t FEW_ROWS = 24;        // of a block beside which a piece of a panel fits the first-level cache
 constexpr int64_t FEW_BYTES = 3 * Block<8>::BYTES, MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
 constexpr int64_t CLOSE_BYTES = 1024;  // ahead of what a lone tile reads, where that is better than the processor's own fetching
+constexpr int64_t SMALL_BYTES = 1 << 20;  // of a matrix of which a thread takes one run of panels, fetched without a break
 constexpr int64_t TOKENS_AT_ONCE = 1024;
 
 thread_local Scratch thread_sums;
@@ -129,8 +130,9 @@ template <class P, class T> int packed_linear(const PackedLinear &a, int threads
     const bool in_place = P::template in_place<T>(a.n, stride, a.k);
     char *prepared = in_place ? nullptr : call_rows.get<char>(a.groups * a.n * row_bytes);
     if (!in_place && !prepared) return MOESTRO_NO_MEMORY;
-    const int64_t per_task = panels_of_task(blocks * a.groups * panels, threads), per_group = (panels + per_task - 1) / per_task;
     const double bytes = double(a.groups) * panels * units * P::BYTES;
+    const int64_t per_task = blocks == 1 && bytes < SMALL_BYTES ? (panels + threads - 1) / threads : panels_of_task(blocks * a.groups * panels, threads);
+    const int64_t per_group = (panels + per_task - 1) / per_task;
     int failed = 0;
 #pragma omp parallel num_threads(worth_threads(bytes, bytes * a.n, threads)) reduction(| : failed)
     {
