@@ -82,6 +82,12 @@ int64_t packed_bytes(int64_t m, int64_t k, int kind) {
     return (m + 63) / 64 * ((k + length[kind] - 1) / length[kind]) * bytes[kind];
 }
 
+template <class T> int check_pack(int64_t m, int64_t k, int kind) {
+    const auto x = random_vector<T>(m * k);
+    std::vector<char> panels(packed_bytes(m, k, kind));
+    return moestro_pack(panels.data(), x.data(), m, k, kind, TYPE<T>, 2);
+}
+
 // Any bytes are a packed matrix; those of floats and scales are made small here.
 std::vector<uint16_t> random_panels(int64_t bytes) { return random_vector<uint16_t>(bytes / 2); }
 
@@ -224,6 +230,7 @@ template <class T> int check_serving() {
     for (int function = 0; function < 4; function++) bad |= check_route(3, 37, 1, 1, 5, function) | check_route(300, 64, 8, 3, 8, function) | check_route(2, 1, 1, 1, 1, function) | check_route(0, 4, 2, 1, 2, function);
     for (int64_t rows : {0, 1, 9}) bad |= check_run(rows);
     for (int kind = 0; kind < 4; kind++) {
+        for (int64_t k : {0, 1, 15, 16, 33, 64, 131}) bad |= check_pack<T>(0, k, kind) | check_pack<T>(1, k, kind) | check_pack<T>(64, k, kind) | check_pack<T>(130, k, kind);
         for (int64_t n : {0, 1, 5, 7, 25, 101}) bad |= check_linear<T>(1, n, 70, 67, kind) | check_linear<T>(3, n, 33, 64, kind);
         bad |= check_linear<T>(1, 2, 1, 1, kind) | check_linear<T>(1, 2, 3, 0, kind) | check_linear<T>(1, 2, 0, 3, kind) | check_linear<T>(0, 2, 3, 3, kind);
         bad |= check_linear<T>(1, 3, 130, 700, kind) | check_linear<T>(1, 30, 64, 2600, kind);
@@ -282,7 +289,7 @@ template <class T> int check_type() {
 
 int main() {
     int paths = 0;
-    for (const char *isa : {"avx2", "avx512", "avx512bf16"}) {
+    for (const char *isa : {"avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"}) {
         if (moestro_set_isa(isa)) continue;
         paths++;
         if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;

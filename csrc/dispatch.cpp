@@ -231,6 +231,14 @@ int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_
     return chosen->kernels->cross_entropy({nll, argmax, d_hidden, d_weight, hidden, weight, targets, num_rows, vocabulary, width}, type, threads);
 }
 
+int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type) || !known_kind(kind)) return MOESTRO_BAD_TYPE;
+    if (!fits_packed(1, m, k) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    chosen->kernels->pack(static_cast<char *>(panels), x, m, k, kind, type, threads);
+    return MOESTRO_OK;
+}
+
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;

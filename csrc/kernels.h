@@ -4,6 +4,7 @@
 #include "experts.h"
 #include "head.h"
 #include "flash_backward.h"
+#include "pack.h"
 #include "packed.h"
 #include "rows.h"
 #include "serve_rows.h"
@@ -50,6 +51,10 @@ extern const Kernels KERNELS = {
             combine(static_cast<float *>(out), static_cast<const float *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
         else
             combine(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
+    },
+    [](char *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads) {
+        if (type == MOESTRO_FLOAT32) return pack_panels(panels, static_cast<const float *>(x), m, k, kind, threads);
+        pack_panels(panels, static_cast<const uint16_t *>(x), m, k, kind, threads);
     },
     [](const PackedLinear &p, int kind, int type, int threads) {
         return with_product(kind, type, [&](auto product, auto element) { return packed_linear<decltype(product), decltype(element)>(p, threads); });

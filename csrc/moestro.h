@@ -55,6 +55,9 @@ int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_
 
 // What follows is for serving: a row of results depends on that row's inputs alone, bit for bit.
 
+// panels of a matrix x [m, k], packed as `kind` (docs/kernels.md has the layout).
+int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads);
+
 // out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs). Quantised
 // kinds quantise the rows of x block by block too.
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,

@@ -26,6 +26,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
 MIN_ROWS = 32  # of a linear layer, for the same reason
+PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forces plain torch does so in serving, too
 LIBRARY = Path(os.environ.get("MOESTRO_LIBRARY") or Path(__file__).parent / "libmoestro.so")
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -36,6 +37,7 @@ _SIGNATURES = {
     "moestro_combine": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_multiply_in_registers": [_POINTER, _SIZE] + [_INT] * 2,
     "moestro_cross_entropy": [_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2,
+    "moestro_pack": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 3,
     "moestro_packed_linear": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3,
     "moestro_packed_experts": [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3,
     "moestro_paged_attention": [_POINTER] * 6 + [_SIZE] * 10 + [_FLOAT] + [_INT] * 2,
@@ -88,6 +90,11 @@ def fits(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: one type, fp32 or bf16, in CPU memory."""
     kind = tensors[0].dtype
     return kind in TYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether operations of serving on this are left to the kernels."""
+    return not PLAIN and load_library() is not None and fits(x)
 
 
 @cache

@@ -10,7 +10,6 @@ No operation here has a gradient.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Self
@@ -21,7 +20,6 @@ from torch import Tensor
 from moestro.ops import fixed_order, native, quantize
 from moestro.ops.quantize import LAYOUTS, PANEL, Rows, Stack
 
-PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forces plain torch elsewhere does so here
 _KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -68,7 +66,7 @@ class PackedLinear(_Matrices):
         n, k = x.shape
         if k != self.in_features:
             raise ValueError(f"rows of {k} values for a matrix of {self.in_features}")
-        if not _native(x):
+        if not native.serves(x):
             return fixed_order.linear(x, self.panels, self.kind)[:, : self.out_features].to(x.dtype)
         x = x.contiguous()
         out = x.new_empty(n, self.out_features)
@@ -93,7 +91,7 @@ class PackedHeads(_Matrices):
         n, heads, k = x.shape
         if (heads, k) != (len(self.panels), self.in_features):
             raise ValueError(f"{heads} heads of {k} values for {len(self.panels)} matrices of {self.in_features}")
-        if not _native(x):
+        if not native.serves(x):
             parts = [fixed_order.linear(a, p, self.kind) for a, p in zip(x.unbind(1), self.panels, strict=True)]
             return torch.stack(parts, 1)[..., : self.out_features].to(x.dtype)
         x = x.contiguous()
@@ -145,7 +143,7 @@ class PackedExperts:
         n, hidden = x.shape
         if hidden != self.hidden_dim or ids.shape != weights.shape or len(ids) != n:
             raise ValueError(f"x {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)} do not fit")
-        if not _native(x):
+        if not native.serves(x):
             parts = (self.gate_up, self.down, self.kind)
             return fixed_order.experts(x, ids, weights, *parts)[:, :hidden].to(x.dtype)
         x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
@@ -158,7 +156,7 @@ class PackedExperts:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last axis, in fp32. x [..., D], weight [D] -> [..., D] of x's type."""
-    if not _native(x) or weight.dtype not in native.TYPES:
+    if not native.serves(x) or weight.dtype not in native.TYPES:
         return fixed_order.rms_norm(x, weight, eps)
     x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
@@ -169,7 +167,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up. gate_up [N, 2F], gates first -> [N, F] of its type."""
-    if not _native(gate_up):
+    if not native.serves(gate_up):
         return fixed_order.swiglu(gate_up)
     gate_up = gate_up.contiguous()
     n, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -200,7 +198,7 @@ def paged_attention(
     pages [P, 64, W] of q's type, page_tables [S, max_pages] int32, starts [S + 1] and first [S] int64.
     """
     rows, heads, width = q.shape
-    if not _native(q):
+    if not native.serves(q):
         numbers = (groups, value_offset, value_width, scale)
         return _attend(q, pages, page_tables, starts, first, numbers)
     if pages.dtype != q.dtype or page_tables.dtype != torch.int32 or {starts.dtype, first.dtype} != {torch.int64}:
@@ -213,10 +211,6 @@ def paged_attention(
     kinds = (scale, native.TYPES[q.dtype], torch.get_num_threads())
     native.call("moestro_paged_attention", out, q, pages, page_tables, starts, first, *sizes, *kinds)
     return out
-
-
-def _native(x: Tensor) -> bool:
-    return not PLAIN and native.load_library() is not None and x.dtype in native.TYPES and x.device.type == "cpu"
 
 
 def _pack_each(matrices: Iterable[Tensor], shape: Sequence[int], kind: str) -> Tensor:

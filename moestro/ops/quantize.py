@@ -28,10 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.ops import native
+
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
 LARGE = 1 << 21  # bytes
-CHUNK = 1 << 18  # elements quantised at a time: what packing needs beside the weight and its packed copy
+CHUNK = 1 << 22  # elements packed at a time: they may have to be copied
+PLAIN_CHUNK = 1 << 18  # in plain torch, which needs several times their memory
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,25 @@ def new_panels(shape: Sequence[int]) -> Tensor:
 
 
 def pack_panels(weight: Tensor | Rows, kind: str, out: Tensor | None = None) -> Tensor:
-    """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], `out` where it is given."""
+    """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], contiguous `out` where it is given.
+
+    Native where it can be, to the bit the same.
+    """
     rows, columns = weight.shape
     if out is None:
         out = new_panels(panel_shape(rows, columns, kind))
-    step = PANEL * max(1, CHUNK // (PANEL * max(columns, 1)))
+    is_native = native.serves(weight[:0])
+    step = PANEL * max(1, (CHUNK if is_native else PLAIN_CHUNK) // (PANEL * max(columns, 1)))
     for first in range(0, rows if columns else 0, step):
-        part = F.pad(weight[first : first + step], (0, -columns % LAYOUTS[kind].length, 0, -rows % PANEL))
-        panels = part[: -(-min(step, rows - first) // PANEL) * PANEL].unflatten(0, (-1, PANEL))  # [p, 64, K]
-        out[first // PANEL : first // PANEL + len(panels)] = _pack(panels, kind)
+        part = weight[first : first + step]
+        panels = out[first // PANEL : -(-(first + len(part)) // PANEL)]
+        if is_native:
+            part = part.contiguous()
+            sizes = (*part.shape, LAYOUTS[kind].code, native.TYPES[part.dtype], torch.get_num_threads())
+            native.call("moestro_pack", panels, part, *sizes)
+        else:
+            filled = F.pad(part, (0, -columns % LAYOUTS[kind].length, 0, -len(part) % PANEL))
+            panels.copy_(_pack(filled.unflatten(0, (-1, PANEL)), kind))
     return out
 
 
@@ -136,16 +149,16 @@ def unpack_panels(panels: Tensor, kind: str) -> Tensor:
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """weight [..., K], K whole blocks -> codes [..., K] as fp32 (−127 … 127 or −8 … 7), scales [..., B] bf16."""
     blocks = weight.float().unflatten(-1, (-1, LAYOUTS[kind].length))
-    low, high = blocks.aminmax(dim=-1, keepdim=True)
     if kind == "int8":
-        scale = (torch.maximum(-low, high) / 127).bfloat16().float()
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
         codes = _scaled(blocks, scale).round_().clamp_(-127, 127)
         return codes.flatten(-2), scale.squeeze(-1).bfloat16()
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
     scale = torch.where(-low > high, low, high) / -8
     scaled = _scaled(blocks, scale)
     codes = scaled.round().clamp_(-8, 7)
-    fit = (scaled * codes).sum(-1) / codes.square().sum(-1).clamp(min=1)
-    return codes.flatten(-2), (scale.squeeze(-1) * fit).bfloat16()
+    fit = (scaled * codes).sum(-1, dtype=torch.float64).float() / codes.square().sum(-1).clamp(min=1)  # sums are exact
+    return codes.flatten(-2), (scale.squeeze(-1) * fit + 0.0).bfloat16()  # no −0
 
 
 def round_rows(x: Tensor, kind: str) -> Tensor:

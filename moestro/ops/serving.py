@@ -135,7 +135,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
 
     In fp32, whatever the type of x. `inverse` rotates back, which is also the gradient.
     """
-    if not _is_native(x) or not x.numel() or {cos.dtype, sin.dtype} != {torch.float32}:
+    if not native.serves(x) or not x.numel() or {cos.dtype, sin.dtype} != {torch.float32}:
         return fixed_order.rope(x, cos, -sin if inverse else sin)
     vectors = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # [N, G, R], a copy where no strides can say it
     vectors = vectors if vectors.stride(2) == 1 and vectors.stride(1) >= vectors.shape[2] else vectors.contiguous()
@@ -153,7 +153,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
 def route(logits: Tensor, selection: Selection, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits [N, E] fp32 -> ids [N, A] int64 and weights [N, A] fp32; `ids` where they are given."""
     n, num_experts = logits.shape
-    if not _is_native(logits) or logits.dtype != torch.float32:
+    if not native.serves(logits) or logits.dtype != torch.float32:
         return fixed_order.route(logits, selection, ids)
     logits = logits.contiguous()
     given = ids is not None
@@ -169,13 +169,9 @@ def route(logits: Tensor, selection: Selection, ids: Tensor | None = None) -> tu
     return ids, weights
 
 
-def _is_native(x: Tensor) -> bool:
-    return can_tape() and native.fits(x)
-
-
 def can_tape() -> bool:
     """Whether the kernels are there and wanted."""
-    return not packed.PLAIN and native.load_library() is not None
+    return not native.PLAIN and native.load_library() is not None
 
 
 class Eager:

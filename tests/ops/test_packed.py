@@ -307,6 +307,9 @@ def test_hostile_sizes_are_refused(path: str, change: dict[str, int], code: int)
     out = torch.full((4, 4), 5.0)
     address = out.data_ptr()
     assert library.moestro_packed_linear(address, address, address, *(sizes | change).values()) == code
+    if not {"groups", "n"} & change.keys():
+        m, k, *kinds = [(sizes | change)[name] for name in ("m", "k", "kind", "type", "threads")]
+        assert library.moestro_pack(address, address, m, k, *kinds) == code
     assert (out == 5).all()
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.ops import quantize
+from moestro.ops import native, quantize
+from moestro.ops.packed import PackedLinear
 
 KINDS = list(quantize.LAYOUTS)
 SHAPES = [(1, 1), (64, 64), (65, 33), (130, 129), (3, 0), (0, 5)]
@@ -55,10 +56,35 @@ def test_bytes_lie_where_the_table_says(kind: str, shape: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packing_by_pieces_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_packing_is_plain_packing(
+    isa: str, two_threads: None, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+) -> None:
+    weights = [random(*shape, seed=i).to(dtype) for i, shape in enumerate([*SHAPES, (200, 1000), (64, 97), (1, 64)])]
+    spread = random(128, 256) * torch.logspace(-38, 37, 128)[:, None]  # blocks of all magnitudes
+    spread[:, 64:] *= random(128, 192).exp2()  # and of values far apart
+    spread[5], spread[6, 64:], spread[7] = 0, -0.0, random(256).sign()
+    found = [quantize.pack_panels(weight, kind) for weight in [*weights, spread.to(dtype), spread.T.to(dtype)]]
+    monkeypatch.setattr(native, "PLAIN", True)
+    for weight, panels in zip([*weights, spread.to(dtype), spread.T.to(dtype)], found, strict=True):
+        assert torch.equal(quantize.pack_panels(weight, kind), panels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_that_are_not_finite_give_no_finite_results(path: str, kind: str) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        weight = random(70, 130)
+        weight[3, 65] = bad
+        result = PackedLinear.pack(weight, kind)(random(2, 130))
+        assert not result[:, 3].isfinite().any() and result[:, :3].isfinite().all() and result[:, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_by_pieces_changes_nothing(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(300, 70).bfloat16()
     whole = quantize.pack_panels(weight, kind)
     monkeypatch.setattr(quantize, "CHUNK", 1)
+    monkeypatch.setattr(quantize, "PLAIN_CHUNK", 1)
     out = torch.zeros_like(whole)
     assert quantize.pack_panels(weight, kind, out=out) is out
     assert torch.equal(out, whole)
