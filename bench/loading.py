@@ -1,4 +1,4 @@
-"""Memory and seconds of loading: an ordinary model directory packed as it is read, and a directory of packed weights.
+"""Memory and seconds of loading a model directory (files), of packing it (pack), and of loading that (packed).
 
     python bench/loading.py                            # Moonlight's layers, two of them, random weights in bf16
     python bench/loading.py --layers 8 --experts 64    # 4.5B parameters
@@ -6,15 +6,17 @@
 
 Each case is a process of its own, which loads a tiny model first, so that what torch itself needs is there before
 anything is counted. Peaks are beyond that: of private memory (RssAnon), of mapped file pages, which the kernel may
-drop (RssFile), and of both together (VmHWM); in parts of the packed weights, embeddings and norms included. "load" is
-until the model can be asked, "token" the first one of a prompt of 16, then the mean of the next eight.
+drop (RssFile), and of both together (VmHWM); in parts of the packed weights, embeddings and norms included. "all" is
+until the model can be asked or is packed, "token" the first one of a prompt of 16, then the mean of the next eight.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,30 +62,31 @@ class Peaks:
 
 
 def measure(directory: str, tiny: str, kind: str, out: str) -> None:
-    """The worker: load, ask, and write packed weights where `out` says so; prints one JSON object."""
+    """The worker: load and ask, or, where there is an `out`, pack into it; prints one JSON object."""
     from moestro.engine.engine import Engine
-    from moestro.engine.language_model import load
-    from moestro.engine.packed_directory import write_packed
+    from moestro.engine.language_model import load, pack
     from moestro.engine.sequence import Request, SamplingParams
 
     Engine(load(tiny, weights=kind), memory_bytes=2**24).run([Request([1, 2], SamplingParams(max_tokens=2))])
+    times: list[float] = []
     start = time.perf_counter()
     with Peaks() as peaks:
-        language_model = load(directory, weights=kind)
-        runtime = language_model.runtime
+        if out:
+            runtime = pack(Path(directory), Path(out), weights=kind)
+        else:
+            language_model = load(directory, weights=kind)
+            runtime = language_model.runtime
     seconds = time.perf_counter() - start
-    engine = Engine(language_model, memory_bytes=2**28, draft_tokens=0)
-    engine.add(Request(list(range(16)), SamplingParams(max_tokens=9)))
-    times = []
-    while engine.has_work:
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-    if out:
-        write_packed(Path(out), Path(directory), runtime.tensors, runtime.kind, runtime.dtype)
+    if not out:
+        engine = Engine(language_model, memory_bytes=2**28, draft_tokens=0)
+        engine.add(Request(list(range(16)), SamplingParams(max_tokens=9)))
+        while engine.has_work:
+            start = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - start)
     found = {name: peaks.over(name) for name in FIELDS}
     found |= {"packed": sum(tensor.nbytes for tensor in runtime.tensors.values())}
-    print(json.dumps(found | {"seconds": seconds, "first": times[0], "next": sum(times[1:]) / max(len(times) - 1, 1)}))
+    print(json.dumps(found | {"seconds": seconds, "times": times}))
 
 
 def run_worker(*arguments: object) -> dict[str, Any]:
@@ -108,22 +111,23 @@ def compare(model: Path | None, kinds: list[str], settings: list[str]) -> None:
 
     machine = describe_machine()
     print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}")
-    print(f"{'weights':<8} {'from':<9} {'packed, GB':>10} {'private':>8} {'mapped':>7} {'both':>6} {'load, s':>8}"
+    print(f"{'weights':<8} {'from':<9} {'packed, GB':>10} {'private':>8} {'mapped':>7} {'both':>6} {'all, s':>8}"
           f" {'token, s':>9} {'next, ms':>9}")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="moestro-") as folder:
         tiny = make_model(Path(folder) / "tiny", *TINY)
         model = model or make_model(Path(folder) / "model", *PRESET, *settings)
         for kind in kinds:
             out = Path(folder) / kind
-            for source, place in ((model, out), (out, "")):
+            for name, source, place in (("files", model, ""), ("pack", model, out), ("packed", out, "")):
                 found = run_worker(source, tiny, kind, place)
                 parts = " ".join(
-                    f"{found[name] / found['packed']:>{width}.3f}"
-                    for name, width in (("RssAnon", 8), ("RssFile", 7), ("VmHWM", 6))
+                    f"{found[field] / found['packed']:>{width}.3f}"
+                    for field, width in (("RssAnon", 8), ("RssFile", 7), ("VmHWM", 6))
                 )
-                print(f"{kind:<8} {'files' if place else 'packed':<9} {found['packed'] / 1e9:>10.2f} {parts}"
-                      f" {found['seconds']:>8.2f} {found['first']:>9.2f} {1000 * found['next']:>9.1f}",
-                      flush=True)  # fmt: skip
+                first, *others = found["times"] or [math.nan]
+                following = 1000 * statistics.mean(others or [math.nan])
+                print(f"{kind:<8} {name:<9} {found['packed'] / 1e9:>10.2f} {parts} {found['seconds']:>8.2f}"
+                      f" {first:>9.2f} {following:>9.1f}", flush=True)  # fmt: skip
             shutil.rmtree(out)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,23 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
     if not took_effect:
         pytest.skip("not glibc, or one that refuses the threshold")
     assert kept * 10 < default
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
+def test_freed_memory_is_returned() -> None:
+    """In a process of its own, whose heap nothing else has used: the last block keeps the others' room."""
+    code = (
+        "import resource\n"
+        "from moestro import machine\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
+        "blocks = [b'x' * 100_000 for _ in range(1000)]\n"
+        "del blocks[:-1]\n"
+        "before = resident()\n"
+        "machine.return_freed_memory()\n"
+        "print(before - resident())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("not glibc")
+    assert int(done.stdout) > 90e6

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Engine, Event
-from moestro.engine.packed_directory import PackedFiles, claim, dtype_name, is_packed, write_packed
+from moestro.engine.packed_directory import PackedFiles, dtype_name, is_packed, write_packed
 from moestro.engine.packing import Source, choose_kind
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
@@ -148,15 +148,16 @@ def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
 
 
 def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> Runtime:
-    """Pack a run, a checkpoint or a Hugging Face directory into `out`; see `packed_directory.write_packed`."""
+    """Pack a run, a checkpoint or a Hugging Face directory into `out`; gives the outline of what is there.
+
+    See `packed_directory.write_packed`.
+    """
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
     kind = choose_kind(source, weights)
-    claim(out)
-    runtime = Runtime(source, kind)
-    write_packed(out, source.directory, runtime.tensors, runtime.kind, runtime.dtype)
-    return runtime
+    with write_packed(out, source.directory, kind, source.dtype) as save:
+        return Runtime(source, kind, save)
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

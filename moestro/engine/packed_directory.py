@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from torch import Tensor
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.weights import (
     DTYPES,
-    SHARD_BYTES,
     drop_absent_mtp,
     open_tensors,
     read_config,
@@ -36,7 +36,9 @@ from moestro.ops.quantize import LAYOUTS
 FORMAT, VERSION = "moestro-packed", 1
 INFO_NAME = "packed.json"
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SHARD_BYTES = 1_000_000_000
 ALIGNMENT = 64
+Save = Callable[[Mapping[str, Tensor]], None]
 DTYPE_NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -88,11 +90,12 @@ def read_info(directory: Path) -> dict[str, Any]:
     return info
 
 
-def write_packed(out: Path, source: Path, tensors: Mapping[str, Tensor], kind: str, dtype: torch.dtype) -> None:
-    """Write what a `Runtime` keeps, with the configuration and tokenizer of `source`.
+@contextmanager
+def write_packed(out: Path, source: Path, kind: str, dtype: torch.dtype) -> Iterator[Save]:
+    """Gives a function that takes what a `Runtime` keeps, in parts; configuration and tokenizer come from `source`.
 
-    `out` is there when everything is on disk, and not before. ConfigError if something is there already,
-    CheckpointError if the disk is full.
+    Parts are written when they fill a shard, so that memory holds one shard at most. `out` is there when everything is
+    on disk, and not before. ConfigError if something is there already, CheckpointError if the disk is full.
     """
     claim(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -102,7 +105,9 @@ def write_packed(out: Path, source: Path, tensors: Mapping[str, Tensor], kind: s
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
-        files = _write_shards(partial, tensors)
+        shards = _Shards(partial)
+        yield shards.add
+        files = shards.finish()
         (partial / INFO_NAME).write_text(json.dumps(info | {"files": files}, indent=2) + "\n", "utf-8")
         sync_directory(partial)
         os.rename(partial, out)
@@ -124,23 +129,36 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def _write_shards(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """File name -> bytes."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    files = {}
-    for index, shard in enumerate(shards):
-        name = "packed" if len(shards) == 1 else f"packed-{index + 1:05d}-of-{len(shards):05d}"
-        path = directory / f"{name}.safetensors"
-        write_aligned(path, shard)
-        files[path.name] = path.stat().st_size
-    return files
+class _Shards:
+    """Files of about `SHARD_BYTES`, named when their number is known."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._pending, self._count = directory, dict[str, Tensor](), 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors, and write what has come together."""
+        for name, tensor in tensors.items():
+            if self._pending and sum(held.nbytes for held in self._pending.values()) + tensor.nbytes > SHARD_BYTES:
+                self._write()
+            self._pending[name] = tensor
+
+    def finish(self) -> dict[str, int]:
+        """File name -> bytes."""
+        self._write()
+        files = {}
+        for index in range(self._count):
+            name = "packed" if self._count == 1 else f"packed-{index + 1:05d}-of-{self._count:05d}"
+            path = self._path(index).rename(self._directory / f"{name}.safetensors")
+            files[path.name] = path.stat().st_size
+        return files
+
+    def _path(self, index: int) -> Path:
+        return self._directory / f"shard-{index}"
+
+    def _write(self) -> None:
+        write_aligned(self._path(self._count), self._pending)
+        self._count += 1
+        self._pending = {}
 
 
 def write_aligned(path: Path, tensors: Mapping[str, Tensor]) -> None:

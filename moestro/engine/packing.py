@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moestro.engine.packed_directory import PackedFiles
+from moestro import machine
+from moestro.engine.packed_directory import PackedFiles, Save
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.transformer import Transformer
 from moestro.model.weights import ModelFiles, kept_dtype, refuse_misfits
@@ -41,10 +42,11 @@ class Packer:
     """Gives the parts of a served model, by name; names are below the place `at` which it stands.
 
     `model` is the structure, without weights. Weights are rounded to `dtype`, that of the activations, before they are
-    packed as `kind`; routers stay in fp32. `parts` is everything packed so far.
+    packed as `kind`; routers stay in fp32. `parts` is everything packed so far. With `save`, every part goes there when
+    it is packed, and only its outline is kept and given, on the meta device.
     """
 
-    def __init__(self, source: Source, kind: str | None = None) -> None:
+    def __init__(self, source: Source, kind: str | None = None, save: Save | None = None) -> None:
         """ConfigError for a kind that is not known, or not that of packed files."""
         self.kind, self.dtype = choose_kind(source, kind), source.dtype
         with torch.device("meta"):
@@ -56,7 +58,7 @@ class Packer:
         self._weights: HeldWeights | ModelFiles = self._outline
         if not isinstance(source, PackedFiles):
             self._weights = HeldWeights(source) if isinstance(source, Transformer) else source
-        self._place = ""
+        self._place, self._save = "", save
 
     def at(self, name: str) -> Packer:
         """The same packer for what lies below `name`."""
@@ -75,6 +77,9 @@ class Packer:
             if (value.shape, value.dtype) != (shape, dtype):
                 found, wanted = f"{value.dtype} {list(value.shape)}", f"{dtype} {list(shape)}"
                 raise CheckpointError(f"{self._saved.directory}: {name} is {found}; config.json asks for {wanted}")
+        if self._save is not None:
+            self._save({name: value})
+            value = value.to("meta")
         self._plain[name] = value
         return value
 
@@ -111,7 +116,9 @@ class Packer:
 
         gate_up, down = stack("gate_up"), stack("down")
         sizes = (self.kind, *down.shape)
-        return self._part(name, PackedExperts, sizes, lambda: PackedExperts.pack(gate_up, down, self.kind))
+        part = self._part(name, PackedExperts, sizes, lambda: PackedExperts.pack(gate_up, down, self.kind))
+        machine.return_freed_memory()  # what was read
+        return part
 
     def finish(self) -> dict[str, Tensor]:
         """Everything that was given, by name. CheckpointError if packed files hold more."""
@@ -125,6 +132,11 @@ class Packer:
     def _part(self, name: str, form: type[Part], sizes: Sequence[object], pack: Callable[[], Part]) -> Part:
         name = self._place + name
         part = pack() if self._saved is None else self._take(self._saved, name, form, sizes)
+        if self._save is not None:
+            tensors = part.tensors()
+            self._save({f"{name}.{key}": tensor for key, tensor in tensors.items()})
+            outlines = {key: tensor if key == "sizes" else tensor.to("meta") for key, tensor in tensors.items()}
+            part = form.from_tensors(outlines)
         self.parts[name] = part
         return part
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moestro.config import ModelConfig
+from moestro.engine.packed_directory import Save
 from moestro.engine.packing import Packer, Source
 from moestro.engine.paged_cache import PagedCache, StepInput
 from moestro.model.attention import HeadAttention, LatentAttention
@@ -244,13 +245,14 @@ class Runtime:
     """A model with its matrices packed as `weights` (fp32, bf16, int8, int4; None: as they are computed with).
 
     `source` is a model, a model's files, or files of packed weights, which stay mapped. Embeddings, norms and routers
-    stay as they are, and the head has 8 bits at least. `tensors` is all that is kept, by name: what to save.
+    stay as they are, and the head has 8 bits at least. `tensors` is all that is kept, by name: what to save. It goes to
+    `save` part by part, where that is given; what remains is an outline that computes nothing.
     `routed_bytes` and `other_bytes` are what the main model's packed matrices take: all routed experts, and what every
     token reads.
     """
 
-    def __init__(self, source: Source, weights: str | None = None) -> None:
-        packer = Packer(source, weights)
+    def __init__(self, source: Source, weights: str | None = None, save: Save | None = None) -> None:
+        packer = Packer(source, weights, save)
         model, config = packer.model, packer.model.config
         self.config: ModelConfig = config
         self.dtype, self.kind = packer.dtype, packer.kind

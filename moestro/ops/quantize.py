@@ -33,8 +33,8 @@ from moestro.ops import native
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
 LARGE = 1 << 21  # bytes
-CHUNK = 1 << 22  # elements packed at a time: they may have to be copied
-PLAIN_CHUNK = 1 << 18  # in plain torch, which needs several times their memory
+CHUNK = 1 << 20  # elements of `Rows` packed at a time: they are copied
+PLAIN_CHUNK = 1 << 18  # elements packed at a time in plain torch, which needs several times their memory
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def pack_panels(weight: Tensor | Rows, kind: str, out: Tensor | None = None) -> 
     if out is None:
         out = new_panels(panel_shape(rows, columns, kind))
     is_native = native.serves(weight[:0])
-    step = PANEL * max(1, (CHUNK if is_native else PLAIN_CHUNK) // (PANEL * max(columns, 1)))
+    chunk = PLAIN_CHUNK if not is_native else CHUNK if isinstance(weight, Rows) else rows * columns
+    step = PANEL * max(1, -(-chunk // (PANEL * max(columns, 1))))
     for first in range(0, rows if columns else 0, step):
         part = weight[first : first + step]
         panels = out[first // PANEL : -(-(first + len(part)) // PANEL)]
