@@ -94,8 +94,9 @@ def read_info(directory: Path) -> dict[str, Any]:
 def write_packed(out: Path, source: Path, kind: str, dtype: torch.dtype) -> Iterator[Save]:
     """Gives a function that takes what a `Runtime` keeps, in parts; configuration and tokenizer come from `source`.
 
-    Parts are written when they fill a shard, so that memory holds one shard at most. `out` is there when everything is
-    on disk, and not before. ConfigError if something is there already, CheckpointError if the disk is full.
+    Parts are written when they fill a shard, so that memory holds one shard and the part that is packed. `out` is there
+    when everything is on disk, and not before. ConfigError if something is there already, CheckpointError if the disk
+    is full.
     """
     claim(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
