@@ -88,6 +88,8 @@ def test_packing_by_pieces_changes_nothing(path: str, kind: str, monkeypatch: py
     out = torch.zeros_like(whole)
     assert quantize.pack_panels(weight, kind, out=out) is out
     assert torch.equal(out, whole)
+    parts = quantize.Rows([weight[:70], weight[70:]], weight.dtype)
+    assert torch.equal(quantize.pack_panels(parts, kind), whole)
     assert torch.equal(quantize.pack_panels(weight[64:128], kind)[0], whole[1])
 
 
