@@ -75,7 +75,7 @@ template <int KIND> inline uint16_t make_words(uint32_t *words, const float *v) 
     }
 }
 
-// A row's values from k `first` on, filled up with zeros.
+// The first `length` of N values, filled up with zeros.
 template <int64_t N, class T> inline void load_values(float *v, const T *x, int64_t length) {
     if (length == N) {
         for (int64_t i = 0; i < N; i++) v[i] = load_value(x + i);

@@ -134,14 +134,16 @@ class _Shards:
     """Files of about `SHARD_BYTES`, named when their number is known."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory, self._pending, self._count = directory, dict[str, Tensor](), 0
+        self._directory, self._count = directory, 0
+        self._pending, self._bytes = dict[str, Tensor](), 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors, and write what has come together."""
         for name, tensor in tensors.items():
-            if self._pending and sum(held.nbytes for held in self._pending.values()) + tensor.nbytes > SHARD_BYTES:
+            if self._pending and self._bytes + tensor.nbytes > SHARD_BYTES:
                 self._write()
             self._pending[name] = tensor
+            self._bytes += tensor.nbytes
 
     def finish(self) -> dict[str, int]:
         """File name -> bytes."""
@@ -159,7 +161,7 @@ class _Shards:
     def _write(self) -> None:
         write_aligned(self._path(self._count), self._pending)
         self._count += 1
-        self._pending = {}
+        self._pending, self._bytes = {}, 0
 
 
 def write_aligned(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -28,8 +28,9 @@ from moestro.model.attention import HeadAttention, LatentAttention
 from moestro.model.experts import MoE
 from moestro.model.layers import RMSNorm
 from moestro.model.transformer import Block, MTPModule
+from moestro.ops import native
 from moestro.ops.packed import PackedExperts
-from moestro.ops.serving import Eager, Heads, Place, Rows, Selection, Tape, X, can_tape
+from moestro.ops.serving import Eager, Heads, Place, Rows, Selection, Tape, X
 from moestro.routing.router import Router
 
 
@@ -223,7 +224,7 @@ class Pass:
         self.forward, self.layer, self.dtype = forward, layer, dtype
         self.routers = [block.router for block in blocks if block.router is not None]
         self.tape: Tape | None = None
-        if can_tape():
+        if native.serves():
             self.tape = Tape(dtype)
             self.inputs = [self.tape.value(hidden_dim) for _ in range(num_inputs)]
             self.output: Place = forward(self.tape, self.inputs, layer)

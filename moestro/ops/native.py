@@ -92,9 +92,9 @@ def fits(*tensors: Tensor) -> bool:
     return kind in TYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
 
 
-def serves(x: Tensor) -> bool:
-    """Whether operations of serving on this are left to the kernels."""
-    return not PLAIN and load_library() is not None and fits(x)
+def serves(*tensors: Tensor) -> bool:
+    """Whether operations of serving, on these, are left to the kernels."""
+    return not PLAIN and load_library() is not None and all(map(fits, tensors))
 
 
 @cache

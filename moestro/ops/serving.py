@@ -169,11 +169,6 @@ def route(logits: Tensor, selection: Selection, ids: Tensor | None = None) -> tu
     return ids, weights
 
 
-def can_tape() -> bool:
-    """Whether the kernels are there and wanted."""
-    return not native.PLAIN and native.load_library() is not None
-
-
 class Eager:
     """Operations at once. `ids` [L, N, A] int64: of hashed routers, and what the others choose; `layers`: the cache."""
 
