@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 COMMON = [
+    "-Icsrc",
     "-std=c++17",
     "-O3",
     "-fPIC",
@@ -31,13 +32,13 @@ COMMON = [
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 FLAGS = {
-    "csrc/dispatch.cpp": [],
-    "csrc/run.cpp": [],
-    "csrc/kernels_avx2.cpp": AVX2,
-    "csrc/kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
-    "csrc/kernels_avx512.cpp": AVX512,
-    "csrc/kernels_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
-    "csrc/kernels_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "csrc/abi/dispatch.cpp": [],
+    "csrc/abi/run.cpp": [],
+    "csrc/isa/kernels_avx2.cpp": AVX2,
+    "csrc/isa/kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
+    "csrc/isa/kernels_avx512.cpp": AVX512,
+    "csrc/isa/kernels_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "csrc/isa/kernels_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 LIBRARY = "moestro.ops.libmoestro"
 
@@ -49,7 +50,7 @@ class BuildNative(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        Path(self.build_temp, "csrc").mkdir(parents=True, exist_ok=True)
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         missing = [source for source, flags in FLAGS.items() if not self._knows(flags)]
         without = [f"-DMOESTRO_WITHOUT_{source.stem.partition('_')[2].upper()}" for source in map(Path, missing)]
 
@@ -86,7 +87,7 @@ class PlatformWheel(bdist_wheel):
 
 
 x86 = platform.machine().lower() in ("x86_64", "amd64")
-headers = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
+headers = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 setup(
     ext_modules=[Extension(LIBRARY, list(FLAGS), depends=headers, optional=True)] if x86 else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel} if x86 else {},

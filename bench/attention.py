@@ -5,8 +5,8 @@
 Products over causal pairs are counted, forward 2·(K + W) operations a pair and head, backward 2·(3K + 2W), whatever an
 implementation computes besides. Printed for each shape and precision: median GFLOP/s of forward and of backward with
 their spread, the native kernels' ratio to the better of the others, and their share of the fp32 peak in registers.
-torch: `ops/fused.py`; sdpa: a call of `scaled_dot_product_attention` for every document, or one for all where they are
-equally long. One thread is timed in CPU time, which other work on a shared machine disturbs less.
+torch: `ops/training/fused.py`; sdpa: a call of `scaled_dot_product_attention` for every document, or one for all where
+they are equally long. One thread is timed in CPU time, which other work on a shared machine disturbs less.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moestro import machine
-from moestro.ops import fused, native, native_attention
+from moestro.ops import library
+from moestro.ops.training import fused, native_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 
@@ -126,8 +127,8 @@ def main() -> None:
     options = parser.parse_args()
     machine.keep_freed_memory()
     torch.set_num_threads(options.threads)
-    described, peak = machine.describe_machine(), native.measure_peak(torch.float32, seconds=4) / 1e9
-    kernels = native.current_isa() or "none"
+    described, peak = machine.describe_machine(), library.measure_peak(torch.float32, seconds=4) / 1e9
+    kernels = library.current_isa() or "none"
     print(f"{described.cpu}, {options.threads} threads, torch {described.torch}, kernels {kernels}")
     print(f"fp32 peak in registers: {peak:.0f} GFLOP/s\n")
     print(f"{'shape':<18} {'':<14} {'native':>16} {'torch':>16} {'sdpa':>16} {'ratio':>6} {'of peak':>8}")

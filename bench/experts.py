@@ -18,7 +18,8 @@ from limits import measure_limits
 from torch import Tensor
 
 from moestro import machine
-from moestro.ops import fused, native
+from moestro.ops import library
+from moestro.ops.training import fused, native
 
 # name: tokens, hidden, experts, expert width, active experts
 SHAPES = {
@@ -82,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(machine.usable_threads())
     limits = measure_limits()
     described = machine.describe_machine()
-    kernels = native.current_isa() or "none"
+    kernels = library.current_isa() or "none"
     print(f"{described.cpu}, {described.threads} threads, torch {described.torch}, kernels {kernels}")
     print(f"{limits}\n")
     print(f"{'shape':<22} {'':<5} {'native':>20} {'torch':>20} {'ratio':>6} {'of peak':>8}")

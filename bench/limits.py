@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moestro import machine
-from moestro.ops import native
+from moestro.ops import library
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,6 @@ def measure_limits(seconds: float = 4) -> Limits:
     """Takes `seconds` and one more."""
     measured = machine.measure_machine(seconds)
     peaks = {torch.float32: measured.fp32_gflops, torch.bfloat16: measured.bf16_gflops}
-    if native.load_library() is not None:
-        peaks = {dtype: max(peak, native.measure_peak(dtype) / 1e9) for dtype, peak in peaks.items()}
+    if library.load_library() is not None:
+        peaks = {dtype: max(peak, library.measure_peak(dtype) / 1e9) for dtype, peak in peaks.items()}
     return Limits(measured.read_gb_per_second, peaks[torch.float32], peaks[torch.bfloat16])

@@ -106,8 +106,8 @@ def read_size(directory: Path) -> Size:
     """Count the weights of a model without loading it."""
     import torch
 
+    from moestro.checkpoints.files import read_config
     from moestro.model.transformer import Transformer
-    from moestro.model.weights import read_config
 
     config = read_config(directory)
     with torch.device("meta"):

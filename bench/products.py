@@ -21,9 +21,11 @@ import torch
 from limits import measure_limits
 
 from moestro import machine
-from moestro.ops import native
-from moestro.ops.packed import PackedExperts, PackedHeads, PackedLinear, paged_attention, rms_norm, swiglu
-from moestro.ops.serving import Selection, route
+from moestro.ops import library
+from moestro.ops.serving.attention import paged_attention
+from moestro.ops.serving.rows import rms_norm, route, swiglu
+from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
+from moestro.routing.selection import Selection
 
 HIDDEN, EXPERTS, WIDTH, TOP_K, HEADS, LATENT, ROPE, NOPE, VALUE = 2048, 64, 1408, 6, 16, 512, 64, 128, 128
 PAST_CACHES = 160 * 2**20  # bytes of weights that are taken in turn
@@ -148,7 +150,7 @@ def main() -> None:
     torch.set_num_threads(machine.usable_threads())
     limits, described = measure_limits(6), machine.describe_machine()
     peaks = {"fp32": limits.fp32, "bf16": limits.bf16}
-    print(f"{described.cpu}, {described.threads} threads, kernels {native.current_isa() or 'none: plain torch'}")
+    print(f"{described.cpu}, {described.threads} threads, kernels {library.current_isa() or 'none: plain torch'}")
     print(f"{limits}\n")
     print(f"{'':<15} {'':<5} {'rows':>5} {'median':>10} {'best':>10} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>9}")
     for name in options.only:

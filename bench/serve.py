@@ -100,8 +100,8 @@ def write_model(directory: Path) -> None:
 
 def compare(directory: Path, modes: list[str], rounds: int, count: int) -> None:
     """Ask all modes in turn and print the table."""
+    from moestro.checkpoints.files import read_config
     from moestro.machine import describe_machine, measure_machine
-    from moestro.model.weights import read_config
 
     write_model(directory)
     machine, measured, config = describe_machine(), measure_machine(4), read_config(directory)

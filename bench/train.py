@@ -49,7 +49,7 @@ def our_step(dtype: str, model_tree: dict[str, Any], rows: int, length: int) -> 
     import torch
 
     from moestro.config import build_config
-    from moestro.data.packing import Batch
+    from moestro.data.batches import Batch
     from moestro.training.prepare import build_model
     from moestro.training.step import train_step
 
@@ -79,8 +79,8 @@ def hf_step(dtype: str, experts: str, rows: int, length: int) -> Callable[[], No
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+    from moestro.checkpoints.hf import config_to_hf
     from moestro.config import build_config
-    from moestro.model.hf import config_to_hf
 
     tree = config_to_hf(build_config({"model": MODEL}).model, bos_id=0, eos_id=1, dtype="float32")
     hf_config = DeepseekV3Config(**tree, attn_implementation="sdpa", experts_implementation=experts)

@@ -2,7 +2,7 @@
 
 Three sections make one `Config`: `model` (the architecture, flat, one preset is some twenty lines), `train`
 and `data`. Unknown keys and impossible combinations are `ConfigError`s that name the key. Names are Moestro's
-own (`num_` counts, `_dim` widths); Hugging Face names live in `model/hf.py` alone.
+own (`num_` counts, `_dim` widths); Hugging Face names live in `checkpoints/hf.py` alone.
 
 Reading order of values: defaults < preset or file < `--depth` dial < `key=value` overrides.
 """

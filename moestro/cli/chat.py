@@ -40,7 +40,7 @@ def chat(
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     """
-    from moestro.engine.chat import Conversation
+    from moestro.engine.conversation import Conversation
     from moestro.engine.language_model import load
 
     beginning = [{"role": "system", "content": system}] if system else []

@@ -24,14 +24,14 @@ def doctor(
     """
     from moestro import machine as machines
     from moestro.errors import ConfigError
-    from moestro.ops import native
+    from moestro.ops import library
 
     if not 0.5 <= seconds <= 60:
         raise ConfigError(f"--seconds must lie between 0.5 and 60, not {seconds:g}")
     machine = machines.describe_machine()
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
-    isa = native.current_isa()
+    isa = library.current_isa()
     if not isa and "avx2" in machine.instruction_sets:
         problems.append("native kernels are not built; install a C++ compiler, then moestro again, for faster experts")
     if json_output:

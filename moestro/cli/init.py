@@ -36,7 +36,7 @@ def init(
     json_output
         Print {"model", "bytes", "parameters"}.
     """
-    from moestro.model.random_weights import write_random_model
+    from moestro.checkpoints.random_weights import write_random_model
 
     config = build_config(load_preset(preset), overrides).model
     written = write_random_model(config, out, seed=seed, dtype=dtype)

@@ -62,7 +62,7 @@ def inspect(
 
 def describe_packing(model: str) -> dict[str, Any]:
     """{"packed": {"weights", "dtype", "bytes"}} of a directory of packed weights, nothing of others."""
-    from moestro.engine.packed_directory import is_packed, read_info
+    from moestro.checkpoints.packed import is_packed, read_info
 
     if model in preset_names() or not is_packed(Path(model)):
         return {}
@@ -74,8 +74,8 @@ def read_model_config(model: str, overrides: tuple[str, ...]) -> ModelConfig:
     """The ModelConfig that a name or a path means, with overrides."""
     if model in preset_names():
         return build_config(load_preset(model), overrides).model
+    from moestro.checkpoints.files import read_config
     from moestro.engine.language_model import find_model_directory
-    from moestro.model.weights import read_config
 
     config = read_config(find_model_directory(Path(model)))
     return build_config({"model": config.model_dump(mode="json")}, overrides).model

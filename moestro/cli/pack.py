@@ -33,8 +33,8 @@ def pack(
     json_output
         Print {"model", "weights", "dtype", "bytes"}.
     """
+    from moestro.checkpoints.packed import dtype_name
     from moestro.engine import language_model
-    from moestro.engine.packed_directory import dtype_name
 
     runtime = language_model.pack(model, out, dtype, weights=weights)
     num_bytes = sum(tensor.nbytes for tensor in runtime.tensors.values())

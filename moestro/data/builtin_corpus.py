@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from moestro.data.corpus import Document, cut_long_document, split_text
+from moestro.data.documents import Document, cut_long_document, split_text
 
 SHIPPED = ("english", "korean", "chinese", "math")
 DOMAINS = (*SHIPPED, "python", "arithmetic")

@@ -25,27 +25,16 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
+from moestro.data.documents import Document, decode, iterate_lines, split_text
 from moestro.errors import DataError
 
-SEPARATOR = "<|endoftext|>"  # alone on a line of a .txt file, it parts two documents
-CUT_BYTES = 32 * 1024
 SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl", ".parquet")
 _COMPRESSED = (".gz", ".zst")
-_CHUNK_BYTES = 16 * 1024  # a line longer than this arrives in several strings
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text that is packed, split and counted as a whole."""
-
-    text: str
-    domain: str
 
 
 def iterate_documents(source: str) -> Iterator[Document]:
@@ -143,97 +132,6 @@ def _open_binary(path: Path) -> Iterator[IO[bytes]]:
             yield stream
 
 
-def _iterate_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
-    """Pairs `(line number, bytes)` of at most `_CHUNK_BYTES`; a longer line comes as several pairs."""
-    number, buffer = 1, b""
-    try:
-        while block := stream.read(_CHUNK_BYTES):
-            *lines, buffer = (buffer + block).split(b"\n")
-            for line in lines:
-                yield number, line + b"\n"
-                number += 1
-            if len(buffer) >= _CHUNK_BYTES:
-                yield number, buffer
-                buffer = b""
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}, line {number}: damaged archive: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path}, line {number}: cannot read on: {error.strerror or error}") from error
-    if buffer:
-        yield number, buffer
-
-
-def _decode(decoder: codecs.IncrementalDecoder, data: bytes, place: str, final: bool = False) -> str:
-    try:
-        return decoder.decode(data, final)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not valid UTF-8 ({error.reason}); convert the file first") from error
-
-
-def split_text(stream: IO[bytes], path: Path, *, separated: bool) -> Iterator[str]:
-    """Documents of a text file: parted at separator lines when `separated`, each cut near `CUT_BYTES`."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    cutter, number, at_line_start = _Cutter(), 1, True
-    for number, line in _iterate_lines(stream, path):
-        text = _decode(decoder, line, f"{path}, line {number}")
-        if separated and at_line_start and text.rstrip("\r\n") == SEPARATOR:
-            yield from cutter.finish()
-        else:
-            yield from cutter.add(text)
-        at_line_start = line.endswith(b"\n")
-    _decode(decoder, b"", f"{path}, line {number}", final=True)
-    yield from cutter.finish()
-
-
-def cut_long_document(text: str) -> list[str]:
-    """Parts of at most `CUT_BYTES` that join to `text`: cut at blank lines, else at lines, else anywhere."""
-    cutter = _Cutter()
-    parts = [part for line in text.splitlines(keepends=True) for part in cutter.add(line)]
-    return [*parts, *cutter.finish()]
-
-
-class _Cutter:
-    """Collects lines of one document and gives out parts as soon as they are full."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.size = 0
-        self.paragraph_end = 0  # lines up to and with the last blank one, once the part is half full
-
-    def add(self, line: str) -> Iterator[str]:
-        """Take one line; yields the parts that it completes."""
-        for piece in _cut_hard(line):
-            size = len(piece.encode())
-            if self.size + size > CUT_BYTES:
-                yield self._take(self.paragraph_end or len(self.lines))
-            if self.size + size > CUT_BYTES:  # the open paragraph alone is too long for this line
-                yield self._take(len(self.lines))
-            self.lines.append(piece)
-            self.size += size
-            if self.size >= CUT_BYTES // 2 and not piece.strip():
-                self.paragraph_end = len(self.lines)
-
-    def finish(self) -> Iterator[str]:
-        """Yield what is left, and start the next document."""
-        if self.lines:
-            yield self._take(len(self.lines))
-
-    def _take(self, count: int) -> str:
-        part = "".join(self.lines[:count])
-        self.lines = self.lines[count:]
-        self.size -= len(part.encode())
-        self.paragraph_end = 0
-        return part
-
-
-def _cut_hard(line: str) -> Iterator[str]:
-    step = CUT_BYTES // 4  # a character takes at most four bytes
-    if len(line) <= step:
-        yield line
-    else:
-        yield from (line[start : start + step] for start in range(0, len(line), step))
-
-
 def _read_json(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
     value = _parse_json(stream.read(), str(path))
     for number, record in enumerate(value if isinstance(value, list) else [value], 1):
@@ -242,7 +140,7 @@ def _read_json(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_jsonl(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
     parts: list[bytes] = []
-    for number, chunk in _iterate_lines(stream, path):
+    for number, chunk in iterate_lines(stream, path):
         parts.append(chunk)
         if chunk.endswith(b"\n"):
             yield from _parse_line(parts, f"{path}, line {number}")
@@ -258,7 +156,7 @@ def _parse_line(parts: Iterable[bytes], place: str) -> Iterator[tuple[str, Any]]
 
 
 def _parse_json(data: bytes, place: str) -> Any:
-    text = _decode(codecs.getincrementaldecoder("utf-8-sig")(), data, place, final=True)
+    text = decode(codecs.getincrementaldecoder("utf-8-sig")(), data, place, final=True)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moestro.data.corpus import Document
+from moestro.data.documents import Document
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import DataError
 

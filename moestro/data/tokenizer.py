@@ -25,13 +25,8 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from moestro.data.chat import CHAT_TEMPLATE
+from moestro.data.specials import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS, THINK, THINK_END, USER
 from moestro.errors import DataError
-
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-THINK, THINK_END = "<think>", "</think>"
-SPECIALS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, THINK_END)  # their ids are 0 to 6
 
 # DeepSeek-V3's three splits.
 _DIGITS = r"\p{N}{1,3}"

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from moestro.checkpoints.files import DTYPES, ModelFiles, read_json, read_model
+from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
+from moestro.checkpoints.packing import Source, choose_kind
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Engine, Event
-from moestro.engine.packed_directory import PackedFiles, dtype_name, is_packed, write_packed
-from moestro.engine.packing import Source, choose_kind
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.transformer import Transformer
-from moestro.model.weights import DTYPES, ModelFiles, read_json, read_model
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from moestro.engine.scheduler import pages_for
 from moestro.errors import ConfigError
 from moestro.model.attention import cache_width
 from moestro.model.rope import rope_tables
-from moestro.ops.serving import Places
+from moestro.ops.serving.program import Places
 
 FREE_SHARE = 0.5  # of the free memory, where the user names no size
 

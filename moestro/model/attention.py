@@ -2,7 +2,7 @@
 
 MLA's keys and values are expanded from one latent of `kv_lora_rank` values and one rotated key of `rope_dim` values per
 token, shared by all heads: what a cache has to hold. Here they are expanded to keys and values per head, which is the
-cheapest way to compute whole sequences; `engine/runtime.py` attends over the latents themselves, the absorbed form,
+cheapest way to compute whole sequences; `model/served.py` attends over the latents themselves, the absorbed form,
 which is the cheapest for a few queries over a long cache. A test holds the two against each other.
 """
 

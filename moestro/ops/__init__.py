@@ -12,7 +12,8 @@ import torch
 
 from moestro import machine
 from moestro.errors import ConfigError
-from moestro.ops import fused, native, native_attention, native_rows, reference
+from moestro.ops import library
+from moestro.ops.training import fused, native, native_attention, native_rows, reference
 
 _wish = os.environ.get("MOESTRO_OPS")
 if _wish not in (None, "", "reference", "fused"):
@@ -32,7 +33,7 @@ join_heads = _rows.join_heads
 
 def multiplies_bf16() -> bool:
     """Whether products in bf16 take about the time of fp32's: by instructions, or by kernels that widen them."""
-    widened = _fastest is native and native.load_library() is not None and native.multiplies_faster(torch.bfloat16)
+    widened = _fastest is native and library.load_library() is not None and library.multiplies_faster(torch.bfloat16)
     return machine.describe_machine().bf16_is_fast or widened
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moestro.config import BalanceTerm, ModelConfig
 from moestro.routing.router import Routes
+from moestro.routing.selection import find_best
 
 
 def count_loads(ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
@@ -76,7 +77,7 @@ def sequence_balance_loss(scores: Tensor, top_k: int, num_sequences: int, valid:
     """
     if valid is None:
         valid = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    ids = scores.detach().topk(top_k, dim=-1).indices
+    ids = find_best(scores.detach(), top_k)
     split = [t.unflatten(0, (num_sequences, -1)) for t in (scores, ids, valid)]
     return share_loss("expert", *split, num_groups=1, top_k_groups=1)
 

@@ -23,6 +23,15 @@ from torch import Tensor, nn
 
 from moestro.config import ModelConfig
 from moestro.routing.capacity import find_overflow
+from moestro.routing.selection import (
+    Selection,
+    add_bias,
+    choose,
+    describe_selection,
+    is_hashed,
+    score_experts,
+    weigh,
+)
 
 JITTER = 0.01  # Switch: inputs of the router times uniform(1 − ε, 1 + ε)
 
@@ -46,32 +55,6 @@ class Routes:
     noise_std: Tensor | None = None
 
 
-def select_experts(choice: Tensor, *, top_k: int, num_groups: int, top_k_groups: int, group_score: str) -> Tensor:
-    """Biased scores [N, E] -> ids [N, A]: the best groups first, then the best experts inside them.
-
-    A group's score is the sum of its two best experts (`top2`, V3) or its best expert (`max`, V2).
-    """
-    if num_groups > top_k_groups:
-        groups = choice.unflatten(-1, (num_groups, -1))
-        best = groups.topk(2 if group_score == "top2" else 1, dim=-1).values.sum(-1)
-        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(top_k_groups, dim=-1).indices, True)
-        choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
-    return choice.topk(top_k, dim=-1).indices
-
-
-def hash_experts(tokens: Tensor, *, num_experts: int, top_k: int, layer: int) -> Tensor:
-    """Token ids [N] -> expert ids [N, A], fixed for ever: one expert of each of A equal ranges.
-
-    Fibonacci hashing of (token, layer, choice): the high bits of a product with 2⁶⁴/φ, in wrapping int64 arithmetic.
-    """
-    size = num_experts // top_k
-    salt = torch.arange(top_k, device=tokens.device) + layer * top_k + 1
-    mixed = (tokens[:, None] + salt * 1_000_003) * -7046029254386353131  # 2⁶⁴/φ as a signed number
-    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687  # a second round, of splitmix64
-    within = ((mixed >> 33) & 0x7FFFFFFF) % size
-    return within + torch.arange(top_k, device=tokens.device) * size
-
-
 class Router(nn.Module):
     """Linear scores and a bias per expert; `layer` is the index of its block, `hashed` whether token ids decide."""
 
@@ -81,8 +64,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        moe_index = sum(config.is_moe(index) for index in range(layer))
-        self.hashed = config.router.selection == "hash" or moe_index < config.router.num_hash_layers
+        self.hashed = is_hashed(config, layer)
         shape = (config.num_experts, config.hidden_dim)
         self.weight = nn.Parameter(torch.empty(shape)) if config.router.score != "constant" else None
         self.noise = nn.Parameter(torch.empty(shape)) if config.router.noise == "learned" else None
@@ -102,13 +84,10 @@ class Router(nn.Module):
         self, logits: Tensor, scores: Tensor, tokens: Tensor | None = None, starts: Sequence[int] = ()
     ) -> Routes:
         """Scores [N, E] -> routes: the experts with the best biased scores, weighted by the scores as they are."""
-        router = self.config.router
         ids = self.choose(scores, tokens)
-        weights = scores.gather(1, ids)
-        if router.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        accepted, overflow = self.accept(ids, weights, starts)
-        return Routes(ids, weights * router.scale, scores, logits, accepted, overflow)
+        weights = weigh(scores, ids, self.selection)
+        accepted, overflow = self.accept(ids, weights / self.config.router.scale, starts)
+        return Routes(ids, weights, scores, logits, accepted, overflow)
 
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, D] fp32 -> [N, E]; zeros where nothing is learned."""
@@ -125,23 +104,17 @@ class Router(nn.Module):
 
     def choose(self, scores: Tensor, tokens: Tensor | None) -> Tensor:
         """Biased selection, or the hash of the token: ids [N, A]."""
-        config = self.config
-        if self.hashed:
-            if tokens is None:
-                raise ValueError("hash routing needs the token ids")
-            return hash_experts(tokens, num_experts=config.num_experts, top_k=config.top_k, layer=self.layer)
-        return select_experts(
-            self.biased(scores),
-            top_k=config.top_k,
-            num_groups=config.num_groups,
-            top_k_groups=config.top_k_groups,
-            group_score=config.router.group_score,
-        )
+        selection = self.selection
+        if not selection.hashed:
+            return choose(add_bias(scores, selection), selection)
+        if tokens is None:
+            raise ValueError("hash routing needs the token ids")
+        return selection.hash(tokens)
 
-    def biased(self, scores: Tensor) -> Tensor:
-        """Scores [N, E] as they are compared: with the bias, without gradient."""
-        free = scores.detach()
-        return free * (1 + self.bias) if self.config.router.bias == "multiplicative" else free + self.bias
+    @property
+    def selection(self) -> Selection:
+        """How this router chooses and weighs."""
+        return describe_selection(self.config, self.layer, self.bias)
 
     @torch.no_grad()
     def accept(self, ids: Tensor, weights: Tensor, starts: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
@@ -163,18 +136,6 @@ class Router(nn.Module):
         spared = spare_sequences(len(ids), starts, capacity.spared_fraction if self.training else 0.0)
         overflow = find_overflow(units, wanted, room, affinity=affinity, spared=spared)
         return wanted & ~overflow, overflow.sum()
-
-
-def score_experts(logits: Tensor, score: str) -> Tensor:
-    """Logits [N, E] -> scores [N, E]."""
-    match score:
-        case "sigmoid":
-            return logits.sigmoid()
-        case "softmax":
-            return logits.softmax(-1)
-        case "sqrt_softplus":
-            return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()  # √ has no slope at 0
-    return torch.ones_like(logits)
 
 
 def spare_sequences(num_tokens: int, starts: Sequence[int], fraction: float) -> Tensor | None:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Event, TokenLogprob
-from moestro.server.chat import TOOL_TOKENS, Call, CallReader
 from moestro.server.stream import Detokenizer, Splitter, StopFilter
+from moestro.server.tools import TOOL_TOKENS, Call, CallReader
 
 Tree = dict[str, Any]
 

@@ -14,7 +14,12 @@ from typing import Any
 from moestro.engine.engine import Engine
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
-from moestro.server.chat import (
+from moestro.server.choices import ChatChoice, ChatForm, Choice, Format, TextChoice
+from moestro.server.loads import LoadHistory, layer_names
+from moestro.server.metrics import Metrics
+from moestro.server.renderer import Renderer
+from moestro.server.schema import MIN_TEMPERATURE, MIN_TOP_P, ChatRequest, CompletionRequest, Sampling, TokenizeRequest
+from moestro.server.tools import (
     chat_grammar,
     forces_call,
     structured_grammar,
@@ -22,11 +27,6 @@ from moestro.server.chat import (
     template_messages,
     uses_tools,
 )
-from moestro.server.choices import ChatChoice, ChatForm, Choice, Format, TextChoice
-from moestro.server.loads import LoadHistory, layer_names
-from moestro.server.metrics import Metrics
-from moestro.server.schema import MIN_TEMPERATURE, MIN_TOP_P, ChatRequest, CompletionRequest, Sampling, TokenizeRequest
-from moestro.server.template import Renderer
 from moestro.server.worker import EngineWorker
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moestro.data.tokenizer import THINK, THINK_END, Tokenizer
+from moestro.data.specials import THINK, THINK_END
+from moestro.data.tokenizer import Tokenizer
 
 Kind = Literal["reasoning", "content"]
 

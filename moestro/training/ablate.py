@@ -27,7 +27,8 @@ from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 from moestro.model.experts import MoE
 from moestro.model.transformer import Transformer
-from moestro.routing.router import Router, select_experts
+from moestro.routing.router import Router
+from moestro.routing.selection import add_bias, choose
 from moestro.routing.stats import specialisation
 from moestro.training.evaluate import Domains, score_domains
 
@@ -58,21 +59,15 @@ class AblatedRouter(Router):
 
     def choose(self, scores: Tensor, tokens: Tensor | None) -> Tensor:
         """Biased selection among the experts that are not masked: ids [N, A]."""
-        config, free = self.config, scores.detach()
+        free = scores.detach()
         masked = self.masked.expand_as(free)
         if self.top:
             first = first_choices(free, super().choose(scores, tokens), self.top)
             masked = masked.scatter(1, first, True)
-        biased = self.biased(scores)
+        biased = add_bias(scores, self.selection)
         # below every pair of scores, yet finite: of groups with a single expert left, the one with the better counts
         low = 2 * biased.amin(-1, keepdim=True) - biased.amax(-1, keepdim=True) - 1
-        return select_experts(
-            torch.where(masked, low, biased),
-            top_k=config.top_k,
-            num_groups=config.num_groups,
-            top_k_groups=config.top_k_groups,
-            group_score=config.router.group_score,
-        )
+        return choose(torch.where(masked, low, biased), self.selection)
 
 
 def first_choices(scores: Tensor, chosen: Tensor, count: int) -> Tensor:

@@ -24,11 +24,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moestro.checkpoints.files import ModelFiles, fill_model, model_tensors, read_json, sync_directory, write_tensors
+from moestro.checkpoints.hf import config_to_hf
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import CheckpointError
-from moestro.model.hf import config_to_hf
 from moestro.model.transformer import Transformer
-from moestro.model.weights import ModelFiles, fill_model, model_tensors, read_json, sync_directory, write_tensors
 from moestro.training.optim import Optimizers
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moestro.data.batches import PADDING, Batch, evaluation_batches
 from moestro.data.corpus import iterate_documents
-from moestro.data.packing import PADDING, Batch, evaluation_batches
 from moestro.data.shards import ShardSet, Split, open_shards, prepare
 from moestro.engine.language_model import LanguageModel
 from moestro.engine.paged_cache import PagedCache, count_moe_layers

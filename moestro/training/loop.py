@@ -20,7 +20,7 @@ import torch
 import moestro
 from moestro import machine
 from moestro.config import Config
-from moestro.data.packing import PackState
+from moestro.data.batches import PackState
 from moestro.engine.language_model import LanguageModel
 from moestro.errors import MoestroError
 from moestro.model.size import measure_size

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moestro import ops
-from moestro.data.packing import PADDING, Batch
+from moestro.data.batches import PADDING, Batch
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer
 from moestro.routing.balance import balance_loss, count_loads

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from moestro import machine
+from moestro.checkpoints.files import read_json
 from moestro.config import SETTINGS, Config, build_config
-from moestro.data.corpus import Document, iterate_documents
-from moestro.data.packing import Batch, Packer, evaluation_batches
+from moestro.data.batches import Batch, Packer, evaluation_batches
+from moestro.data.corpus import iterate_documents
+from moestro.data.documents import Document
 from moestro.data.shards import ShardSet, open_shards, prepare
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights
-from moestro.model.weights import read_json
 from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from moestro.training.metrics import write_atomic
 from moestro.training.optim import Optimizers

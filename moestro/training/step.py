@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moestro.config import TrainConfig
-from moestro.data.packing import Batch
+from moestro.data.batches import Batch
 from moestro.model.transformer import Transformer
 from moestro.routing.balance import updated_bias
 from moestro.training.loss import Counts, compute_loss

@@ -14,7 +14,7 @@ import pytest
 from moestro.cli import main
 from moestro.config import Config
 from moestro.errors import MoestroError
-from moestro.ops import native
+from moestro.ops import library
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -146,7 +146,7 @@ def test_doctor_measures(call: Call) -> None:
     tree = last_json(call("doctor", "--seconds", "0.5", "--json"))
     assert tree["machine"]["cores"] >= 1 and tree["measured"]["fp32_gflops"] > 0
     assert isinstance(tree["problems"], list)
-    assert tree["native"] == native.current_isa()
+    assert tree["native"] == library.current_isa()
 
 
 def test_prompts_come_from_standard_input(call: Call, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

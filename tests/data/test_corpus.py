@@ -13,7 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.data.corpus import CUT_BYTES, Document, cut_long_document, iterate_documents
+from moestro.data.corpus import iterate_documents
+from moestro.data.documents import CUT_BYTES, Document, cut_long_document
 from moestro.errors import DataError
 
 

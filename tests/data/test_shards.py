@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.data import shards as shards_module
-from moestro.data.corpus import Document
+from moestro.data.documents import Document
 from moestro.data.shards import SPLITS, ShardSet, _choose_moves, _find_sides, open_shards, prepare
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import DataError

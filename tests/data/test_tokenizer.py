@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.data.tokenizer import SPECIALS, Tokenizer
+from moestro.data.specials import SPECIALS
+from moestro.data.tokenizer import Tokenizer
 from moestro.errors import DataError
 
 SAMPLE = (

@@ -24,7 +24,7 @@ from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer, init_weights
-from moestro.ops import native
+from moestro.ops import library
 from moestro.training.checkpoint import write_model_directory
 
 Make = Callable[..., Config]
@@ -111,7 +111,7 @@ def test_company_changes_no_bit(
 
 
 def test_company_changes_no_bit_without_native_kernels(written: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load_library", lambda: None)
+    monkeypatch.setattr(library, "load_library", lambda: None)
     check_company(written, (5,), max_tokens=4)
 
 

@@ -12,9 +12,9 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from moestro.config import Config
-from moestro.data.chat import encode_chat
+from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.chat import Conversation
+from moestro.engine.conversation import Conversation
 from moestro.engine.language_model import LanguageModel, find_model_directory, load
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.attention import AttentionBatch

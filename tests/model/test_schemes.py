@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.checkpoints.files import load_model, model_tensors, write_tensors
+from moestro.checkpoints.hf import config_to_hf, hf_family, hf_to_config, tensor_map
 from moestro.config import ModelConfig, build_config, load_preset, preset_names
 from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.experts import MoE
-from moestro.model.hf import config_to_hf, hf_family, hf_to_config, tensor_map
 from moestro.model.layers import MLP
 from moestro.model.transformer import Transformer, init_weights
-from moestro.model.weights import load_model, model_tensors, write_tensors
 from moestro.routing.router import Routes
 
 SCHEMES = preset_names("presets/routers")

@@ -8,18 +8,18 @@ import pytest
 import torch
 from instruction_sets import runnable
 
-from moestro.ops import native
+from moestro.ops import library
 
 
 @pytest.fixture(params=runnable())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn."""
-    library = native.load_library()
-    assert library is not None
-    best = native.current_isa()
-    assert library.moestro_set_isa(request.param.encode()) == 0
+    kernels = library.load_library()
+    assert kernels is not None
+    best = library.current_isa()
+    assert kernels.moestro_set_isa(request.param.encode()) == 0
     yield request.param
-    library.moestro_set_isa(best.encode())
+    kernels.moestro_set_isa(best.encode())
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture(params=["plain", *runnable()])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Plain torch, then each instruction set; there two threads, so that tasks are shared out."""
-    before, library, best = torch.get_num_threads(), native.load_library(), native.current_isa()
+    before, kernels, best = torch.get_num_threads(), library.load_library(), library.current_isa()
     torch.set_num_threads(1 if request.param == "plain" else 2)
     if request.param == "plain":
-        monkeypatch.setattr(native, "load_library", lambda: None)
-    elif library is not None:
-        library.moestro_set_isa(request.param.encode())
+        monkeypatch.setattr(library, "load_library", lambda: None)
+    elif kernels is not None:
+        kernels.moestro_set_isa(request.param.encode())
     yield request.param
-    if library is not None:
-        library.moestro_set_isa(best.encode())
+    if kernels is not None:
+        kernels.moestro_set_isa(best.encode())
     torch.set_num_threads(before)

@@ -11,14 +11,14 @@ import pytest
 from instruction_sets import runnable
 from kernel_build import COMPILER, ROOT, build_settings, compile_all
 
-from moestro.ops import native
+from moestro.ops import library
 
-COMMON = ["-std=c++17", "-O1", "-DMOESTRO_EMULATED=1", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
+COMMON = ["-Icsrc", "-std=c++17", "-O1", "-DMOESTRO_EMULATED=1", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
 EMULATED = ["-include", "tests/ops/emulated.h", "-Wno-psabi", "-mavx2", "-mfma"]
 
-MISSING = [isa for isa in native.ISAS if isa not in runnable()]
+MISSING = [isa for isa in library.ISAS if isa not in runnable()]
 # paths with VNNI alone differ from those without in products of codes only
-CASES = "avx512 and not avx512vnni or (avxvnni or avx512vnni) and test_packed"
+CASES = "avx512 and not avx512vnni or (avxvnni or avx512vnni) and test_serving_weights"
 
 
 @pytest.mark.slow
@@ -26,12 +26,12 @@ CASES = "avx512 and not avx512vnni or (avxvnni or avx512vnni) and test_packed"
 @pytest.mark.skipif(not MISSING, reason="this machine runs every path itself")
 @pytest.mark.skipif(COMPILER is None or not Path("/usr/include/simde").is_dir(), reason="needs g++ and libsimde-dev")
 def test_paths_that_this_machine_cannot_run(tmp_path: Path) -> None:
-    emulated = {f"csrc/kernels_{isa}.cpp": EMULATED for isa in MISSING}
+    emulated = {f"csrc/isa/kernels_{isa}.cpp": EMULATED for isa in MISSING}
     objects = compile_all(tmp_path, build_settings()["FLAGS"] | emulated, COMMON)
-    library = tmp_path / "libmoestro.so"
+    built = tmp_path / "libmoestro.so"
     assert COMPILER is not None
-    subprocess.run([COMPILER, "-shared", "-fopenmp", *objects, "-o", str(library)], cwd=ROOT, check=True)
-    environment = os.environ | {"MOESTRO_LIBRARY": str(library)}
+    subprocess.run([COMPILER, "-shared", "-fopenmp", *objects, "-o", str(built)], cwd=ROOT, check=True)
+    environment = os.environ | {"MOESTRO_LIBRARY": str(built)}
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-k", CASES, "tests/ops"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UBSan: `csrc/check.cpp` gives them buffers that end where the sizes say."""
+"""The kernels under AddressSanitizer and UBSan: `csrc/abi/check.cpp` gives them buffers that end where sizes say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from instruction_sets import runnable
 from kernel_build import COMPILER, ROOT, build_settings, compile_all
 
-from moestro.ops import native
+from moestro.ops import library
 
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
@@ -29,9 +29,9 @@ def test_kernels_stay_inside_their_buffers(tmp_path: Path) -> None:
     if run([COMPILER, *SANITIZE, "-fopenmp", str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "empty")]).returncode:
         pytest.skip("the compiler has no sanitizers")
     common = [flag for flag in settings["COMMON"] if flag != "-O3"]
-    sources = settings["FLAGS"] | {"csrc/check.cpp": []}
-    for isa in {*native.ISAS} - {*runnable()}:  # linked, never called, and slow to compile with sanitizers
-        sources[f"csrc/kernels_{isa}.cpp"] = [*sources[f"csrc/kernels_{isa}.cpp"], "-O0", "-fno-sanitize=all"]
+    sources = settings["FLAGS"] | {"csrc/abi/check.cpp": []}
+    for isa in {*library.ISAS} - {*runnable()}:  # linked, never called, and slow to compile with sanitizers
+        sources[f"csrc/isa/kernels_{isa}.cpp"] = [*sources[f"csrc/isa/kernels_{isa}.cpp"], "-O0", "-fno-sanitize=all"]
     objects = compile_all(tmp_path, sources, [*common, *SANITIZE])
     linked = run([COMPILER, *SANITIZE, "-fopenmp", *objects, "-o", str(tmp_path / "check")])
     assert linked.returncode == 0, linked.stderr

@@ -41,6 +41,6 @@ def test_a_compiler_builds_the_instruction_sets_that_it_knows(tmp_path: Path, un
     command.build_extension(Extension("moestro.ops.libmoestro", []))
     known = [source for source, flags in settings["FLAGS"].items() if unknown not in flags]
     assert compiler.linked == [Path(source).stem for source in known]
-    left_out = [flag for flag in compiler.compiled["csrc/dispatch.cpp"] if "WITHOUT" in flag]
+    left_out = [flag for flag in compiler.compiled["csrc/abi/dispatch.cpp"] if "WITHOUT" in flag]
     expected = {"-mavxvnni": ["-DMOESTRO_WITHOUT_AVXVNNI"], "-mavx512bf16": ["-DMOESTRO_WITHOUT_AVX512BF16"]}
     assert left_out == expected.get(unknown, [])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import DeepseekV2ForCausalLM
 
+from moestro.checkpoints.files import load_model, read_config
+from moestro.checkpoints.random_weights import write_random_model
 from moestro.config import ModelConfig, build_config
 from moestro.model.attention import AttentionBatch
-from moestro.model.random_weights import write_random_model
-from moestro.model.weights import load_model, read_config
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_dim": 32, "num_layers": 3, "num_dense_layers": 1, "dense_dim": 48, "num_heads": 2,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from moestro.checkpoints.hf import config_to_hf, tensor_map
 from moestro.config import ModelConfig, build_config
 from moestro.model.attention import AttentionBatch
-from moestro.model.hf import config_to_hf, tensor_map
 from moestro.model.transformer import Transformer, init_weights
 
 SMALL = {

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moestro.config import build_config
 from moestro.errors import ConfigError
-from moestro.routing.router import Router, hash_experts
+from moestro.routing.router import Router
+from moestro.routing.selection import hash_experts
 
 CONSTANT = {
     "score": "constant", "selection": "hash", "normalize": False, "scale": 1.0, "bias": "none", "balance": [],

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moestro.config import BalanceTerm, ModelConfig, build_config
 from moestro.routing.balance import balance_loss, load_loss, squared_variation
-from moestro.routing.router import Routes, score_experts
+from moestro.routing.router import Routes
+from moestro.routing.selection import score_experts
 
 Matrix = list[list[float]]
 Choices = list[list[int]]

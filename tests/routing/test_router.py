@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moestro.config import ModelConfig, build_config
-from moestro.routing.router import Router, score_experts, select_experts
+from moestro.routing.router import Router
+from moestro.routing.selection import score_experts
 
 SCORES = ("sigmoid", "softmax", "sqrt_softplus")
 
@@ -101,52 +101,6 @@ def test_all_experts_may_be_active_and_one_may_be_all(score: str) -> None:
     routes = alone(x)
     assert routes.ids.tolist() == [[0]] * 9
     torch.testing.assert_close(routes.weights, torch.full((9, 1), 2.5))
-
-
-def is_a_selection(choice: list[float], ids: list[int], size: int, kept: int, counted: int) -> bool:
-    """Whether some rule for equal scores gives `ids`: best groups, best experts inside them, the best first."""
-    groups = [range(start, start + size) for start in range(0, len(choice), size)]
-    values = [sum(sorted((choice[i] for i in g), reverse=True)[:counted]) for g in groups]
-    for chosen in itertools.combinations(range(len(groups)), kept):
-        rest = [values[g] for g in range(len(groups)) if g not in chosen]
-        inside = [i for g in chosen for i in groups[g]]
-        left = [choice[i] for i in inside if i not in ids]
-        best_groups = not rest or min(values[g] for g in chosen) >= max(rest)
-        if best_groups and set(ids) <= set(inside) and (not left or min(choice[i] for i in ids) >= max(left)):
-            return len(set(ids)) == len(ids) and [choice[i] for i in ids] == sorted(choice[i] for i in ids)[::-1]
-    return False
-
-
-@pytest.mark.parametrize(
-    ("size", "kept", "group_score"), [(12, 1, "top2"), (3, 2, "top2"), (3, 2, "max"), (1, 5, "max")]
-)
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_equal_scores_choose_what_some_order_of_them_would(size: int, kept: int, group_score: str, levels: int) -> None:
-    choice = torch.randint(0, levels, (60, 12), generator=torch.Generator().manual_seed(levels)) / 4 - 0.25
-    ids = select_experts(choice, top_k=4, num_groups=12 // size, top_k_groups=kept, group_score=group_score)
-    counted = 2 if group_score == "top2" else 1
-    for row, chosen in zip(choice.tolist(), ids.tolist(), strict=True):
-        assert is_a_selection(row, chosen, size, kept, counted), (row, chosen)
-    assert not is_a_selection([1.0, 0.0, 0.0], [1], 3, 1, 2)
-
-
-@pytest.mark.parametrize("group_score", ["top2", "max"])
-def test_no_expert_of_an_excluded_group_wins_when_all_scores_are_negative(group_score: str) -> None:
-    """With excluded groups at 0.0, as some implementations have it, they would win here."""
-    choice = torch.tensor([[-0.9, -0.8, -0.1, -0.2]])
-    ids = select_experts(choice, top_k=2, num_groups=2, top_k_groups=1, group_score=group_score)
-    assert ids[0].tolist() == [2, 3]
-    masked_with_zero = torch.tensor([[0.0, 0.0, -0.1, -0.2]]).topk(2).indices
-    assert sorted(masked_with_zero[0].tolist()) == [0, 1]
-
-
-def test_two_middling_experts_outweigh_one_good_one_in_v3_only() -> None:
-    choice = torch.tensor([[0.9, 0.0, 0.6, 0.6]])
-    chosen = {
-        rule: select_experts(choice, top_k=1, num_groups=2, top_k_groups=1, group_score=rule).item()
-        for rule in ("top2", "max")
-    }
-    assert chosen["top2"] in (2, 3) and chosen["max"] == 0
 
 
 def test_weights_are_positive_and_sum_to_the_scale_whatever_the_bias() -> None:

@@ -12,7 +12,7 @@ import openai
 import pytest
 from live import Live, MakeEngine, run_live
 
-from moestro.data.chat import encode_chat
+from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Completion, Engine
 from moestro.engine.language_model import LanguageModel

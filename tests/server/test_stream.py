@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Event
-from moestro.server.chat import Call, CallReader, read_call
 from moestro.server.choices import Details, name_token
 from moestro.server.stream import Detokenizer, Splitter, StopFilter, count_beginning, spell
+from moestro.server.tools import Call, CallReader, read_call
 
 TOKENIZER = Tokenizer.builtin()
 PLAIN = Tokenizer.train(["abc abc <think> été 한국어 🙂"] * 3, 300)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.config import Config, ModelConfig, build_config
-from moestro.data.packing import Batch
+from moestro.data.batches import Batch
 from moestro.errors import ConfigError
 from moestro.model.experts import MoE
 from moestro.model.rope import rope_tables

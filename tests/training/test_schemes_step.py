@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moestro.config import BalanceTerm, Config, build_config, load_preset, preset_names
-from moestro.data.packing import Batch
+from moestro.data.batches import Batch
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights

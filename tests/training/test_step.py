@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moestro.config import Config
-from moestro.data.packing import Batch
+from moestro.data.batches import Batch
 from moestro.model.attention import AttentionBatch
 from moestro.model.rope import rope_tables
 from moestro.model.transformer import MTPModule, Transformer, init_weights

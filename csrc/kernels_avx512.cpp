@@ -1,6 +1,0 @@
-// AVX-512 without vpdpbusd. bf16 is widened to fp32.
-#define MOESTRO_HAS_BF16 0
-#define MOESTRO_HAS_VNNI 0
-#include "avx512.h"
-#define KERNELS kernels_avx512
-#include "kernels.h"

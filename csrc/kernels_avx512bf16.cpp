@@ -1,6 +1,0 @@
-// AVX-512 with vdpbf16ps and vpdpbusd.
-#define MOESTRO_HAS_BF16 1
-#define MOESTRO_HAS_VNNI 1
-#include "avx512.h"
-#define KERNELS kernels_avx512bf16
-#include "kernels.h"

@@ -1,6 +1,0 @@
-// AVX-512 with vpdpbusd. bf16 is widened to fp32.
-#define MOESTRO_HAS_BF16 0
-#define MOESTRO_HAS_VNNI 1
-#include "avx512.h"
-#define KERNELS kernels_avx512vnni
-#include "kernels.h"

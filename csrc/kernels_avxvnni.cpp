@@ -1,5 +1,0 @@
-// AVX2 and FMA with the vpdpbusd of AVX-VNNI.
-#define MOESTRO_HAS_VNNI 1
-#include "avx2.h"
-#define KERNELS kernels_avxvnni
-#include "kernels.h"

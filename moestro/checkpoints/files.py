@@ -1,0 +1,296 @@
+"""Reading and writing the weights of a Hugging Face model directory: safetensors, sharded, strictly accounted.
+
+`ModelFiles` is the one reader: it gives a parameter at a time, to be copied into a model (`load_model`) or packed for
+serving (`checkpoints/packing.py`), so that memory holds the result and one matrix. Nothing here reads pickle, and
+nothing runs code that a checkpoint names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moestro.checkpoints.hf import Slot, duplicate_names, fused_slots, hf_to_config, tensor_map
+from moestro.config import ModelConfig
+from moestro.errors import CheckpointError
+from moestro.model.transformer import Transformer
+
+SHARD_BYTES = 5_000_000_000  # the Hugging Face default
+REMAP_BYTES = 1 << 26
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what users may choose
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The ModelConfig of a model directory."""
+    return hf_to_config(read_json(directory / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk; CheckpointError when missing or damaged."""
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return tree
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a directory; `dtype`: see `ModelFiles`."""
+    return read_model(ModelFiles(directory, dtype))
+
+
+def read_model(files: ModelFiles) -> Transformer:
+    """The whole model, parameters and arithmetic in the precision of the files, routers in fp32."""
+    with torch.device("meta"):
+        model = Transformer(files.config, files.dtype)
+    for name, parameter in model.named_parameters():
+        value = torch.empty(parameter.shape, dtype=kept_dtype(name, files.dtype))
+        _set_tensor(model, name, torch.nn.Parameter(value, requires_grad=False))
+    for name, buffer in model.named_buffers():
+        _set_tensor(model, name, torch.zeros(buffer.shape))
+    fill_model(model, files)
+    return model.eval()
+
+
+def fill_model(model: Transformer, files: ModelFiles) -> None:
+    """Copy the weights of a directory into a model of the same sizes; CheckpointError for another."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    if {name: tensor.shape for name, tensor in tensors.items()} != files.shapes:
+        raise CheckpointError(f"{files.directory} holds a model of other sizes than this one")
+    for name, tensor in tensors.items():
+        files.fill(name, tensor.detach())
+
+
+def _set_tensor(model: Transformer, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
+
+
+def kept_dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of a parameter in a model of `dtype`: routers are always fp32."""
+    return torch.float32 if ".router." in parameter else dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a file, with the rows of a parameter from `start` on."""
+
+    name: str
+    path: Path
+    start: int
+
+
+class ModelFiles:
+    """The weights of a model directory, held against its config.json at once and read a parameter at a time.
+
+    Read are views of memory-mapped files, each opened again after `REMAP_BYTES`: what was read then leaves memory.
+    `dtype` is what the model is to be computed in; without it the stored precision, fp32 for fp16.
+    CheckpointError names every tensor that is missing, unexpected or misshapen.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        self.directory = directory
+        config, sources = read_config(directory), tensor_files(directory)
+        self.config = drop_absent_mtp(config, sources, f"model.layers.{config.num_layers}.")
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        self.shapes = {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._files: dict[Path, Any] = {}
+        self._bytes_read = 0
+        self._stored = self._account(sources)
+        is_half = self.parts("embed.weight")[0].dtype == torch.bfloat16
+        self.dtype = dtype or (torch.bfloat16 if is_half else torch.float32)
+
+    def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
+        """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in.
+
+        Routers without a stored bias have one of zeros.
+        """
+        stored = self._stored[parameter]
+        if not stored:
+            return [torch.zeros(self.shapes[parameter])]
+        if expert in stored:
+            return [self._read(part) for part in stored[expert]]
+        return [self._read(part, expert) for part in stored[None]]
+
+    def fill(self, parameter: str, target: Tensor) -> None:
+        """Copy a parameter to a tensor of its shape."""
+        for expert in self._stored[parameter]:
+            whole, row = target if expert is None else target[expert], 0
+            for part in self.parts(parameter, expert):
+                whole[row : row + len(part)].copy_(part)
+                row += len(part)
+
+    def _read(self, stored: Stored, expert: int | None = None) -> Tensor:
+        if self._bytes_read > REMAP_BYTES:
+            self._files.clear()
+            self._bytes_read = 0
+        if stored.path not in self._files:
+            self._files[stored.path] = open_tensors(stored.path)
+        whole: Tensor = self._files[stored.path].get_tensor(stored.name)
+        tensor = whole if expert is None else whole[expert]
+        self._bytes_read += tensor.nbytes
+        return tensor
+
+    def _account(self, sources: dict[str, Path]) -> dict[str, dict[int | None, list[Stored]]]:
+        """Parameter -> expert (None: all of them) -> its tensors in the order of their rows."""
+        slots = tensor_map(self.config) | fused_slots(self.config)
+        duplicates = set(duplicate_names(self.config)) - set(tensor_map(self.config))
+        left = {slot.parameter: self.shapes[slot.parameter].numel() for slot in slots.values()}
+        stored: dict[str, dict[int | None, list[Stored]]] = {name: {} for name in self.shapes}
+        for path in sorted(set(sources.values())):
+            with open_tensors(path) as file:
+                for name in (name for name in file.keys() if name in slots):  # noqa: SIM118
+                    slot, tensor = slots[name], file.get_tensor(name)
+                    _check(tensor, slot_shape(self.shapes[slot.parameter], slot), name)
+                    stored[slot.parameter].setdefault(slot.expert, []).append(Stored(name, path, slot.start or 0))
+                    left[slot.parameter] -= tensor.numel()
+        refuse_misfits(
+            {
+                "unexpected tensors": [name for name in sources if name not in slots and name not in duplicates],
+                "parameters not (or twice) filled": [name for name, count in left.items() if count],
+            }
+        )
+        for parts in (parts for experts in stored.values() for parts in experts.values()):
+            parts.sort(key=lambda part: part.start)
+        return stored
+
+
+def drop_absent_mtp(config: ModelConfig, names: Iterable[str], prefix: str) -> ModelConfig:
+    """transformers drops MTP modules when it saves, and goes on naming them in config.json; `prefix`: of the first."""
+    if not config.mtp_depth or any(name.startswith(prefix) for name in names):
+        return config
+    return config.model_copy(update={"mtp_depth": 0})
+
+
+def slot_shape(shape: Sequence[int], slot: Slot) -> tuple[int, ...]:
+    """The shape of a tensor that fills a slot of a parameter of `shape`."""
+    dims = list(shape if slot.expert is None else shape[1:])
+    if slot.start is not None and slot.stop is not None:
+        dims[0] = slot.stop - slot.start
+    return tuple(dims)
+
+
+def refuse_misfits(misfits: Mapping[str, Collection[str]]) -> None:
+    """CheckpointError that names some of what does not fit, by kind; nothing where all kinds are empty."""
+    parts = [f"{what}: {few(sorted(names))}" for what, names in misfits.items() if names]
+    if parts:
+        raise CheckpointError("the weights do not fit config.json; " + "; ".join(parts))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _slice(parameter: Tensor, slot: Slot) -> Tensor:
+    whole = parameter if slot.expert is None else parameter[slot.expert]
+    return whole if slot.stop is None else whole[slot.start : slot.stop]
+
+
+def _check(value: Tensor, shape: Sequence[int], name: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise CheckpointError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"{name} is stored as {value.dtype}; fp8 and quantised weights are not supported yet")
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, memory-mapped; CheckpointError where it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index where there is one; refuses pickled weights by name."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensors to files")
+        if any(Path(name).name != name for name in names.values()):
+            raise CheckpointError(f"{index} names files outside its directory")
+        sources = {tensor: directory / name for tensor, name in names.items()}
+        absent = sorted({path.name for path in sources.values() if not path.exists()})
+        if absent:
+            raise CheckpointError(f"{directory} lacks {few(absent)}, which its index names")
+        return sources
+    single = directory / "model.safetensors"
+    if not single.exists():
+        pickled = [path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth")]
+        hint = f" ({pickled[0]} is pickled and is never loaded: convert it to safetensors)" if pickled else ""
+        raise CheckpointError(f"{directory} has no model.safetensors{hint}")
+    with open_tensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of a whole model, views of its parameters."""
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, slot in tensor_map(model.config).items():
+        yield name, _slice(parameters[slot.parameter].detach(), slot)
+
+
+def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `model*.safetensors` and, if there are several, the index; at most one shard is in memory.
+
+    Shards are written under temporary names and named `model-00001-of-0000N` once N is known.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(
+            {name: t.contiguous() for name, t in pending.items()},
+            directory / f"shard-{len(shards)}.tmp",
+            {"format": "pt"},
+        )
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    name_shard: Callable[[int], str] = (
+        (lambda i: "model.safetensors")
+        if len(shards) == 1
+        else (lambda i: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+    )
+    for i in range(len(shards)):
+        os.replace(directory / f"shard-{i}.tmp", directory / name_shard(i))
+    if len(shards) > 1:
+        weight_map = {name: name_shard(i) for i, names in enumerate(shards) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+
+
+def sync_directory(directory: Path) -> None:
+    """Force a directory's files to disk, so that a rename never outlives the data."""
+    for path in [*(path for path in directory.rglob("*") if path.is_file()), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,187 @@
+"""A directory of packed weights, to be written once and mapped at every start.
+
+    moestro pack DIR --weights int8 --out OUT   ->   config.json, tokenizer and generation files as in DIR
+                                                     packed.json: format, version, weights, dtype, files with sizes
+                                                     packed*.safetensors: all that a served model keeps
+
+Tensors are named after their place in the model; docs/weights.md lists them. Inside a file, those whose bytes fill
+whole units of 64 come first, behind a header that does too, so that all of them, panels above all, begin at multiples
+of 64 bytes. `VERSION` rises when names or the bytes of panels change: such a directory is made anew, never converted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.checkpoints.files import (
+    DTYPES,
+    drop_absent_mtp,
+    open_tensors,
+    read_config,
+    read_json,
+    sync_directory,
+)
+from moestro.errors import CheckpointError, ConfigError
+from moestro.ops.serving.formats import LAYOUTS
+
+FORMAT, VERSION = "moestro-packed", 1
+INFO_NAME = "packed.json"
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SHARD_BYTES = 1_000_000_000
+ALIGNMENT = 64
+Save = Callable[[Mapping[str, Tensor]], None]
+DTYPE_NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+class PackedFiles:
+    """A directory of packed weights: `config`, `kind`, `dtype` of activations, and `tensors`, views of mapped files.
+
+    CheckpointError where it is damaged, incomplete or of another version.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        info = read_info(directory)
+        self.kind: str = info["weights"]
+        self.dtype = DTYPES[info["dtype"]]
+        self.tensors: dict[str, Tensor] = {}
+        for name, size in info["files"].items():
+            path = directory / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing: pack the original again")
+            if path.stat().st_size != size:
+                raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: it is damaged")
+            with open_tensors(path) as file:
+                self.tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.config = drop_absent_mtp(read_config(directory), self.tensors, "mtp.0.")
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them; CheckpointError where there is none of that name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.directory} lacks {name}")
+        return self.tensors[name]
+
+
+def is_packed(directory: Path) -> bool:
+    """Whether a directory holds packed weights."""
+    return (directory / INFO_NAME).is_file()
+
+
+def read_info(directory: Path) -> dict[str, Any]:
+    """packed.json; CheckpointError where it is none, or of another version."""
+    path = directory / INFO_NAME
+    info = read_json(path)
+    if info.get("format") != FORMAT or info.get("version") != VERSION:
+        found = f"{info.get('format')} version {info.get('version')}"
+        raise CheckpointError(f"{path} is {found}, and this reads {FORMAT} version {VERSION}: pack the original again")
+    files = info.get("files")
+    is_list = isinstance(files, dict) and all(isinstance(size, int) and Path(n).name == n for n, size in files.items())
+    if info.get("weights") not in LAYOUTS or info.get("dtype") not in DTYPES or not files or not is_list:
+        raise CheckpointError(f"{path} is damaged: it must name weights, dtype, and files with their sizes")
+    return info
+
+
+@contextmanager
+def write_packed(out: Path, source: Path, kind: str, dtype: torch.dtype) -> Iterator[Save]:
+    """Gives a function that takes what a `Runtime` keeps, in parts; configuration and tokenizer come from `source`.
+
+    Parts are written when they fill a shard, so that memory holds one shard and the part that is packed. `out` is there
+    when everything is on disk, and not before. ConfigError if something is there already, CheckpointError if the disk
+    is full.
+    """
+    claim(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    info = {"format": FORMAT, "version": VERSION, "weights": kind, "dtype": dtype_name(dtype)}
+    try:
+        partial.mkdir()
+        for name in COPIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        shards = _Shards(partial)
+        yield shards.add
+        files = shards.finish()
+        (partial / INFO_NAME).write_text(json.dumps(info | {"files": files}, indent=2) + "\n", "utf-8")
+        sync_directory(partial)
+        os.rename(partial, out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error.strerror or error}; nothing is left of it") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # not there any more where all went well
+
+
+def claim(out: Path) -> None:
+    """Make the folder that a directory is to be written in; ConfigError if there is something in its place."""
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists; choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What users call a precision."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+class _Shards:
+    """Files of about `SHARD_BYTES`, named when their number is known."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._count = directory, 0
+        self._pending, self._bytes = dict[str, Tensor](), 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors, and write what has come together."""
+        for name, tensor in tensors.items():
+            if self._pending and self._bytes + tensor.nbytes > SHARD_BYTES:
+                self._write()
+            self._pending[name] = tensor
+            self._bytes += tensor.nbytes
+
+    def finish(self) -> dict[str, int]:
+        """File name -> bytes."""
+        self._write()
+        files = {}
+        for index in range(self._count):
+            name = "packed" if self._count == 1 else f"packed-{index + 1:05d}-of-{self._count:05d}"
+            path = self._path(index).rename(self._directory / f"{name}.safetensors")
+            files[path.name] = path.stat().st_size
+        return files
+
+    def _path(self, index: int) -> Path:
+        return self._directory / f"shard-{index}"
+
+    def _write(self) -> None:
+        write_aligned(self._path(self._count), self._pending)
+        self._count += 1
+        self._pending, self._bytes = {}, 0
+
+
+def write_aligned(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file whose tensors begin at multiples of 64 bytes, but for those of odd sizes, which come last.
+
+    The format allows spaces behind the header, and no holes between tensors. Written straight from memory.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, -item[1].element_size()))
+    header, offset = {}, 0
+    for name, tensor in ordered:
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(tensor.view(torch.uint8).numpy().data)

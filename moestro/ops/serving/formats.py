@@ -1,0 +1,197 @@
+"""Weights as the serving kernels read them: panels of 64 outputs, kept as fp32, bf16, int8 or int4.
+
+A matrix [M, K] becomes ⌈M / 64⌉ panels of equal size that follow each other, zeros where M and K do not fill them. A
+panel is a row of blocks along k, so it is read once from front to end; the same bytes serve every instruction set:
+
+    kind  k of a block  bytes  what lies in a block                                                        bits a weight
+    fp32            1    256   float [64]                                                                         32
+    bf16            2    256   bf16 [64][2]: the two k of an output side by side                                  16
+    int8           64   4224   uint8 [16][64][4], 128 + code, k = 4 i + j; then bf16 scale [64]                   8.25
+    int4           32   1152   nibbles [4][64][4], 8 + code, k = 4 i + j in the low and 16 + 4 i + j in           4.5
+                               the high half of a byte; then bf16 scale [64]
+
+value = scale · code. int8: scale = largest magnitude / 127. int4: the largest magnitude is code −8 and its sign goes
+into the scale, as in llama.cpp's Q4_0; then the scale that fits these codes best, Σ w·code / Σ code². Rows of
+activations are quantised to 8 bits by blocks of the same length when they meet such weights: code = x · (127 / largest
+magnitude), rounded to even.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moestro.ops import library
+
+PANEL = 64
+LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
+LARGE = 1 << 21  # bytes
+CHUNK = 1 << 20  # elements of `Rows` packed at a time: they are copied
+PLAIN_CHUNK = 1 << 18  # elements packed at a time in plain torch, which needs several times their memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """k and bytes of a block of one panel; `code` is the kind's number in the C interface."""
+
+    code: int
+    length: int
+    nbytes: int
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the values are codes and scales."""
+        return self.length > 2
+
+
+LAYOUTS = {
+    "fp32": Layout(0, 1, 256),
+    "bf16": Layout(1, 2, 256),
+    "int8": Layout(2, 64, 4224),
+    "int4": Layout(3, 32, 1152),
+}
+
+
+class Rows:
+    """Matrices [m, K] on top of each other as one [M, K], read in `dtype` a few rows at a time.
+
+    They may lie in mapped files: nothing is copied but the rows that are asked for.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._parts, self._dtype = parts, dtype
+        self.shape = (sum(len(part) for part in parts), parts[0].shape[1])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        found, first, last = [], *rows.indices(self.shape[0])[:2]
+        for part in self._parts:
+            found.append(part[max(first, 0) : max(last, 0)])
+            first, last = first - len(part), last - len(part)
+        return torch.cat([rows.to(self._dtype) for rows in found])
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape, read one at a time: together [E, M, K]."""
+
+    shape: Sequence[int]
+    matrices: Iterable[Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.matrices)
+
+
+def panel_shape(rows: int, columns: int, kind: str) -> tuple[int, int]:
+    """(panels, bytes of a panel) of a matrix [rows, columns]."""
+    layout = LAYOUTS[kind]
+    return -(-rows // PANEL), -(-columns // layout.length) * layout.nbytes
+
+
+def new_panels(shape: Sequence[int]) -> Tensor:
+    """uint8 memory of a shape, in large pages where Linux grants them: reading it is up to a quarter faster."""
+    out = torch.empty(tuple(shape), dtype=torch.uint8)
+    if sys.platform == "linux" and out.nbytes >= LARGE:
+        first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (out.data_ptr() + out.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        madvise(first, length, mmap.MADV_HUGEPAGE)  # a wish: a refusal changes nothing
+    return out
+
+
+def pack_panels(weight: Tensor | Rows, kind: str, out: Tensor | None = None) -> Tensor:
+    """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], contiguous `out` where it is given.
+
+    Native where it can be, to the bit the same.
+    """
+    rows, columns = weight.shape
+    if out is None:
+        out = new_panels(panel_shape(rows, columns, kind))
+    is_native = library.serves(weight[:0])
+    chunk = PLAIN_CHUNK if not is_native else CHUNK if isinstance(weight, Rows) else rows * columns
+    step = PANEL * max(1, -(-chunk // (PANEL * max(columns, 1))))
+    for first in range(0, rows if columns else 0, step):
+        part = weight[first : first + step]
+        panels = out[first // PANEL : -(-(first + len(part)) // PANEL)]
+        if is_native:
+            part = part.contiguous()
+            sizes = (*part.shape, LAYOUTS[kind].code, library.TYPES[part.dtype], torch.get_num_threads())
+            library.call("moestro_pack", panels, part, *sizes)
+        else:
+            filled = F.pad(part, (0, -columns % LAYOUTS[kind].length, 0, -len(part) % PANEL))
+            panels.copy_(_pack(filled.unflatten(0, (-1, PANEL)), kind))
+    return out
+
+
+def unpack_panels(panels: Tensor, kind: str) -> Tensor:
+    """uint8 [..., bytes of a panel] -> their values, fp32 [..., K, 64], K filled up with zeros to whole blocks."""
+    layout = LAYOUTS[kind]
+    blocks = panels.unflatten(-1, (-1, layout.nbytes))  # [..., B, bytes]
+    if kind == "fp32":
+        return blocks.contiguous().view(torch.float32)
+    if kind == "bf16":
+        pairs = blocks.contiguous().view(torch.bfloat16).unflatten(-1, (PANEL, 2)).float()
+        return pairs.transpose(-1, -2).flatten(-3, -2)
+    codes, scales = blocks.split([layout.nbytes - 2 * PANEL, 2 * PANEL], -1)
+    if kind == "int4":
+        codes = torch.cat([codes & 15, codes >> 4], -1)
+    values = codes.unflatten(-1, (layout.length // 4, PANEL, 4)).float() - (128 if kind == "int8" else 8)
+    values = values.transpose(-1, -2).flatten(-3, -2)  # [..., B, length, 64]
+    return (values * scales.contiguous().view(torch.bfloat16).float().unsqueeze(-2)).flatten(-3, -2)
+
+
+def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """weight [..., K], K whole blocks -> codes [..., K] as fp32 (−127 … 127 or −8 … 7), scales [..., B] bf16."""
+    blocks = weight.float().unflatten(-1, (-1, LAYOUTS[kind].length))
+    if kind == "int8":
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
+        codes = _scaled(blocks, scale).round_().clamp_(-127, 127)
+        return codes.flatten(-2), scale.squeeze(-1).bfloat16()
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
+    scale = torch.where(-low > high, low, high) / -8
+    scaled = _scaled(blocks, scale)
+    codes = scaled.round().clamp_(-8, 7)
+    fit = (scaled * codes).sum(-1, dtype=torch.float64).float() / codes.square().sum(-1).clamp(min=1)  # sums are exact
+    return codes.flatten(-2), (scale.squeeze(-1) * fit + 0.0).bfloat16()  # no −0
+
+
+def round_rows(x: Tensor, kind: str) -> Tensor:
+    """x [N, K] fp32, K whole blocks -> the values [N, K] that rows keep when they meet weights of a quantised kind."""
+    blocks = x.unflatten(-1, (-1, LAYOUTS[kind].length))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 1e-30, largest / 127, 0)
+    inverse = torch.tensor(127.0) / largest  # 127 / largest would be 127 · (1 / largest), rounded twice
+    codes = torch.where(largest > 1e-30, blocks * inverse, 0).round()
+    return torch.where(largest < torch.inf, codes * scale, torch.nan).flatten(-2)
+
+
+def _scaled(blocks: Tensor, scale: Tensor) -> Tensor:
+    return blocks * torch.where(scale.abs() > LEAST_SCALE, 1 / scale, 0)
+
+
+def _pack(panels: Tensor, kind: str) -> Tensor:
+    """panels [p, 64, K], K whole blocks -> uint8 [p, bytes of a panel]."""
+    if kind == "fp32":
+        return panels.float().transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
+    if kind == "bf16":
+        return _turn(panels.bfloat16().contiguous()).flatten(1)
+    layout = LAYOUTS[kind]
+    codes, scales = quantize(panels, kind)
+    bits = (codes + (128 if kind == "int8" else 8)).to(torch.uint8)
+    if kind == "int4":
+        low, high = bits.unflatten(-1, (-1, 2, layout.length // 2)).unbind(-2)
+        bits = (low | high << 4).flatten(-2)
+    by_block = _turn(bits.contiguous()).unflatten(1, (scales.shape[-1], -1)).flatten(2)  # [p, B, bytes of codes]
+    return torch.cat([by_block, scales.transpose(1, 2).contiguous().view(torch.uint8)], -1).flatten(1)
+
+
+def _turn(values: Tensor) -> Tensor:
+    """values [p, 64, K] of any type -> their bytes [p, K / 4 bytes, 64, 4]."""
+    return values.view(torch.int32).transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (PANEL, 4))

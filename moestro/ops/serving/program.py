@@ -1,0 +1,376 @@
+"""A step of serving as operations on rows, of which a served model is written once and carried out in two ways.
+
+    Eager    each operation when it comes, on tensors: plain torch, or the kernels one by one
+    Tape     notes each operation; `run` then carries out all of them in one native call (csrc/abi/run.cpp)
+
+A forward pass of a small model is hundreds of operations of a few microseconds each, which is about what a call from
+Python costs. On a tape, operands are places in one block of memory, in bytes for each row, so that one tape serves any
+number of rows. Both compute the same, bit for bit where the kernels are built: a tape calls the same functions.
+
+Values are [N, groups, width], contiguous or slices of such; `x` in what follows.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from moestro.ops import library
+from moestro.ops.serving import attention, rows
+from moestro.ops.serving.formats import LAYOUTS
+from moestro.ops.serving.rows import SCORES
+from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
+from moestro.routing.selection import Selection
+
+LINEAR, EXPERTS, ATTENTION, NORM, SWIGLU, ADD, ROPE, COPY, STORE, WIDEN, ROUTE = range(11)  # as in csrc/abi/run.cpp
+_LINE = 64  # bytes: values begin at cache lines
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a step's rows go and what they attend to. All but `tables` and the angles int64.
+
+    slots [N], page · 64 + place; tables [S, M] int32, starts [S + 1] and first [S] as for `attention.paged_attention`;
+    cos and sin [N, R/2] fp32.
+    """
+
+    slots: Tensor
+    tables: Tensor
+    starts: Tensor
+    first: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How attention reads rows of the cache; see `attention.paged_attention`."""
+
+    groups: int
+    value_offset: int
+    value_width: int
+    scale: float
+
+
+X = TypeVar("X")
+
+
+class Rows(Protocol[X]):
+    """What a served model is written in; `Eager` on tensors, `Tape` on places."""
+
+    def scratch(self) -> AbstractContextManager[None]:
+        """What is made inside is gone afterwards; what was made before may be added to."""
+
+    def linear(self, weight: PackedLinear, x: X) -> X:
+        """[N, ..] of K values in all -> [N, 1, M]."""
+
+    def heads(self, weight: PackedHeads, x: X) -> X:
+        """[N, H, K] -> [N, H, V]."""
+
+    def norm(self, x: X, weight: Tensor, eps: float) -> X:
+        """RMSNorm of [N, 1, D]."""
+
+    def swiglu(self, x: X) -> X:
+        """[N, 1, 2F] -> [N, 1, F]."""
+
+    def add(self, x: X, y: X) -> X:
+        """Their sum, of [N, 1, D]; x may be used up."""
+
+    def group(self, x: X, groups: int) -> X:
+        """[N, 1, groups · W] -> [N, groups, W]."""
+
+    def split(self, x: X, widths: Sequence[int]) -> list[X]:
+        """Slices of the last axis."""
+
+    def join(self, parts: Sequence[X]) -> X:
+        """[N, groups, w] each -> [N, groups, Σ w]."""
+
+    def rope(self, x: X) -> X:
+        """Rotated by the angles of the rows."""
+
+    def widen(self, x: X) -> X:
+        """In fp32."""
+
+    def store(self, layer: int, x: X) -> None:
+        """Write rows of the cache."""
+
+    def attend(self, layer: int, q: X, heads: Heads) -> X:
+        """[N, H, K] -> [N, H, V], over the rows of the cache."""
+
+    def route(self, index: int, logits: X | None, selection: Selection) -> X:
+        """Logits [N, 1, E] fp32 of the index-th router -> weights; the ids stay with the step."""
+
+    def experts(self, index: int, weight: PackedExperts, x: X, weights: X) -> X:
+        """[N, 1, D] through the experts that the index-th router chose."""
+
+
+class Eager:
+    """Operations at once. `ids` [L, N, A] int64: of hashed routers, and what the others choose; `layers`: the cache."""
+
+    def __init__(self, places: Places, layers: Sequence[Tensor], ids: Tensor) -> None:
+        self.places, self.layers, self.ids = places, layers, ids
+
+    def scratch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def linear(self, weight: PackedLinear, x: Tensor) -> Tensor:
+        return weight(x.flatten(1))[:, None]
+
+    def heads(self, weight: PackedHeads, x: Tensor) -> Tensor:
+        return weight(x)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rows.rms_norm(x, weight, eps)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        return rows.swiglu(x.flatten(1))[:, None]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def group(self, x: Tensor, groups: int) -> Tensor:
+        return x.flatten(1).unflatten(1, (groups, -1))
+
+    def split(self, x: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        return list(x.split(list(widths), -1))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), -1)
+
+    def rope(self, x: Tensor) -> Tensor:
+        return rows.rope(x, self.places.cos, self.places.sin)
+
+    def widen(self, x: Tensor) -> Tensor:
+        return x.float()
+
+    def store(self, layer: int, x: Tensor) -> None:
+        self.layers[layer].flatten(0, 1)[self.places.slots] = x.flatten(1)
+
+    def attend(self, layer: int, q: Tensor, heads: Heads) -> Tensor:
+        places = self.places
+        return attention.paged_attention(
+            q, self.layers[layer], places.tables, places.starts, places.first,
+            groups=heads.groups, value_offset=heads.value_offset, value_width=heads.value_width, scale=heads.scale,
+        )  # fmt: skip
+
+    def route(self, index: int, logits: Tensor | None, selection: Selection) -> Tensor:
+        if logits is None:
+            logits = torch.zeros(self.ids.shape[1], len(selection.bias))
+        ids, weights = rows.route(logits.flatten(1), selection, self.ids[index] if selection.hashed else None)
+        self.ids[index] = ids
+        return weights
+
+    def experts(self, index: int, weight: PackedExperts, x: Tensor, weights: Tensor) -> Tensor:
+        return weight(x.flatten(1), self.ids[index], weights)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A value on a tape: `groups` vectors of `width`, `stride` apart, from `offset` on in rows of `row` values."""
+
+    at: int
+    row: int
+    offset: int
+    groups: int
+    stride: int
+    width: int
+    wide: bool  # fp32, whatever the model's type is
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its memory, vector after vector."""
+        return self.row == self.groups * self.width and (self.groups == 1 or self.stride == self.width)
+
+
+_POINTERS = "memory ids pages cos sin slots starts first tables"
+_SIZES = "num_rows row_bytes num_routers top_k num_layers num_pages page_width half_angles num_sequences max_pages"
+
+
+class _Step(ctypes.Structure):
+    """`MoestroStep` of csrc/abi/moestro.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *((name, ctypes.c_int64) for name in _SIZES.split()),
+        ("threads", ctypes.c_int),
+    )
+
+
+class Tape:
+    """Operations of a model in `dtype`, to be run many times. What packed weights and norms it names must live on."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self._type = dtype, library.TYPES[dtype]
+        self._code = array.array("q")
+        self._top = self._row_bytes = 0
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Values made inside give up their memory afterwards."""
+        top = self._top
+        yield
+        self._top = top
+
+    def value(self, width: int, groups: int = 1, *, wide: bool = False) -> Place:
+        """Room for a value."""
+        place = Place(self._top, groups * width, 0, groups, width, width, wide)
+        self._top += -(-groups * width * self._size(wide) // _LINE) * _LINE
+        self._row_bytes = max(self._row_bytes, self._top)
+        return place
+
+    def linear(self, weight: PackedLinear, x: Place) -> Place:
+        return self._multiply(weight, x, self.value(weight.out_features, wide=x.wide), 1)
+
+    def heads(self, weight: PackedHeads, x: Place) -> Place:
+        groups = len(weight.panels)
+        return self._multiply(weight, x, self.value(weight.out_features, groups), groups)
+
+    def norm(self, x: Place, weight: Tensor, eps: float) -> Place:
+        x, out = self._whole(x), self.value(x.width)
+        self._check(x, len(weight))
+        self._note(NORM, out.at, x.at, self._keep(weight), x.width, _bits(eps), library.TYPES[weight.dtype], self._type)
+        return out
+
+    def swiglu(self, x: Place) -> Place:
+        x, out = self._whole(x), self.value(x.width // 2)
+        self._note(SWIGLU, out.at, x.at, out.width, self._type)
+        return out
+
+    def add(self, x: Place, y: Place) -> Place:
+        """Into x itself."""
+        self._check(x, y.row)
+        self._note(ADD, x.at, x.at, self._whole(y).at, x.row, self._type)
+        return x
+
+    def group(self, x: Place, groups: int) -> Place:
+        assert x.groups == 1 and x.width % groups == 0
+        return replace(x, groups=groups, stride=x.width // groups, width=x.width // groups)
+
+    def split(self, x: Place, widths: Sequence[int]) -> list[Place]:
+        self._check(replace(x, row=x.width), sum(widths))
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        return [replace(x, offset=x.offset + start, width=w) for start, w in zip(starts, widths, strict=True)]
+
+    def join(self, parts: Sequence[Place]) -> Place:
+        out = self.value(sum(part.width for part in parts), parts[0].groups)
+        for part, into in zip(parts, self.split(out, [part.width for part in parts]), strict=True):
+            self._copy(into, part)
+        return out
+
+    def rope(self, x: Place) -> Place:
+        out = self.value(x.width, x.groups)
+        self._note(ROPE, out.at, x.at, x.row, x.offset, x.groups, x.stride, x.width, self._type)
+        return out
+
+    def widen(self, x: Place) -> Place:
+        if self.dtype == torch.float32:
+            return x
+        out = self.value(x.width, wide=True)
+        self._note(WIDEN, out.at, self._whole(x).at, x.width)
+        return out
+
+    def store(self, layer: int, x: Place) -> None:
+        self._note(STORE, layer, self._whole(x).at, self._type)
+
+    def attend(self, layer: int, q: Place, heads: Heads) -> Place:
+        q, out = self._whole(q), self.value(heads.value_width, q.groups)
+        sizes = (q.groups, q.width, heads.value_width, heads.groups, heads.value_offset)
+        self._note(ATTENTION, out.at, q.at, layer, *sizes, _bits(heads.scale), self._type)
+        return out
+
+    def route(self, index: int, logits: Place | None, selection: Selection) -> Place:
+        s, out = selection, self.value(selection.top_k, wide=True)
+        sizes = (len(s.bias), s.num_groups, s.top_k_groups)
+        kinds = (SCORES[s.score], s.group_best, s.multiply, s.normalize, s.hashed)
+        bias = self._keep(s.bias.float().contiguous())
+        self._note(ROUTE, index, out.at, 0 if logits is None else logits.at, bias, *sizes, _bits(s.scale), *kinds)
+        return out
+
+    def experts(self, index: int, weight: PackedExperts, x: Place, weights: Place) -> Place:
+        x, out = self._whole(x), self.value(weight.hidden_dim)
+        self._check(x, weight.hidden_dim)
+        sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, LAYOUTS[weight.kind].code, self._type)
+        self._note(EXPERTS, out.at, x.at, weights.at, index, weight.gate_up.data_ptr(), weight.down.data_ptr(), *sizes)
+        return out
+
+    def run(
+        self, inputs: Sequence[tuple[Place, Tensor]], places: Places, layers: Sequence[Tensor], ids: Tensor, out: Place
+    ) -> Tensor:
+        """Values [N, D] to begin with, where the rows go, the cache, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
+        (pages, _, width), n = layers[0].shape, len(places.slots)
+        fits = (
+            len(places.tables) == len(places.first) == len(places.starts) - 1 and len(places.cos) == n == ids.shape[1]
+        )
+        if not fits or layers[0].dtype != self.dtype or places.tables.dtype != torch.int32:
+            raise ValueError(f"the places of a step of {n} rows, its ids or its cache do not fit")
+        memory = torch.empty(n * self._row_bytes // self.dtype.itemsize, dtype=self.dtype)
+        for place, x in inputs:
+            self._view(memory, place, n).copy_(x)
+        addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
+        step = _Step(
+            *(
+                memory.data_ptr(),
+                ids.data_ptr(),
+                ctypes.addressof(addresses),
+                places.cos.data_ptr(),
+                places.sin.data_ptr(),
+            ),
+            *(places.slots.data_ptr(), places.starts.data_ptr(), places.first.data_ptr(), places.tables.data_ptr()),
+            *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(layers), pages, width, places.cos.shape[1]),
+            *(*places.tables.shape, torch.get_num_threads()),
+        )
+        library.call("moestro_run", self._code.buffer_info()[0], len(self._code), ctypes.addressof(step))
+        return self._view(memory, out, n).clone()
+
+    def _view(self, memory: Tensor, place: Place, n: int) -> Tensor:
+        return memory.as_strided((n, place.row), (place.row, 1), place.at * n // self.dtype.itemsize)
+
+    def _size(self, wide: bool) -> int:
+        return 4 if wide else self.dtype.itemsize
+
+    def _note(self, *operation: int) -> None:
+        self._code.extend(operation)
+
+    def _keep(self, tensor: Tensor) -> int:
+        """The address of a tensor that the tape keeps alive."""
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _check(self, x: Place, row: int) -> None:
+        if x.row != row:
+            raise ValueError(f"a value of {x.row} numbers a row where {row} are needed")
+
+    def _whole(self, x: Place) -> Place:
+        """The same value in memory of its own."""
+        return x if x.is_whole else self._copy(self.value(x.width, x.groups, wide=x.wide), x)
+
+    def _copy(self, out: Place, x: Place) -> Place:
+        size = self._size(x.wide)
+        sides = (v * size for p in (out, x) for v in (p.row, p.offset, p.stride if p.groups > 1 else 0))
+        out_row, out_offset, out_group, x_row, x_offset, x_group = sides
+        self._note(
+            COPY, out.at, out_row, out_offset, out_group, x.at, x_row, x_offset, x_group, x.groups, x.width * size
+        )
+        return out
+
+    def _multiply(self, weight: PackedLinear | PackedHeads, x: Place, out: Place, groups: int) -> Place:
+        x = self._whole(x)
+        self._check(x, groups * weight.in_features)
+        kind = library.TYPES[torch.float32] if x.wide else self._type
+        sizes = (groups, weight.out_features, weight.in_features, LAYOUTS[weight.kind].code, kind)
+        self._note(LINEAR, out.at, x.at, weight.panels.data_ptr(), *sizes)
+        return out
+
+
+def _bits(value: float) -> int:
+    """A double as a number on a tape."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])

@@ -1,0 +1,168 @@
+"""The one specification of how a token's experts are chosen and weighed, for training and for serving.
+
+    s = score(h): sigmoid, softmax or √softplus of the logits h, or ones
+    c = s + b, or s · (1 + b): the bias steers the comparison only and has no gradient
+    groups: the best `top_k_groups` by the sum of their `group_best` best c; other groups are −inf, never 0:
+            with negative biases 0 could win
+    experts: the best `top_k` by c in the groups that are left; of equal ones the lowest id, of experts and of groups
+    weights: s of the chosen, without b, normalised or not, times `scale`
+
+V3 eq. 12–16, V2 §2.2. `Router` trains with these functions, the plain form of serving computes with them (its sums in a
+fixed order, see `Arithmetic`), and the kernels are tested against them. The ids may be given instead: replayed, or
+hashed from the token (V4); their weights are still the layer's own scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moestro.config import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What `choose` and `weigh` need to know of a router: its scheme, and its bias [E].
+
+    `layer` is the index of the router's block, which is hashed with the token where `hashed` says so.
+    """
+
+    bias: Tensor
+    score: str
+    top_k: int
+    num_groups: int
+    top_k_groups: int
+    group_best: int
+    scale: float
+    multiply: bool
+    normalize: bool
+    hashed: bool
+    layer: int
+
+    def hash(self, tokens: Tensor) -> Tensor:
+        """Token ids [N] -> expert ids [N, A], where `hashed` says that they decide."""
+        return hash_experts(tokens, num_experts=len(self.bias), top_k=self.top_k, layer=self.layer)
+
+
+class Arithmetic(Protocol):
+    """How the numbers are formed: as torch does it best, or so that a row depends on itself alone."""
+
+    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """An elementwise function."""
+
+    def softmax(self, x: Tensor) -> Tensor:
+        """Over the last axis."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the last axis, kept with length 1."""
+
+
+class TorchArithmetic:
+    """Torch's own functions."""
+
+    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return function(x)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True)
+
+
+TORCH = TorchArithmetic()
+
+
+def describe_selection(config: ModelConfig, layer: int, bias: Tensor) -> Selection:
+    """The selection of the router in block `layer` of a model."""
+    router = config.router
+    return Selection(
+        bias=bias,
+        score=router.score,
+        top_k=config.top_k,
+        num_groups=config.num_groups,
+        top_k_groups=config.top_k_groups,
+        group_best=2 if router.group_score == "top2" else 1,
+        scale=router.scale,
+        multiply=router.bias == "multiplicative",
+        normalize=router.normalize,
+        hashed=is_hashed(config, layer),
+        layer=layer,
+    )
+
+
+def is_hashed(config: ModelConfig, layer: int) -> bool:
+    """Whether token ids alone decide in block `layer`."""
+    moe_index = sum(config.is_moe(index) for index in range(layer))
+    return config.router.selection == "hash" or moe_index < config.router.num_hash_layers
+
+
+def score_experts(logits: Tensor, score: str, arithmetic: Arithmetic = TORCH) -> Tensor:
+    """Logits [N, E] -> scores [N, E]."""
+    match score:
+        case "sigmoid":
+            return arithmetic.apply(torch.sigmoid, logits)
+        case "softmax":
+            return arithmetic.softmax(logits)
+        case "sqrt_softplus":  # √ has no slope at 0
+            return arithmetic.apply(F.softplus, logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
+        case "constant":
+            return torch.ones_like(logits)
+    raise ValueError(f"unknown score function '{score}'")
+
+
+def add_bias(scores: Tensor, selection: Selection) -> Tensor:
+    """Scores [N, E] as they are compared: with the bias, without gradient."""
+    free = scores.detach()
+    return free * (1 + selection.bias) if selection.multiply else free + selection.bias
+
+
+def choose(compared: Tensor, selection: Selection) -> Tensor:
+    """Biased scores [N, E] -> ids [N, A], best first."""
+    s = selection
+    if s.num_groups > s.top_k_groups:
+        groups = compared.unflatten(-1, (s.num_groups, -1))
+        best = groups.topk(s.group_best, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, find_best(best, s.top_k_groups), True)
+        compared = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+    return find_best(compared, s.top_k)
+
+
+def find_best(values: Tensor, count: int) -> Tensor:
+    """values [N, E] -> indices [N, count] of the largest, in falling order, of equal ones the lowest first.
+
+    `topk` promises no order among equals, so fp32 values are compared as integers that end in the index.
+    """
+    if values.dtype != torch.float32:
+        return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    bits = (values + 0.0).view(torch.int32)  # no −0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = values.shape[-1] - 1
+    index = torch.arange(last, -1, -1, device=values.device)
+    return last - ((ordered.long() << 32) | index).topk(count, dim=-1).values.bitwise_and(0xFFFFFFFF)
+
+
+def weigh(scores: Tensor, ids: Tensor, selection: Selection, arithmetic: Arithmetic = TORCH) -> Tensor:
+    """Unbiased scores [N, E] and ids [N, A] -> weights [N, A]."""
+    weights = scores.gather(1, ids)
+    if selection.normalize:
+        weights = weights / (arithmetic.sum(weights) + 1e-20)
+    return weights * selection.scale
+
+
+def hash_experts(tokens: Tensor, *, num_experts: int, top_k: int, layer: int) -> Tensor:
+    """Token ids [N] -> expert ids [N, A], fixed for ever: one expert of each of A equal ranges.
+
+    Fibonacci hashing of (token, layer, choice): the high bits of a product with 2⁶⁴/φ, in wrapping int64 arithmetic.
+    """
+    size = num_experts // top_k
+    choice = torch.arange(top_k, device=tokens.device)
+    mixed = (tokens[:, None] + (choice + layer * top_k + 1) * 1_000_003) * -7046029254386353131  # 2⁶⁴/φ, signed
+    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687  # a second round, of splitmix64
+    within = ((mixed >> 33) & 0x7FFFFFFF) % size
+    return within + choice * size

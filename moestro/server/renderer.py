@@ -1,0 +1,140 @@
+"""Chat templates rendered where they can do no harm: in a process of their own, with bounds on time and memory.
+
+A template is a program that came with a checkpoint, and messages are its input. `data/template.py` keeps it in a
+sandbox and bounds its size, loops and output; what a sandbox cannot bound, time and memory, an operating system can.
+The child reads one JSON object a line and answers with one; when it is late it is killed, and the next request starts
+another.
+
+    python -m moestro.server.renderer TOKENIZER      # {"messages": […], "variables": {…}} -> {"ids": […]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moestro.data.specials import CHAT_TEMPLATE
+from moestro.data.template import encode_chat
+from moestro.data.tokenizer import Tokenizer
+from moestro.errors import DataError
+
+SECONDS, MEMORY_BYTES = 10.0, 4 * 2**30
+RESERVED = frozenset({"messages", "chat_template", "template", "add_generation_prompt"})
+_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+
+
+class Renderer:
+    """Messages to ids through the child. Calls wait for each other."""
+
+    def __init__(self, tokenizer_path: Path, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
+        self._path = tokenizer_path
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The ids of a conversation. DataError for what the template refuses, or does not finish in time."""
+        asked = {"messages": messages, "variables": variables, "add_generation_prompt": add_generation_prompt}
+        with self._lock:
+            answer = self._ask(json.dumps(asked).encode() + b"\n")
+        if "error" in answer:
+            raise DataError(answer["error"])
+        ids: list[int] = answer["ids"]
+        return ids
+
+    def close(self) -> None:
+        """End the child."""
+        with self._lock:
+            self._kill()
+
+    def _ask(self, line: bytes) -> dict[str, Any]:
+        child = self._start()
+        late = threading.Timer(self.seconds, child.kill)
+        late.start()
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(line)
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        finally:
+            late.cancel()
+        if not answer.endswith(b"\n"):
+            self._kill()
+            raise DataError(f"the chat template needs more than {self.seconds:g} seconds, or too much memory")
+        tree: dict[str, Any] = json.loads(answer)
+        return tree
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._child is None or self._child.poll() is not None:
+            self._kill()
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "moestro.server.renderer", str(self._path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
+                start_new_session=True,  # a terminal's Ctrl-C is for the server, which drains first
+            )
+        return self._child
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+
+def encode(messages: list[dict[str, Any]], variables: Mapping[str, Any], tokenizer: Tokenizer, add: bool) -> list[int]:
+    """`encode_chat` with variables for the template besides the messages: tools, enable_thinking, …
+
+    They travel in a message of their own, which the template never sees: so strings in them cannot forge special
+    tokens either.
+    """
+    names = [name for name in variables if _NAME.fullmatch(name) and name not in RESERVED]
+    if not names:
+        return encode_chat(messages, tokenizer, add_generation_prompt=add)
+    sets = "".join(f"{{%- set {name} = messages[0].variables.{name} %}}" for name in names)
+    template = sets + "{%- set messages = messages[1:] %}" + (tokenizer.chat_template or CHAT_TEMPLATE)
+    envelope = {"role": "system", "content": None, "variables": {name: variables[name] for name in names}}
+    return encode_chat([envelope, *messages], tokenizer, template, add_generation_prompt=add)
+
+
+def answer(line: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The child's answer to a line: ids, or the error."""
+    tree = json.loads(line)
+    try:
+        return {"ids": encode(tree["messages"], tree["variables"], tokenizer, tree["add_generation_prompt"])}
+    except DataError as error:
+        return {"error": str(error)}
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Let this process allocate no more, where the system can."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    except (ImportError, ValueError, OSError) as error:
+        print(f"moestro: the memory of chat templates is not bounded here: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    limit_memory(MEMORY_BYTES)
+    tokenizer = Tokenizer.from_file(sys.argv[1])
+    for line in sys.stdin:
+        print(json.dumps(answer(line, tokenizer)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Chat requests to what the template renders, and tools: how they are told, forced and read back.
+
+Tools are told through the template's own `tools` variable where it has one, else in a system message that asks for
+`<tool_call>{"name": …, "arguments": …}</tool_call>`. Read back are that form and, where the tokenizer has its tokens,
+DeepSeek's (V3 with a code block for the arguments, V3.1 without):
+
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME⏎```json⏎ARGUMENTS⏎```<｜tool▁call▁end｜>…
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>…<｜tool▁calls▁end｜>
+
+`tool_choice` "required" or a name makes the text one call by a grammar.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moestro.data.specials import CHAT_TEMPLATE
+from moestro.data.tokenizer import Tokenizer
+from moestro.engine.grammar import from_json_schema, from_lark, from_regex
+from moestro.errors import ConfigError
+from moestro.server.schema import ChatRequest, Message, StructuredOutputs, ToolChoice
+from moestro.server.stream import count_beginning
+
+CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL_BEGIN, CALL_END, CALL_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+JSON_BEGIN, JSON_END = "<tool_call>", "</tool_call>"
+TOOL_TOKENS = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, CALL_SEP)
+INSTRUCTIONS = """\
+You can call these functions:
+{tools}
+To call one, write nothing but
+<tool_call>
+{{"name": "the function's name", "arguments": {{…}}}}
+</tool_call>
+with arguments that fit its parameters; several such blocks call several functions. Their results come back to you."""
+_FENCED = re.compile(r"\s*(?P<name>\S+)\s*```(?:json)?\n(?P<arguments>.*?)\n?```\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function that the model wants called; arguments are JSON, as far as the model wrote JSON."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+
+    def as_tree(self) -> dict[str, Any]:
+        """OpenAI's shape."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+def uses_tools(request: ChatRequest) -> bool:
+    """Whether the model is told of tools and its calls are looked for."""
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+def forces_call(request: ChatRequest) -> bool:
+    """Whether the text must be a call."""
+    return request.tool_choice == "required" or isinstance(request.tool_choice, ToolChoice)
+
+
+def template_input(request: ChatRequest, template: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages and further variables for the template (its own, by name), tools told in the way it can."""
+    template = template or CHAT_TEMPLATE
+    messages = [_plain_message(message, template) for message in request.messages]
+    variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
+    if uses_tools(request):
+        tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+        if re.search(r"\btools\b", template):
+            variables["tools"] = tools
+        else:
+            _instruct(messages, tools)
+    return messages, variables
+
+
+def template_messages(messages: Sequence[Message], template: str | None) -> list[dict[str, Any]]:
+    """Messages alone."""
+    return [_plain_message(message, template or CHAT_TEMPLATE) for message in messages]
+
+
+def _plain_message(message: Message, template: str) -> dict[str, Any]:
+    """As templates expect it. Calls and their results become text for a template that does not know them."""
+    role = "system" if message.role == "developer" else message.role
+    knows_tools = "tool_calls" in template
+    if role == "tool" and not knows_tools:
+        return {"role": "user", "content": f"<tool_response>\n{message.text}\n</tool_response>"}
+    plain: dict[str, Any] = {"role": role, "content": message.text}
+    if role == "tool":
+        plain["tool_call_id"] = message.tool_call_id or ""
+    if message.name:
+        plain["name"] = message.name
+    thoughts = message.reasoning_content or message.reasoning
+    if thoughts and role == "assistant":
+        plain["reasoning_content"] = thoughts
+    if message.tool_calls and knows_tools:
+        plain["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        plain["content"] = message.text or None
+    elif message.tool_calls:
+        calls = (_spell_call(call.function.name, call.function.arguments) for call in message.tool_calls)
+        plain["content"] = "\n".join([*([message.text] if message.text else []), *calls])
+    return plain
+
+
+def _spell_call(name: str, arguments: str) -> str:
+    return f'{JSON_BEGIN}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{JSON_END}'
+
+
+def _instruct(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    text = INSTRUCTIONS.format(tools=listed)
+    system = next((message for message in messages if message["role"] == "system"), None)
+    if system is None:
+        messages.insert(0, {"role": "system", "content": text})
+    else:
+        system["content"] = f"{system['content']}\n\n{text}"
+
+
+def chat_grammar(request: ChatRequest) -> str | None:
+    """The grammar that the text must follow, None for any text. ConfigError for a bad one, or for two."""
+    kind = request.response_format.type if request.response_format else "text"
+    if (kind != "text") + forces_call(request) + (request.structured_outputs is not None) > 1:
+        raise ConfigError("give only one of response_format, structured_outputs and a tool_choice that forces a call")
+    if forces_call(request):
+        return from_json_schema(_call_schema(request))
+    if kind == "json_object":
+        return from_json_schema({"type": "object"})
+    if kind == "json_schema":
+        assert request.response_format is not None and request.response_format.json_schema is not None
+        return from_json_schema(request.response_format.json_schema.tree)
+    return structured_grammar(request.structured_outputs)
+
+
+def structured_grammar(outputs: StructuredOutputs | None) -> str | None:
+    """The grammar of the extension field. ConfigError for a bad one."""
+    if outputs is None:
+        return None
+    if outputs.regex is not None:
+        return from_regex(outputs.regex)
+    if outputs.grammar is not None:
+        return from_lark(outputs.grammar)
+    assert outputs.json_schema is not None
+    return from_json_schema(outputs.json_schema)
+
+
+def _call_schema(request: ChatRequest) -> dict[str, Any]:
+    """A JSON object that calls one of the functions in question."""
+    choice = request.tool_choice
+    functions = [
+        tool.function
+        for tool in request.tools or ()
+        if not isinstance(choice, ToolChoice) or tool.function.name == choice.function.name
+    ]
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+class CallReader:
+    """Finds calls in an answer as it is written: `push` gives text and calls in their order.
+
+    `is_call`: the whole text is one call without marks, as a grammar makes it. A call cut short, or one that cannot
+    be read, stays text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, is_call: bool = False, many: bool = True) -> None:
+        has_tokens = CALLS_BEGIN in tokenizer.specials
+        self._begins = (JSON_BEGIN, CALLS_BEGIN) if has_tokens else (JSON_BEGIN,)
+        self._is_call, self._many = is_call, many
+        self._end = ""  # what the call under way ends with; empty between calls
+        self._held = ""
+        self.num_calls = 0
+
+    def push(self, text: str) -> list[str | Call]:
+        """What is settled now."""
+        self._held += text
+        found: list[str | Call] = []
+        while not self._is_call and (part := self._next()) is not None:
+            found.append(part)
+        return [part for part in found if part]
+
+    def finish(self) -> list[str | Call]:
+        """What is left."""
+        held, self._held = self._held, ""
+        call = read_call(held) if self._is_call else None
+        left = held.replace(CALLS_END, "")
+        if self.num_calls and not left.strip():
+            return []
+        return self._count(call) if call else [left] if left else []
+
+    def _next(self) -> str | Call | None:
+        """The next settled part, which may be empty; None if more text is needed."""
+        if self._end:
+            inside, end, rest = self._held.partition(self._end)
+            if not end:
+                return None
+            begin, self._end, self._held = self._held[: len(inside) + len(end)], "", rest
+            call = read_call(inside)
+            return begin if call is None else next(iter(self._count(call)), "")
+        places = [(place, begin) for begin in self._begins if (place := self._held.find(begin)) >= 0]
+        if CALL_BEGIN in self._held and len(self._begins) > 1:
+            places.append((self._held.find(CALL_BEGIN), CALL_BEGIN))
+        if places:
+            place, begin = min(places)
+            before, self._held = self._held[:place], self._held[place:]
+            self._end = JSON_END if begin == JSON_BEGIN else CALL_END
+            return self._between(before)
+        count = count_beginning(self._held, [*self._begins, CALL_BEGIN, CALLS_END])
+        settled, self._held = self._held[: len(self._held) - count], self._held[len(self._held) - count :]
+        return self._between(settled) or None
+
+    def _between(self, text: str) -> str:
+        """White space around calls is no answer."""
+        text = text.replace(CALLS_END, "")
+        return "" if self.num_calls and not text.strip() else text
+
+    def _count(self, call: Call) -> list[str | Call]:
+        self.num_calls += 1
+        return [call] if self._many or self.num_calls == 1 else []
+
+
+def read_call(text: str) -> Call | None:
+    """A call from what stands between its marks; None if it is none."""
+    for mark in (JSON_BEGIN, CALLS_BEGIN, CALL_BEGIN):
+        text = text.strip().removeprefix(mark)
+    if CALL_SEP in text:
+        kind, _, rest = text.partition(CALL_SEP)
+        fenced = _FENCED.fullmatch(rest)
+        return Call(fenced["name"], fenced["arguments"]) if fenced else Call(kind.strip(), rest.strip())
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str) or "arguments" not in tree:
+        return None
+    arguments = tree["arguments"]
+    is_text = isinstance(arguments, str)
+    return Call(tree["name"], arguments if is_text else json.dumps(arguments, ensure_ascii=False))

@@ -1,0 +1,267 @@
+"""Rotation, routing and tapes of serving, on every instruction set of this CPU and in plain torch."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moestro.ops import library
+from moestro.ops.serving.program import Eager, Heads, Place, Places, Rows, Tape, X, _Step
+from moestro.ops.serving.rows import rope, route
+from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
+from moestro.routing.selection import Selection, choose, score_experts
+
+pytestmark = pytest.mark.usefixtures("path")
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS = (slice(0, 1), slice(5, 7), slice(3, 19), slice(40, 129))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(130, 2), (130, 34), (130, 3, 64), (130, 5, 18), (0, 4, 8), (3, 0, 8), (1, 2, 16)])
+def test_rope_rotates_pairs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    wide = random(*shape[:-1], shape[-1] + 6).to(dtype)
+    x, angles = wide[..., 3 : 3 + shape[-1]], random(shape[0], shape[-1] // 2, seed=1) * 9
+    cos, sin = angles.cos() * 1.2, angles.sin() * 1.2
+    out = rope(x, cos, sin)
+    turn = torch.complex(cos.double(), sin.double()).view(shape[0], *[1] * (len(shape) - 2), shape[-1] // 2)
+    exact = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+    size = x.double().unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1) * 1.2
+    bound = 3 * 2.0**-24 * size + (2.0**-8 * exact.abs() if dtype == torch.bfloat16 else 0)
+    assert out.dtype == dtype and out.shape == x.shape
+    assert ((out.double() - exact).abs() <= bound).all()
+    for rows in ROWS:
+        assert torch.equal(rope(x[rows], cos[rows], sin[rows]), out[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inverse_rope_is_the_gradient(dtype: torch.dtype) -> None:
+    x, angles, dy = random(9, 3, 16).double().requires_grad_(), random(9, 8, seed=1), random(9, 3, 16, seed=2).to(dtype)
+    turn = torch.polar(torch.ones_like(angles).double(), angles.double())[:, None]
+    torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2).backward(dy.double())
+    assert x.grad is not None
+    close = 1e-6 if dtype == torch.float32 else 2.0**-8
+    torch.testing.assert_close(
+        rope(dy, angles.cos(), angles.sin(), inverse=True).double(), x.grad, rtol=close, atol=close
+    )
+
+
+def selection(num_experts: int, top_k: int, groups: int = 1, kept: int = 1, **changes: Any) -> Selection:
+    plain: dict[str, Any] = {
+        "bias": random(num_experts, seed=9) * 0.2 - 0.5, "score": "sigmoid", "group_best": 2, "scale": 2.5,
+        "multiply": False, "normalize": True, "hashed": False, "layer": 0,
+    }  # fmt: skip
+    return Selection(top_k=top_k, num_groups=groups, top_k_groups=kept, **(plain | changes))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
+@pytest.mark.parametrize("change", [{}, {"multiply": True}, {"group_best": 1}, {"normalize": False, "scale": 1.0}])
+@pytest.mark.parametrize(
+    "sizes", [(8, 2, 1, 1), (64, 8, 8, 3), (37, 5, 1, 1), (12, 4, 3, 2), (2, 2, 1, 1), (1, 1, 1, 1)]
+)
+def test_route_is_the_specification(sizes: tuple[int, ...], change: dict[str, object], score: str) -> None:
+    if sizes[0] == 1 and change.get("group_best") != 1:
+        change = {**change, "group_best": 1}
+    s, logits = selection(*sizes, **change, score=score), random(130, sizes[0]) * 2
+    ids, weights = route(logits, s)
+    scores = score_experts(logits.double(), score)
+    choice = scores * (1 + s.bias) if s.multiply else scores + s.bias
+    exact_ids = choose(choice, s)
+    exact = scores.gather(1, exact_ids)
+    exact = (exact / (exact.sum(-1, keepdim=True) + 1e-20) if s.normalize else exact) * s.scale
+    assert torch.equal(ids, exact_ids)
+    torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=1e-7)
+    for rows in ROWS:
+        assert all(torch.equal(a, b[rows]) for a, b in zip(route(logits[rows], s), (ids, weights), strict=True))
+    given = ids.flip(1)
+    same, turned = route(logits, s, given)
+    assert torch.equal(same, given)
+    torch.testing.assert_close(turned, weights.flip(1))
+
+
+def test_equal_scores_go_to_the_lowest_ids() -> None:
+    zero = torch.zeros(12)
+    ids, _ = route(torch.zeros(3, 12), selection(12, 4, 4, 2, bias=zero))
+    assert ids.tolist() == [[0, 1, 2, 3]] * 3
+    logits = torch.tensor([[0.0, 1, 1, 0, 1, 0, 1, 1]])
+    assert route(logits, selection(8, 6, bias=torch.zeros(8)))[0].tolist() == [[1, 2, 4, 6, 7, 0]]
+    assert route(torch.zeros(1, 4), selection(4, 4, bias=torch.full((4,), -torch.inf)))[0].tolist() == [[0, 1, 2, 3]]
+
+
+def test_what_is_not_a_number_still_chooses_experts_that_exist() -> None:
+    logits = random(6, 12)
+    logits[1], logits[2, 3], logits[3] = torch.nan, torch.nan, torch.inf
+    for score in ("sigmoid", "softmax", "sqrt_softplus"):
+        ids, _ = route(logits, selection(12, 4, 4, 2, score=score))
+        assert ((ids >= 0) & (ids < 12)).all()
+        assert (ids.sort(-1).values.diff(dim=-1) > 0).all()
+
+
+def small_model(dtype: torch.dtype) -> tuple[dict[str, Any], Selection]:
+    kind = "fp32" if dtype == torch.float32 else "bf16"
+    return {
+        "down": PackedLinear.pack(random(2 * 12 + 8 + 4, 20, seed=1) / 4, kind),
+        "gate": PackedLinear.pack(random(8, 20, seed=2), "fp32"),
+        "heads": PackedHeads.pack((random(2, 8, 8, seed=3) / 3).to(dtype)),
+        "back": PackedLinear.pack(random(20, 16, seed=4) / 4, kind),
+        "experts": PackedExperts.pack(random(8, 20, 20, seed=5) / 4, random(8, 20, 10, seed=6) / 3, kind),
+        "weight": random(20, seed=7) * 0.1 + 1,
+        "half": PackedLinear.pack(random(40, 20, seed=8) / 4, kind),
+    }, selection(8, 2, 4, 2)
+
+
+def compute(rows: Rows[X], x: X, m: dict[str, Any], chosen: Selection) -> X:
+    """Every operation there is, on two layers of a cache of width 12."""
+    for layer in range(2):
+        with rows.scratch():
+            down = rows.linear(m["down"], rows.norm(x, m["weight"], 1e-6))
+            q, latent, key = rows.split(down, (24, 8, 4))
+            rows.store(layer, rows.join([latent, rows.rope(key)]))
+            plain, turned = rows.split(rows.group(q, 2), (8, 4))
+            queries = rows.join([rows.heads(m["heads"], plain), rows.rope(turned)])
+            x = rows.add(x, rows.linear(m["back"], rows.attend(layer, queries, Heads(1, 0, 8, 0.3))))
+        with rows.scratch():
+            weights = rows.route(layer, rows.linear(m["gate"], rows.widen(x)), chosen)
+            x = rows.add(x, rows.experts(layer, m["experts"], x, weights))
+    return rows.swiglu(rows.linear(m["half"], x))
+
+
+def places(lengths: list[int], rows: list[int]) -> Places:
+    """Sequences of these lengths, page s their own, the last `rows` of each to be computed."""
+    spans = [range(n - r, n) for n, r in zip(lengths, rows, strict=True)]
+    at = torch.tensor([p for span in spans for p in span])
+    slots = torch.tensor([64 * s + p for s, span in enumerate(spans) for p in span])
+    starts = torch.tensor([0, *rows]).cumsum(0)
+    tables = torch.arange(len(lengths), dtype=torch.int32)[:, None].contiguous()
+    angles = at[:, None] * torch.tensor([1.0, 0.1])
+    return Places(slots, tables, starts, torch.tensor([span.start for span in spans]), angles.cos(), angles.sin())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tape_computes_what_its_operations_do(path: str, dtype: torch.dtype) -> None:
+    """Bit for bit, for any number of rows and threads; the cache and the chosen experts too."""
+    if path == "plain":
+        pytest.skip("a tape needs the native kernels")
+    model, chosen = small_model(dtype)
+    tape = Tape(dtype)
+    begin = tape.value(20)
+    end: Place = compute(tape, begin, model, chosen)
+    for lengths, rows in (([9, 30, 1], [9, 30, 1]), ([10, 31, 2], [1, 1, 1]), ([64], [64]), ([1], [1])):
+        x, where, caches, found = random(sum(rows), 20).to(dtype), places(lengths, rows), [], []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            cache = [torch.ones(3, 64, 12, dtype=dtype) for _ in range(2)]
+            ids = torch.zeros(2, len(x), 2, dtype=torch.int64)
+            found.append((tape.run([(begin, x)], where, cache, ids, end), ids))
+            caches.append(torch.stack(cache))
+        cache = [torch.ones(3, 64, 12, dtype=dtype) for _ in range(2)]
+        ids = torch.zeros(2, len(x), 2, dtype=torch.int64)
+        expected = compute(Eager(where, cache, ids), x[:, None], model, chosen).flatten(1)
+        for (out, chose), kept in zip(found, caches, strict=True):
+            assert torch.equal(out, expected) and torch.equal(chose, ids) and torch.equal(kept, torch.stack(cache))
+
+
+def test_values_of_a_wrong_width_are_refused_when_they_are_noted(path: str) -> None:
+    tape, (model, _) = Tape(torch.float32), small_model(torch.float32)
+    with pytest.raises(ValueError, match="21"):
+        tape.linear(model["down"], tape.value(21))
+    with pytest.raises(ValueError, match="20"):
+        tape.add(tape.value(20), tape.value(21))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"rows": -1}, 2), ({"rows": 2**62}, 2), ({"groups": 2**41}, 2), ({"width": 3}, 2), ({"width": 2**62}, 2),
+        ({"out_row": 7}, 2), ({"x_row": 7}, 2), ({"x_row": 2**62}, 2), ({"out_group": 3}, 2), ({"x_group": -4}, 2),
+        ({"type": 2}, 1), ({"threads": 0}, 2),
+    ],
+)  # fmt: skip
+def test_hostile_rotations_are_refused(path: str, change: dict[str, int], code: int) -> None:
+    kernels = library.load_library()
+    if kernels is None:
+        pytest.skip("needs the native kernels")
+    sizes = {
+        "rows": 4, "groups": 2, "width": 4, "out_row": 8, "out_group": 4, "x_row": 8, "x_group": 4, "inverse": 0,
+        "type": 0, "threads": 1,
+    }  # fmt: skip
+    out = torch.full((4, 8), 5.0)
+    assert kernels.moestro_rope(*[out.data_ptr()] * 4, *(sizes | change).values()) == code
+    assert (out == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"rows": -1}, 2), ({"rows": 2**62}, 2), ({"num_experts": 0}, 2), ({"num_experts": 2**62}, 2),
+        ({"num_groups": 3}, 2), ({"num_groups": 0}, 2), ({"top_k_groups": 5}, 2), ({"top_k_groups": 0}, 2),
+        ({"top_k": 5}, 2), ({"top_k": -1}, 2), ({"group_best": 3}, 2), ({"function": 4}, 1), ({"function": -1}, 1),
+        ({"given": 1}, 2), ({"threads": 0}, 2),
+    ],
+)  # fmt: skip
+def test_hostile_routers_are_refused(path: str, change: dict[str, int], code: int) -> None:
+    kernels = library.load_library()
+    if kernels is None:
+        pytest.skip("needs the native kernels")
+    sizes = {
+        "rows": 4, "num_experts": 8, "num_groups": 4, "top_k_groups": 2, "top_k": 2, "scale": 1.0, "function": 0,
+        "group_best": 2, "multiply": 0, "normalize": 1, "given": 0, "threads": 1,
+    }  # fmt: skip
+    ids, weights, logits = torch.full((4, 2), 8), torch.full((4, 2), 5.0), torch.zeros(4, 8)
+    where = [t.data_ptr() for t in (ids, weights, logits, logits)]
+    assert kernels.moestro_route(*where, *(sizes | change).values()) == code
+    assert (ids == 8).all() and (weights == 5).all()
+
+
+# on memory of 256 bytes a row, two layers of one page of 16 values a row, two routers: each reaches beyond one of them
+@pytest.mark.parametrize(
+    "code",
+    [
+        *([99], [-1], [4, 0]),  # no operation, or one without its operands
+        *([0, 0, 0, 0, 1, 2**59, 4, 0, 0], [1, 0, 0, 0, 5, 0, 0, 1, 4, 4, 0, 0], [3, 0, 250, 0, 16, 0, 0, 0]),
+        *([2, 0, 0, 3, 1, 8, 8, 1, 0, 0, 0], [4, 0, 200, 16, 0], [4, 0, 0, 16, 7], [5, 0, 64, 128, 999, 0]),
+        *([5, 250, 0, 0, 16, 0], [5, -64, 0, 0, 16, 0], [5, 0, 0, 0, 2**60, 0], [6, 0, 0, 16, 12, 1, 4, 8, 0]),
+        *([6, 0, 0, 16, 0, 2**50, 4, 8, 0], [6, 0, 0, 16, 0, 1, 4, 4, 0], [7, 0, 64, 0, 0, 64, 64, 1, 0, 1, 64]),
+        *([7, 0, 64, 0, 0, 64, 64, 0, 60, 2, 8], [7, 0, 64, 0, 0, 64, 64, 0, 0, -1, 8]),
+        *([7, 0, 64, 0, 0, 64, 64, -1, 0, 1, 8], [7, 0, 64, 2**61, 0, 64, 64, 0, 0, 1, 8]),
+        *([7, 0, 300, 0, 0, 0, 64, 0, 0, 1, 8], [8, 2, 0, 0], [8, -1, 0, 0], [8, 0, 240, 0], [9, 0, 224, 64]),
+        [10, 2, 0, 0, 0, 8, 1, 1, 0, 0, 1, 0, 0, 0],
+    ],
+)
+def test_hostile_programs_are_refused(path: str, code: list[int]) -> None:
+    kernels = library.load_library()
+    if kernels is None:
+        pytest.skip("needs the native kernels")
+    memory, where = torch.full((4 * 64,), 5.0), places([4], [4])
+    cache, ids = [torch.full((1, 64, 16), 5.0) for _ in range(2)], torch.full((2, 4, 2), 7)
+    pages = (ctypes.c_void_p * 2)(*(layer.data_ptr() for layer in cache))
+    sines = torch.zeros(4, 4)
+    step = _Step(
+        memory.data_ptr(), ids.data_ptr(), ctypes.addressof(pages), sines.data_ptr(), sines.data_ptr(),
+        *(t.data_ptr() for t in (where.slots, where.starts, where.first, where.tables)),
+        4, 256, 2, 2, 2, 1, 16, 4, 1, 1, 1,
+    )  # fmt: skip
+    program = array.array("q", code)
+    assert kernels.moestro_run(program.buffer_info()[0], len(program), ctypes.addressof(step)) in (1, 2)
+    assert (memory == 5).all() and (torch.stack(cache) == 5).all() and (ids == 7).all()
+
+
+def test_slots_outside_of_the_cache_are_refused(path: str) -> None:
+    if path == "plain":
+        pytest.skip("indexing itself refuses")
+    tape = Tape(torch.float32)
+    begin = tape.value(12)
+    tape.store(0, begin)
+    where, ids = places([4], [4]), torch.zeros(0, 4, 0, dtype=torch.int64)
+    for bad in (-1, 64):
+        where.slots[2] = bad
+        with pytest.raises(RuntimeError, match="impossible size"):
+            tape.run([(begin, torch.zeros(4, 12))], where, [torch.zeros(1, 64, 12)], ids, begin)
