@@ -1,5 +1,6 @@
 // Runs every kernel on every instruction set of this machine with buffers that end exactly where the sizes say, for
-// AddressSanitizer and UBSan; compares fp32 products with plain loops. Built and run by tests/ops/test_native_memory.py.
+// AddressSanitizer and UBSan; compares fp32 products with plain loops. Built and run by
+// tests/ops/test_native_memory.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -34,16 +35,22 @@ template <class T> constexpr int TYPE = sizeof(T) == 4 ? MOESTRO_FLOAT32 : MOEST
 template <class T> int check_matmul(int64_t m, int64_t n, int64_t k, bool a_turned, bool b_turned) {
     const int64_t pad = 1;  // an odd stride: rows of bf16 at addresses that are no multiple of four
     const int64_t a_stride = (a_turned ? m : k) + pad, b_stride = (b_turned ? k : n) + pad;
-    const auto extent = [](int64_t rows, int64_t columns, int64_t stride) { return rows && columns ? (rows - 1) * stride + columns : 0; };
+    const auto extent = [](int64_t rows, int64_t columns, int64_t stride) {
+        return rows && columns ? (rows - 1) * stride + columns : 0;
+    };
     const auto a = random_vector<T>(extent(a_turned ? k : m, a_turned ? m : k, a_stride));
     const auto b = random_vector<T>(extent(b_turned ? n : k, b_turned ? k : n, b_stride));
     std::vector<float> out(m * n);
-    if (moestro_matmul(out.data(), a.data(), b.data(), m, n, k, n, a_stride, b_stride, a_turned, b_turned, TYPE<T>, MOESTRO_FLOAT32, 2)) return 1;
+    if (moestro_matmul(out.data(), a.data(), b.data(), m, n, k, n, a_stride, b_stride, a_turned, b_turned, TYPE<T>,
+                       MOESTRO_FLOAT32, 2))
+        return 1;
     if (sizeof(T) != 4) return 0;
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++) {
             double sum = 0;
-            for (int64_t l = 0; l < k; l++) sum += double(a[a_turned ? l * a_stride + i : i * a_stride + l]) * b[b_turned ? j * b_stride + l : l * b_stride + j];
+            for (int64_t l = 0; l < k; l++)
+                sum += double(a[a_turned ? l * a_stride + i : i * a_stride + l]) *
+                       b[b_turned ? j * b_stride + l : l * b_stride + j];
             if (std::fabs(sum - out[i * n + j]) > 1e-4) return 1;
         }
     return 0;
@@ -57,12 +64,18 @@ template <class T> int check_experts(int64_t num_tokens, int64_t hidden, int64_t
     for (int64_t s = 0; s < slots; s++) token.push_back(s % num_tokens);
     for (int64_t n = 0; n < num_tokens; n++) slot.push_back(n % 3 ? n : slots);  // some choices are not carried out
     const auto x = random_vector<T>(num_tokens * hidden), dy = random_vector<T>(num_tokens * hidden);
-    const auto gate_up = random_vector<T>(num_experts * 2 * width * hidden), down = random_vector<T>(num_experts * hidden * width);
+    const auto gate_up = random_vector<T>(num_experts * 2 * width * hidden),
+               down = random_vector<T>(num_experts * hidden * width);
     const auto weights = random_vector<float>(slots);
-    std::vector<T> y(slots * hidden), h(slots * 2 * width), dx(slots * hidden), d_gate_up(gate_up.size()), d_down(down.size()), out(num_tokens * hidden);
+    std::vector<T> y(slots * hidden), h(slots * 2 * width), dx(slots * hidden), d_gate_up(gate_up.size()),
+        d_down(down.size()), out(num_tokens * hidden);
     std::vector<float> d_weights(slots);
-    int bad = moestro_experts_forward(y.data(), h.data(), x.data(), gate_up.data(), down.data(), token.data(), weights.data(), offsets.data(), num_experts, num_tokens, hidden, width, TYPE<T>, 2);
-    bad |= moestro_experts_backward(dx.data(), d_weights.data(), d_gate_up.data(), d_down.data(), dy.data(), x.data(), h.data(), gate_up.data(), down.data(), token.data(), weights.data(), offsets.data(), num_experts, num_tokens, hidden, width, TYPE<T>, 2);
+    int bad =
+        moestro_experts_forward(y.data(), h.data(), x.data(), gate_up.data(), down.data(), token.data(), weights.data(),
+                                offsets.data(), num_experts, num_tokens, hidden, width, TYPE<T>, 2);
+    bad |= moestro_experts_backward(dx.data(), d_weights.data(), d_gate_up.data(), d_down.data(), dy.data(), x.data(),
+                                    h.data(), gate_up.data(), down.data(), token.data(), weights.data(), offsets.data(),
+                                    num_experts, num_tokens, hidden, width, TYPE<T>, 2);
     return bad | moestro_combine(out.data(), y.data(), slot.data(), num_tokens, 1, slots, hidden, TYPE<T>, 2);
 }
 
@@ -72,8 +85,10 @@ template <class T> int check_head(int64_t rows, int64_t vocabulary, int64_t widt
     for (int64_t i = 0; i < rows; i++) targets.push_back(i % 3 ? i % vocabulary : -100);
     std::vector<float> nll(rows), d_weight(weight.size());
     std::vector<T> d_hidden(hidden.size());
-    int bad = moestro_cross_entropy(nll.data(), argmax.data(), d_hidden.data(), d_weight.data(), hidden.data(), weight.data(), targets.data(), rows, vocabulary, width, TYPE<T>, 2);
-    return bad | moestro_cross_entropy(nll.data(), argmax.data(), nullptr, nullptr, hidden.data(), weight.data(), targets.data(), rows, vocabulary, width, TYPE<T>, 2);
+    int bad = moestro_cross_entropy(nll.data(), argmax.data(), d_hidden.data(), d_weight.data(), hidden.data(),
+                                    weight.data(), targets.data(), rows, vocabulary, width, TYPE<T>, 2);
+    return bad | moestro_cross_entropy(nll.data(), argmax.data(), nullptr, nullptr, hidden.data(), weight.data(),
+                                       targets.data(), rows, vocabulary, width, TYPE<T>, 2);
 }
 
 // Bytes of a packed matrix, from the table in moestro/ops/serving/formats.py.
@@ -98,11 +113,13 @@ template <class T> int check_linear(int64_t groups, int64_t n, int64_t m, int64_
     int bad = moestro_packed_linear(out.data(), x.data(), panels.data(), groups, n, m, k, kind, TYPE<T>, 2);
     if (n == 0) return bad;
     const T *last = x.data() + (n - 1) * groups * k;  // a row alone, its memory ending with it
-    bad |= moestro_packed_linear(one.data(), std::vector<T>(last, last + groups * k).data(), panels.data(), groups, 1, m, k, kind, TYPE<T>, 1);
+    bad |= moestro_packed_linear(one.data(), std::vector<T>(last, last + groups * k).data(), panels.data(), groups, 1,
+                                 m, k, kind, TYPE<T>, 1);
     return bad | (groups * m && memcmp(one.data(), out.data() + (n - 1) * groups * m, sizeof(T) * groups * m));
 }
 
-template <class T> int check_packed_experts(int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden, int64_t width, int kind) {
+template <class T> int check_packed_experts(int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
+                                            int64_t width, int kind) {
     const auto x = random_vector<T>(num_tokens * hidden);
     const auto up = random_panels(num_experts * packed_bytes((width + 31) / 32 * 64, hidden, kind));
     const auto down = random_panels(num_experts * packed_bytes(hidden, width, kind));
@@ -110,11 +127,13 @@ template <class T> int check_packed_experts(int64_t num_tokens, int64_t top_k, i
     std::vector<int64_t> ids(num_tokens * top_k);
     for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i * i) % (num_experts + 1);
     std::vector<T> out(x.size());
-    return moestro_packed_experts(out.data(), x.data(), ids.data(), weights.data(), up.data(), down.data(), num_tokens, top_k, num_experts, hidden, width, kind, TYPE<T>, 2);
+    return moestro_packed_experts(out.data(), x.data(), ids.data(), weights.data(), up.data(), down.data(), num_tokens,
+                                  top_k, num_experts, hidden, width, kind, TYPE<T>, 2);
 }
 
 // Sequences of these lengths, of which the last rows query; every page is used to its end.
-template <class T> int check_attention(std::vector<int64_t> lengths, int64_t rows, int64_t heads, int64_t groups, int64_t key, int64_t value) {
+template <class T> int check_attention(std::vector<int64_t> lengths, int64_t rows, int64_t heads, int64_t groups,
+                                       int64_t key, int64_t value) {
     std::vector<int64_t> starts{0}, first;
     int64_t num_pages = 0, max_pages = 1;
     for (int64_t length : lengths) {
@@ -130,11 +149,14 @@ template <class T> int check_attention(std::vector<int64_t> lengths, int64_t row
     const int64_t page_width = groups * (key + value), num_rows = starts.back();
     const auto q = random_vector<T>(num_rows * heads * key), pages = random_vector<T>(num_pages * 64 * page_width);
     std::vector<T> out(num_rows * heads * value);
-    return moestro_paged_attention(out.data(), q.data(), pages.data(), tables.data(), starts.data(), first.data(), num_rows, num_pages, int64_t(lengths.size()), max_pages, heads, key, value, page_width, groups, key, 0.1f, TYPE<T>, 2);
+    return moestro_paged_attention(out.data(), q.data(), pages.data(), tables.data(), starts.data(), first.data(),
+                                   num_rows, num_pages, int64_t(lengths.size()), max_pages, heads, key, value,
+                                   page_width, groups, key, 0.1f, TYPE<T>, 2);
 }
 
 template <class T> int check_rows(int64_t rows, int64_t width) {
-    const auto x = random_vector<T>(rows * width), both = random_vector<T>(rows * 2 * width), weight = random_vector<T>(width);
+    const auto x = random_vector<T>(rows * width), both = random_vector<T>(rows * 2 * width),
+               weight = random_vector<T>(width);
     std::vector<T> out(x.size());
     int bad = moestro_rms_norm(out.data(), x.data(), weight.data(), rows, width, 1e-6f, TYPE<T>, TYPE<T>, 2);
     bad |= moestro_swiglu(out.data(), both.data(), rows, width, TYPE<T>, 2);
@@ -143,12 +165,15 @@ template <class T> int check_rows(int64_t rows, int64_t width) {
 
 // Vectors a little apart, the last one ending with its memory; turned there and back.
 template <class T> int check_rope(int64_t rows, int64_t groups, int64_t width) {
-    const int64_t apart = width + 1, row = groups * apart + 3, extent = rows && groups ? (rows - 1) * row + (groups - 1) * apart + width : 0;
+    const int64_t apart = width + 1, row = groups * apart + 3,
+                  extent = rows && groups ? (rows - 1) * row + (groups - 1) * apart + width : 0;
     const auto x = random_vector<T>(extent);
     const std::vector<float> cos(rows * width / 2, 0.6f), sin(rows * width / 2, 0.8f);
     std::vector<T> out(rows * groups * width);
-    int bad = moestro_rope(out.data(), x.data(), cos.data(), sin.data(), rows, groups, width, groups * width, width, row, apart, 0, TYPE<T>, 2);
-    bad |= moestro_rope(out.data(), out.data(), cos.data(), sin.data(), rows, groups, width, groups * width, width, groups * width, width, 1, TYPE<T>, 2);
+    int bad = moestro_rope(out.data(), x.data(), cos.data(), sin.data(), rows, groups, width, groups * width, width,
+                           row, apart, 0, TYPE<T>, 2);
+    bad |= moestro_rope(out.data(), out.data(), cos.data(), sin.data(), rows, groups, width, groups * width, width,
+                        groups * width, width, 1, TYPE<T>, 2);
     for (int64_t i = 0; sizeof(T) == 4 && i < rows * groups * width; i++) {
         const int64_t vector = i / width;
         bad |= std::fabs(float(out[i]) - float(x[vector / groups * row + vector % groups * apart + i % width])) > 1e-5f;
@@ -157,28 +182,34 @@ template <class T> int check_rope(int64_t rows, int64_t groups, int64_t width) {
 }
 
 template <class T> int check_training_rows(int64_t rows, int64_t width) {
-    const auto x = random_vector<T>(rows * width), dy = random_vector<T>(rows * width), both = random_vector<T>(rows * 2 * width);
+    const auto x = random_vector<T>(rows * width), dy = random_vector<T>(rows * width),
+               both = random_vector<T>(rows * 2 * width);
     const auto weight = random_vector<float>(width);
     std::vector<T> dx(x.size()), d_both(both.size());
     std::vector<float> d_weight(width);
-    int bad = moestro_rms_norm_backward(dx.data(), d_weight.data(), dy.data(), x.data(), weight.data(), rows, width, 1e-6f, TYPE<T>, MOESTRO_FLOAT32, 2);
+    int bad = moestro_rms_norm_backward(dx.data(), d_weight.data(), dy.data(), x.data(), weight.data(), rows, width,
+                                        1e-6f, TYPE<T>, MOESTRO_FLOAT32, 2);
     return bad | moestro_swiglu_backward(d_both.data(), dy.data(), both.data(), rows, width, TYPE<T>, 2);
 }
 
 template <class T> int check_heads(int64_t rows, int64_t heads, int64_t plain, int64_t rotary, bool shared) {
     const int64_t head = plain + 3, row = heads * head, turned = shared ? rotary : heads * rotary;
-    const auto from = random_vector<T>(rows ? rows * row - 3 : 0), other = random_vector<T>(rows * turned), d_out = random_vector<T>(rows * heads * (plain + rotary));
+    const auto from = random_vector<T>(rows ? rows * row - 3 : 0), other = random_vector<T>(rows * turned),
+               d_out = random_vector<T>(rows * heads * (plain + rotary));
     const auto cos = random_vector<float>(rows * (rotary / 2)), sin = random_vector<float>(rows * (rotary / 2));
     std::vector<T> out(d_out.size()), d_plain(rows * heads * plain), d_rotary(other.size());
-    int bad = moestro_join_heads(out.data(), from.data(), other.data(), cos.data(), sin.data(), rows, heads, plain, rotary, row, head, turned, shared ? 0 : rotary, TYPE<T>, 2);
-    return bad | moestro_split_heads(d_plain.data(), d_rotary.data(), d_out.data(), cos.data(), sin.data(), rows, heads, plain, rotary, shared, TYPE<T>, 2);
+    int bad = moestro_join_heads(out.data(), from.data(), other.data(), cos.data(), sin.data(), rows, heads, plain,
+                                 rotary, row, head, turned, shared ? 0 : rotary, TYPE<T>, 2);
+    return bad | moestro_split_heads(d_plain.data(), d_rotary.data(), d_out.data(), cos.data(), sin.data(), rows, heads,
+                                     plain, rotary, shared, TYPE<T>, 2);
 }
 
 template <class T> int check_training() {
     int bad = check_training_rows<T>(4, 0) | check_training_rows<T>(2000, 64) | check_training_rows<T>(17, 4099);
     for (int64_t width : {1, 16, 37}) bad |= check_training_rows<T>(0, width) | check_training_rows<T>(3, width);
     for (const bool shared : {false, true}) {
-        bad |= check_heads<T>(0, 2, 3, 4, shared) | check_heads<T>(1, 1, 1, 2, shared) | check_heads<T>(5, 3, 7, 0, shared) | check_heads<T>(5, 3, 0, 6, shared);
+        bad |= check_heads<T>(0, 2, 3, 4, shared) | check_heads<T>(1, 1, 1, 2, shared) |
+               check_heads<T>(5, 3, 7, 0, shared) | check_heads<T>(5, 3, 0, 6, shared);
         bad |= check_heads<T>(900, 4, 33, 130, shared);
     }
     return bad;
@@ -190,15 +221,19 @@ inline int check_route(int64_t rows, int64_t num_experts, int64_t groups, int64_
     std::vector<float> weights(rows * top_k);
     int bad = 0;
     for (int given : {0, 1})
-        bad |= moestro_route(ids.data(), weights.data(), function == MOESTRO_CONSTANT ? nullptr : logits.data(), bias.data(), rows, num_experts, groups, kept, top_k, 2.0f, function, 1 + num_experts % 2, given, 1, given, 2);
+        bad |= moestro_route(ids.data(), weights.data(), function == MOESTRO_CONSTANT ? nullptr : logits.data(),
+                             bias.data(), rows, num_experts, groups, kept, top_k, 2.0f, function, 1 + num_experts % 2,
+                             given, 1, given, 2);
     for (int64_t id : ids) bad |= id < 0 || id >= num_experts;
     return bad;
 }
 
-// Places of 64 bytes a row: 0 the input, then its norm, the logits of 4 experts, their weights, a copy of the first half.
+// Places of 64 bytes a row: 0 the input, then its norm, the logits of 4 experts, their weights, a copy of the first
+// half.
 inline int check_run(int64_t rows) {
     const auto panels = random_panels(packed_bytes(4, 16, 0));
-    const auto weight = random_vector<float>(16), bias = random_vector<float>(4), values = random_vector<float>(rows * 16);
+    const auto weight = random_vector<float>(16), bias = random_vector<float>(4),
+               values = random_vector<float>(rows * 16);
     std::vector<float> pages(2 * 64 * 8, 7.0f), turn(rows * 2, 0.5f), memory(rows * 5 * 16);
     std::vector<int64_t> ids(rows * 2), slots(rows), starts{0, rows}, first{0};
     std::vector<int32_t> tables{0, 1};
@@ -209,16 +244,89 @@ inline int check_run(int64_t rows) {
     memcpy(&bits, &one, 8);
     const auto address = [](const void *p) { return int64_t(p); };
     const std::vector<int64_t> program = {
-        3, 64, 0, address(weight.data()), 16, bits, 0, 0,                  // norm
-        0, 128, 64, address(panels.data()), 1, 4, 16, 0, 0,                // linear
-        10, 0, 192, 128, address(bias.data()), 4, 2, 1, bits, 0, 2, 0, 1, 0,  // route
-        7, 256, 64, 0, 32, 0, 64, 0, 32, 2, 32,                            // copy both halves of a row
-        6, 64, 256, 16, 12, 1, 4, 4, 0,                                    // rotate its last four values
-        8, 0, 256, 0,                                                      // store eight
-        5, 0, 0, 256, 16, 0,                                               // add
+        3,
+        64,
+        0,
+        address(weight.data()),
+        16,
+        bits,
+        0,
+        0,  // norm
+        0,
+        128,
+        64,
+        address(panels.data()),
+        1,
+        4,
+        16,
+        0,
+        0,  // linear
+        10,
+        0,
+        192,
+        128,
+        address(bias.data()),
+        4,
+        2,
+        1,
+        bits,
+        0,
+        2,
+        0,
+        1,
+        0,  // route
+        7,
+        256,
+        64,
+        0,
+        32,
+        0,
+        64,
+        0,
+        32,
+        2,
+        32,  // copy both halves of a row
+        6,
+        64,
+        256,
+        16,
+        12,
+        1,
+        4,
+        4,
+        0,  // rotate its last four values
+        8,
+        0,
+        256,
+        0,  // store eight
+        5,
+        0,
+        0,
+        256,
+        16,
+        0,  // add
     };
     void *layers[] = {pages.data()};
-    const MoestroStep step = {reinterpret_cast<char *>(memory.data()), ids.data(), layers, turn.data(), turn.data(), slots.data(), starts.data(), first.data(), tables.data(), rows, 320, 1, 2, 1, 2, 8, 2, 1, 2, 2};
+    const MoestroStep step = {reinterpret_cast<char *>(memory.data()),
+                              ids.data(),
+                              layers,
+                              turn.data(),
+                              turn.data(),
+                              slots.data(),
+                              starts.data(),
+                              first.data(),
+                              tables.data(),
+                              rows,
+                              320,
+                              1,
+                              2,
+                              1,
+                              2,
+                              8,
+                              2,
+                              1,
+                              2,
+                              2};
     int bad = moestro_run(program.data(), int64_t(program.size()), &step);
     for (int64_t i = 0; i < rows; i++) bad |= memcmp(&pages[slots[i] * 8], &memory[rows * 64 + i * 8], 32);
     return bad | !moestro_run(program.data(), int64_t(program.size()) - 1, &step);
@@ -226,42 +334,63 @@ inline int check_run(int64_t rows) {
 
 template <class T> int check_serving() {
     int bad = 0;
-    for (int64_t rows : {0, 1, 5}) bad |= check_rope<T>(rows, 1, 2) | check_rope<T>(rows, 3, 34) | check_rope<T>(rows, 0, 4) | check_rope<T>(rows, 2, 0);
-    for (int function = 0; function < 4; function++) bad |= check_route(3, 37, 1, 1, 5, function) | check_route(300, 64, 8, 3, 8, function) | check_route(2, 1, 1, 1, 1, function) | check_route(0, 4, 2, 1, 2, function);
+    for (int64_t rows : {0, 1, 5})
+        bad |= check_rope<T>(rows, 1, 2) | check_rope<T>(rows, 3, 34) | check_rope<T>(rows, 0, 4) |
+               check_rope<T>(rows, 2, 0);
+    for (int function = 0; function < 4; function++)
+        bad |= check_route(3, 37, 1, 1, 5, function) | check_route(300, 64, 8, 3, 8, function) |
+               check_route(2, 1, 1, 1, 1, function) | check_route(0, 4, 2, 1, 2, function);
     for (int64_t rows : {0, 1, 9}) bad |= check_run(rows);
     for (int kind = 0; kind < 4; kind++) {
-        for (int64_t k : {0, 1, 15, 16, 33, 64, 131}) bad |= check_pack<T>(0, k, kind) | check_pack<T>(1, k, kind) | check_pack<T>(64, k, kind) | check_pack<T>(130, k, kind);
-        for (int64_t n : {0, 1, 5, 7, 25, 101}) bad |= check_linear<T>(1, n, 70, 67, kind) | check_linear<T>(3, n, 33, 64, kind);
-        bad |= check_linear<T>(1, 2, 1, 1, kind) | check_linear<T>(1, 2, 3, 0, kind) | check_linear<T>(1, 2, 0, 3, kind) | check_linear<T>(0, 2, 3, 3, kind);
+        for (int64_t k : {0, 1, 15, 16, 33, 64, 131})
+            bad |= check_pack<T>(0, k, kind) | check_pack<T>(1, k, kind) | check_pack<T>(64, k, kind) |
+                   check_pack<T>(130, k, kind);
+        for (int64_t n : {0, 1, 5, 7, 25, 101})
+            bad |= check_linear<T>(1, n, 70, 67, kind) | check_linear<T>(3, n, 33, 64, kind);
+        bad |= check_linear<T>(1, 2, 1, 1, kind) | check_linear<T>(1, 2, 3, 0, kind) |
+               check_linear<T>(1, 2, 0, 3, kind) | check_linear<T>(0, 2, 3, 3, kind);
         bad |= check_linear<T>(1, 3, 130, 700, kind) | check_linear<T>(1, 30, 64, 2600, kind);
-        bad |= check_packed_experts<T>(1, 2, 4, 33, 17, kind) | check_packed_experts<T>(130, 3, 2, 64, 32, kind) | check_packed_experts<T>(0, 2, 4, 8, 8, kind);
-        bad |= check_packed_experts<T>(3, 1, 1, 1, 1, kind) | check_packed_experts<T>(2, 0, 3, 8, 8, kind) | check_packed_experts<T>(1100, 1, 2, 3, 5, kind);
+        bad |= check_packed_experts<T>(1, 2, 4, 33, 17, kind) | check_packed_experts<T>(130, 3, 2, 64, 32, kind) |
+               check_packed_experts<T>(0, 2, 4, 8, 8, kind);
+        bad |= check_packed_experts<T>(3, 1, 1, 1, 1, kind) | check_packed_experts<T>(2, 0, 3, 8, 8, kind) |
+               check_packed_experts<T>(1100, 1, 2, 3, 5, kind);
     }
-    bad |= check_attention<T>({1}, 1, 1, 1, 1, 1) | check_attention<T>({64, 65, 1}, 3, 16, 1, 48, 32) | check_attention<T>({700}, 1, 20, 1, 33, 70);
-    bad |= check_attention<T>({300, 20}, 90, 6, 2, 24, 17) | check_attention<T>({257, 1, 256, 3, 9, 513, 7, 8, 10}, 2, 4, 4, 7, 5) | check_attention<T>({}, 1, 2, 1, 4, 4);
+    bad |= check_attention<T>({1}, 1, 1, 1, 1, 1) | check_attention<T>({64, 65, 1}, 3, 16, 1, 48, 32) |
+           check_attention<T>({700}, 1, 20, 1, 33, 70);
+    bad |= check_attention<T>({300, 20}, 90, 6, 2, 24, 17) |
+           check_attention<T>({257, 1, 256, 3, 9, 513, 7, 8, 10}, 2, 4, 4, 7, 5) |
+           check_attention<T>({}, 1, 2, 1, 4, 4);
     for (int64_t width : {1, 16, 37}) bad |= check_rows<T>(0, width) | check_rows<T>(3, width);
     return bad | check_rows<T>(2000, 64) | check_rows<T>(4, 0);
 }
 
-// Documents of these lengths; rows of all inputs lie `pad` elements further apart than they need to, the last one ends its memory.
-template <class T> int check_flash(std::vector<int64_t> lengths, int64_t heads, int64_t kv_heads, int64_t key, int64_t value, int64_t pad) {
+// Documents of these lengths; rows of all inputs lie `pad` elements further apart than they need to, the last one ends
+// its memory.
+template <class T> int check_flash(std::vector<int64_t> lengths, int64_t heads, int64_t kv_heads, int64_t key,
+                                   int64_t value, int64_t pad) {
     std::vector<int64_t> starts{0};
     for (int64_t length : lengths) starts.push_back(starts.back() + length);
     const int64_t n = starts.back();
-    const int64_t strides[] = {heads * key + pad, key, kv_heads * key + pad, key, kv_heads * value + pad, value, heads * value + pad, value};
+    const int64_t strides[] = {heads * key + pad,      key,   kv_heads * key + pad, key,
+                               kv_heads * value + pad, value, heads * value + pad,  value};
     const auto rows = [&](int64_t width) { return random_vector<T>(n ? (n - 1) * (width + pad) + width : 0); };
     const auto q = rows(heads * key), k = rows(kv_heads * key), v = rows(kv_heads * value), d_out = rows(heads * value);
     std::vector<T> out(n * heads * value), dq(n * heads * key), dk(n * kv_heads * key), dv(n * kv_heads * value);
     std::vector<float> log_sums(heads * n);
-    int bad = moestro_flash_forward(out.data(), log_sums.data(), q.data(), k.data(), v.data(), starts.data(), strides, int64_t(lengths.size()), n, heads, kv_heads, key, value, 0.3f, TYPE<T>, 2);
-    bad |= moestro_flash_backward(dq.data(), dk.data(), dv.data(), d_out.data(), q.data(), k.data(), v.data(), out.data(), log_sums.data(), starts.data(), strides, int64_t(lengths.size()), n, heads, kv_heads, key, value, 0.3f, TYPE<T>, 2);
+    int bad = moestro_flash_forward(out.data(), log_sums.data(), q.data(), k.data(), v.data(), starts.data(), strides,
+                                    int64_t(lengths.size()), n, heads, kv_heads, key, value, 0.3f, TYPE<T>, 2);
+    bad |= moestro_flash_backward(dq.data(), dk.data(), dv.data(), d_out.data(), q.data(), k.data(), v.data(),
+                                  out.data(), log_sums.data(), starts.data(), strides, int64_t(lengths.size()), n,
+                                  heads, kv_heads, key, value, 0.3f, TYPE<T>, 2);
     for (float sum : log_sums) bad |= !std::isfinite(sum);
     return bad;
 }
 
 template <class T> int check_documents() {
-    int bad = check_flash<T>({}, 2, 1, 4, 3, 0) | check_flash<T>({0}, 1, 1, 1, 1, 0) | check_flash<T>({1}, 1, 1, 1, 1, 0) | check_flash<T>({1, 0, 2}, 3, 3, 5, 3, 1);
-    bad |= check_flash<T>({7, 64, 65}, 3, 1, 33, 17, 1) | check_flash<T>({95, 129}, 4, 2, 64, 16, 0) | check_flash<T>({385, 3}, 2, 1, 24, 40, 2);
+    int bad = check_flash<T>({}, 2, 1, 4, 3, 0) | check_flash<T>({0}, 1, 1, 1, 1, 0) |
+              check_flash<T>({1}, 1, 1, 1, 1, 0) | check_flash<T>({1, 0, 2}, 3, 3, 5, 3, 1);
+    bad |= check_flash<T>({7, 64, 65}, 3, 1, 33, 17, 1) | check_flash<T>({95, 129}, 4, 2, 64, 16, 0) |
+           check_flash<T>({385, 3}, 2, 1, 24, 40, 2);
     return bad | check_flash<T>({130}, 2, 2, 192, 128, 3) | check_flash<T>({1100}, 2, 1, 6, 9, 0);
 }
 
@@ -277,7 +406,8 @@ template <class T> int check_type() {
         bad |= check_matmul<T>(5, 4, 0, turned & 1, turned & 2);
     }
     bad |= check_matmul<T>(103, 530, 600, true, false) | check_matmul<T>(10, 20, 1100, true, true);
-    bad |= check_head<T>(1, 1, 1) | check_head<T>(7, 5, 3) | check_head<T>(0, 5, 3) | check_head<T>(1030, 70, 9) | check_head<T>(99, 2100, 17);
+    bad |= check_head<T>(1, 1, 1) | check_head<T>(7, 5, 3) | check_head<T>(0, 5, 3) | check_head<T>(1030, 70, 9) |
+           check_head<T>(99, 2100, 17);
     bad |= check_experts<T>(11, 8, 4, {3, 0, 8});
     bad |= check_experts<T>(11, 33, 17, {0, 200, 1});
     bad |= check_experts<T>(1, 70, 65, {0, 0, 1});
@@ -292,8 +422,11 @@ int main() {
     for (const char *isa : {"avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"}) {
         if (moestro_set_isa(isa)) continue;
         paths++;
-        if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
-        if (check_documents<float>() | check_documents<uint16_t>() | check_training<float>() | check_training<uint16_t>()) return std::printf("%s: wrong\n", isa), 1;
+        if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>())
+            return std::printf("%s: wrong\n", isa), 1;
+        if (check_documents<float>() | check_documents<uint16_t>() | check_training<float>() |
+            check_training<uint16_t>())
+            return std::printf("%s: wrong\n", isa), 1;
     }
     std::printf("%d paths\n", paths);
     return 0;

@@ -1,8 +1,8 @@
 // The C ABI of Moestro's native kernels: no Python, no torch. Called through ctypes by moestro/ops/training/native.py.
 //
-// Conventions: matrices are row-major with the stride of a row in elements; `type` is FLOAT32 or BFLOAT16; every function
-// returns 0, or an error code for arguments it refuses (nothing has been read or written then). Results depend neither on
-// the number of threads nor on what else is in the batch: every sum has one fixed order.
+// Conventions: matrices are row-major with the stride of a row in elements; `type` is FLOAT32 or BFLOAT16; every
+// function returns 0, or an error code for arguments it refuses (nothing has been read or written then). Results depend
+// neither on the number of threads nor on what else is in the batch: every sum has one fixed order.
 #pragma once
 #include <stdint.h>
 
@@ -27,8 +27,8 @@ int moestro_matmul(void *out, const void *a, const void *b, int64_t m, int64_t n
                    int64_t a_stride, int64_t b_stride, int a_transposed, int b_transposed, int type, int out_type,
                    int threads);
 
-// SwiGLU experts (moestro/ops/training/reference.py, grouped_experts). Slots 0 … S-1 are the choices sorted by expert; expert e has
-// slots offsets[e] … offsets[e+1]-1; slot s serves row token[s] of x with weight weights[s].
+// SwiGLU experts (moestro/ops/training/reference.py, grouped_experts). Slots 0 … S-1 are the choices sorted by expert;
+// expert e has slots offsets[e] … offsets[e+1]-1; slot s serves row token[s] of x with weight weights[s].
 //   x [N, D], gate_up [E, 2F, D], down [E, D, F]; saved: h [S, 2F]; y [S, D], the weighted results.
 int moestro_experts_forward(void *y, void *h, const void *x, const void *gate_up, const void *down,
                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
@@ -47,8 +47,9 @@ int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_t
 // Multiplies without touching memory, to measure what the machine can do: *operations is what `rounds` rounds took.
 int moestro_multiply_in_registers(int64_t *operations, int64_t rounds, int type, int threads);
 
-// Output head and cross-entropy. hidden [N, D], weight [V, D], targets [N] (negative: none) -> nll [N] in nats, 0 without a
-// target; argmax [N]; and, unless d_hidden is null, the gradients of Σ nll: d_hidden [N, D], and d_weight [V, D], added to.
+// Output head and cross-entropy. hidden [N, D], weight [V, D], targets [N] (negative: none) -> nll [N] in nats, 0
+// without a target; argmax [N]; and, unless d_hidden is null, the gradients of Σ nll: d_hidden [N, D], and d_weight [V,
+// D], added to.
 int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,
                           const void *weight, const int64_t *targets, int64_t num_rows, int64_t vocabulary,
                           int64_t width, int type, int threads);
@@ -58,8 +59,8 @@ int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_
 // panels of a matrix x [m, k], packed as `kind` (docs/kernels.md has the layout).
 int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads);
 
-// out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs). Quantised
-// kinds quantise the rows of x block by block too.
+// out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs).
+// Quantised kinds quantise the rows of x block by block too.
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads);
 
@@ -69,14 +70,15 @@ int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const f
                            const void *down, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
                            int64_t width, int kind, int type, int threads);
 
-// out [N, H, V] of q [N, H, K]. Sequence s owns rows starts[s] … starts[s+1]-1, at positions first[s], first[s]+1, …; a row at
-// position p sees rows 0 … p of its sequence: row i is pages[tables[s, i / 64], i % 64], of page_width = groups · w values,
-// group g's key from g · w on, its value from g · w + value_offset on. Heads h use group h · groups / H.
+// out [N, H, V] of q [N, H, K]. Sequence s owns rows starts[s] … starts[s+1]-1, at positions first[s], first[s]+1, …; a
+// row at position p sees rows 0 … p of its sequence: row i is pages[tables[s, i / 64], i % 64], of page_width = groups
+// · w values, group g's key from g · w on, its value from g · w + value_offset on. Heads h use group h · groups / H.
 // pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S].
 int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
                             const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
                             int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
-                            int64_t page_width, int64_t groups, int64_t value_offset, float scale, int type, int threads);
+                            int64_t page_width, int64_t groups, int64_t value_offset, float scale, int type,
+                            int threads);
 
 // out = x / rms(x) · weight, rows of x [rows, width]; weight [width] of weight_type.
 int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
@@ -84,26 +86,28 @@ int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows,
 // out [rows, width] = silu(gate) · up of gate_up [rows, 2 · width], gates first.
 int moestro_swiglu(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
 
-// out = x with its pairs (0, 1), (2, 3), … rotated by the angles of their row, backwards where `inverse`. Vector (row, g) of
-// `width` values lies at x + row · x_row + g · x_group, and likewise in out, which may be x; cos and sin [rows, width / 2].
+// out = x with its pairs (0, 1), (2, 3), … rotated by the angles of their row, backwards where `inverse`. Vector (row,
+// g) of `width` values lies at x + row · x_row + g · x_group, and likewise in out, which may be x; cos and sin [rows,
+// width / 2].
 int moestro_rope(void *out, const void *x, const float *cos, const float *sin, int64_t rows, int64_t groups,
-                 int64_t width, int64_t out_row, int64_t out_group, int64_t x_row, int64_t x_group, int inverse, int type,
-                 int threads);
+                 int64_t width, int64_t out_row, int64_t out_group, int64_t x_row, int64_t x_group, int inverse,
+                 int type, int threads);
 
-// A router: ids [rows, top_k] and weights of logits [rows, E]. Scores are compared with bias [E] added or, where `multiply`,
-// times 1 + bias. Experts of the top_k_groups best groups count, a group by the sum of its `group_best` (1 or 2) best. They
-// come in descending order, of equal ones the lowest id first. Weights are scores without bias, normalised to sum to 1 if
-// asked, times scale. `given`: ids are an input, and only weights are computed. Logits of MOESTRO_CONSTANT are not read.
+// A router: ids [rows, top_k] and weights of logits [rows, E]. Scores are compared with bias [E] added or, where
+// `multiply`, times 1 + bias. Experts of the top_k_groups best groups count, a group by the sum of its `group_best` (1
+// or 2) best. They come in descending order, of equal ones the lowest id first. Weights are scores without bias,
+// normalised to sum to 1 if asked, times scale. `given`: ids are an input, and only weights are computed. Logits of
+// MOESTRO_CONSTANT are not read.
 int moestro_route(int64_t *ids, float *weights, const float *logits, const float *bias, int64_t rows,
-                  int64_t num_experts, int64_t num_groups, int64_t top_k_groups, int64_t top_k, float scale, int function,
-                  int group_best, int multiply, int normalize, int given, int threads);
+                  int64_t num_experts, int64_t num_groups, int64_t top_k_groups, int64_t top_k, float scale,
+                  int function, int group_best, int multiply, int normalize, int given, int threads);
 
 // out = a + b, [rows, width] each; out may be either.
 int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 
-// What a program (csrc/abi/run.cpp) runs on: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k]; the cache,
-// num_layers times pages [num_pages, 64, page_width]; the rest as for attention and rotation, slots [num_rows] where the
-// tokens' rows go, page · 64 + place.
+// What a program (csrc/abi/run.cpp) runs on: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k]; the
+// cache, num_layers times pages [num_pages, 64, page_width]; the rest as for attention and rotation, slots [num_rows]
+// where the tokens' rows go, page · 64 + place.
 typedef struct {
     char *memory;
     int64_t *ids;
@@ -111,17 +115,20 @@ typedef struct {
     const float *cos, *sin;
     const int64_t *slots, *starts, *first;
     const int32_t *tables;
-    int64_t num_rows, row_bytes, num_routers, top_k, num_layers, num_pages, page_width, half_angles, num_sequences, max_pages;
+    int64_t num_rows, row_bytes, num_routers, top_k, num_layers, num_pages, page_width, half_angles, num_sequences,
+        max_pages;
     int threads;
 } MoestroStep;
 int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);
 
-// Attention of whole documents, for training: out [N, H, W] of q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses key
-// head h · G / H; row i of document s, starts[s] … starts[s+1]-1, sees that document's rows up to i. `strides`, in elements: from
-// row to row and from head to head of q, k and v. log_sums [H, N], kept for the gradients: log2 Σ exp(scale · q · k) of a row.
-int moestro_flash_forward(void *out, float *log_sums, const void *q, const void *k, const void *v, const int64_t *starts,
-                          const int64_t *strides, int64_t num_documents, int64_t num_rows, int64_t num_heads,
-                          int64_t num_kv_heads, int64_t key_width, int64_t value_width, float scale, int type, int threads);
+// Attention of whole documents, for training: out [N, H, W] of q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses
+// key head h · G / H; row i of document s, starts[s] … starts[s+1]-1, sees that document's rows up to i. `strides`, in
+// elements: from row to row and from head to head of q, k and v. log_sums [H, N], kept for the gradients: log2 Σ
+// exp(scale · q · k) of a row.
+int moestro_flash_forward(void *out, float *log_sums, const void *q, const void *k, const void *v,
+                          const int64_t *starts, const int64_t *strides, int64_t num_documents, int64_t num_rows,
+                          int64_t num_heads, int64_t num_kv_heads, int64_t key_width, int64_t value_width, float scale,
+                          int type, int threads);
 
 // Gradients: dq [N, H, K], dk [N, G, K], dv [N, G, W] of d_out [N, H, W], whose strides follow those of q, k and v.
 int moestro_flash_backward(void *dq, void *dk, void *dv, const void *d_out, const void *q, const void *k, const void *v,
@@ -130,23 +137,24 @@ int moestro_flash_backward(void *dq, void *dk, void *dv, const void *d_out, cons
                            int64_t key_width, int64_t value_width, float scale, int type, int threads);
 // What follows is for training again.
 
-// Gradients of moestro_rms_norm: dx, dy, x [rows, width]; d_weight, weight [width] of weight_type. d_weight is summed over
-// blocks of rows, then over the blocks, whatever the threads.
+// Gradients of moestro_rms_norm: dx, dy, x [rows, width]; d_weight, weight [width] of weight_type. d_weight is summed
+// over blocks of rows, then over the blocks, whatever the threads.
 int moestro_rms_norm_backward(void *dx, void *d_weight, const void *dy, const void *x, const void *weight, int64_t rows,
                               int64_t width, float eps, int type, int weight_type, int threads);
 // Gradient of moestro_swiglu: d_gate_up, gate_up [rows, 2 · width], dy [rows, width].
 int moestro_swiglu_backward(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type,
                             int threads);
 
-// out [rows, heads, P + R]: P values of plain, then R of rotary, whose pairs (0, 1), (2, 3), … are turned by the row's angles;
-// cos, sin [rows, R / 2]. Value j of row n and head h is plain[n · plain_row + h · plain_head + j], and so for rotary;
-// rotary_head = 0 lets all heads share it.
-int moestro_join_heads(void *out, const void *plain, const void *rotary, const float *cos, const float *sin, int64_t rows,
-                       int64_t heads, int64_t plain_width, int64_t rotary_width, int64_t plain_row, int64_t plain_head,
-                       int64_t rotary_row, int64_t rotary_head, int type, int threads);
+// out [rows, heads, P + R]: P values of plain, then R of rotary, whose pairs (0, 1), (2, 3), … are turned by the row's
+// angles; cos, sin [rows, R / 2]. Value j of row n and head h is plain[n · plain_row + h · plain_head + j], and so for
+// rotary; rotary_head = 0 lets all heads share it.
+int moestro_join_heads(void *out, const void *plain, const void *rotary, const float *cos, const float *sin,
+                       int64_t rows, int64_t heads, int64_t plain_width, int64_t rotary_width, int64_t plain_row,
+                       int64_t plain_head, int64_t rotary_row, int64_t rotary_head, int type, int threads);
 // Its gradients: d_out [rows, heads, P + R]; d_plain [rows, heads, P], d_rotary [rows, heads, R] or, shared, [rows, R].
-int moestro_split_heads(void *d_plain, void *d_rotary, const void *d_out, const float *cos, const float *sin, int64_t rows,
-                        int64_t heads, int64_t plain_width, int64_t rotary_width, int shared, int type, int threads);
+int moestro_split_heads(void *d_plain, void *d_rotary, const void *d_out, const float *cos, const float *sin,
+                        int64_t rows, int64_t heads, int64_t plain_width, int64_t rotary_width, int shared, int type,
+                        int threads);
 
 #ifdef __cplusplus
 }

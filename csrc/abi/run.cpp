@@ -1,9 +1,10 @@
 // Runs a program: a model's forward pass as a list of calls of the functions in moestro.h, made once by
 // moestro/ops/serving/program.py and run for every step. What a call costs between kernels is then nanoseconds.
 //
-// A program is a list of int64: an operation's number, then its operands. Values live in one block of memory: `at` is the
-// place of a value, in bytes for each row, so that one program serves any number of rows: value v of row r lies at
-// at · rows + r · (bytes of a row of v). Operands are checked here against the block, sizes again by the function called.
+// A program is a list of int64: an operation's number, then its operands. Values live in one block of memory: `at` is
+// the place of a value, in bytes for each row, so that one program serves any number of rows: value v of row r lies at
+// at · rows + r · (bytes of a row of v). Operands are checked here against the block, sizes again by the function
+// called.
 #include <cstring>
 #include <initializer_list>
 
@@ -37,7 +38,8 @@ struct Program {
 
     // A value of so many bytes a row.
     char *value(int64_t at, int64_t groups, int64_t width, int64_t size) {
-        const bool fits = at >= 0 && groups >= 0 && width >= 0 && groups <= MOST && width <= MOST && (groups == 0 || width <= MOST / groups);
+        const bool fits = at >= 0 && groups >= 0 && width >= 0 && groups <= MOST && width <= MOST &&
+                          (groups == 0 || width <= MOST / groups);
         if (!fits || at > step.row_bytes || groups * width * size > step.row_bytes - at) error = MOESTRO_BAD_SIZE;
         return error ? nullptr : step.memory + at * step.num_rows;
     }
@@ -67,7 +69,9 @@ int Program::linear() {
     const int64_t out = number(), x = number(), panels = number(), groups = number(), m = number(), k = number();
     const int kind = small(), type = small();
     void *to = value(out, groups, m, size_of(type)), *from = value(x, groups, k, size_of(type));
-    return error ? error : moestro_packed_linear(to, from, reinterpret_cast<const void *>(panels), groups, step.num_rows, m, k, kind, type, step.threads);
+    return error ? error
+                 : moestro_packed_linear(to, from, reinterpret_cast<const void *>(panels), groups, step.num_rows, m, k,
+                                         kind, type, step.threads);
 }
 
 int Program::experts() {
@@ -77,17 +81,24 @@ int Program::experts() {
     const int kind = small(), type = small();
     void *to = value(out, 1, hidden, size_of(type)), *from = value(x, 1, hidden, size_of(type));
     const float *by = reinterpret_cast<const float *>(value(weights, 1, step.top_k, 4));
-    return error ? error : moestro_packed_experts(to, from, chosen, by, gate_up, down, step.num_rows, step.top_k, num_experts, hidden, width, kind, type, step.threads);
+    return error ? error
+                 : moestro_packed_experts(to, from, chosen, by, gate_up, down, step.num_rows, step.top_k, num_experts,
+                                          hidden, width, kind, type, step.threads);
 }
 
 int Program::attention() {
     const int64_t out = number(), q = number();
     const void *rows = pages(number());
-    const int64_t heads = number(), key_width = number(), value_width = number(), groups = number(), value_offset = number();
+    const int64_t heads = number(), key_width = number(), value_width = number(), groups = number(),
+                  value_offset = number();
     const float scale = float(real());
     const int type = small();
     void *to = value(out, heads, value_width, size_of(type)), *from = value(q, heads, key_width, size_of(type));
-    return error ? error : moestro_paged_attention(to, from, rows, step.tables, step.starts, step.first, step.num_rows, step.num_pages, step.num_sequences, step.max_pages, heads, key_width, value_width, step.page_width, groups, value_offset, scale, type, step.threads);
+    return error
+               ? error
+               : moestro_paged_attention(to, from, rows, step.tables, step.starts, step.first, step.num_rows,
+                                         step.num_pages, step.num_sequences, step.max_pages, heads, key_width,
+                                         value_width, step.page_width, groups, value_offset, scale, type, step.threads);
 }
 
 int Program::norm() {
@@ -97,7 +108,8 @@ int Program::norm() {
     const float eps = float(real());
     const int weight_type = small(), type = small();
     void *to = value(out, 1, width, size_of(type)), *from = value(x, 1, width, size_of(type));
-    return error ? error : moestro_rms_norm(to, from, weight, step.num_rows, width, eps, type, weight_type, step.threads);
+    return error ? error
+                 : moestro_rms_norm(to, from, weight, step.num_rows, width, eps, type, weight_type, step.threads);
 }
 
 int Program::swiglu() {
@@ -110,32 +122,44 @@ int Program::swiglu() {
 int Program::add() {
     const int64_t out = number(), a = number(), b = number(), width = number();
     const int type = small();
-    void *to = value(out, 1, width, size_of(type)), *left = value(a, 1, width, size_of(type)), *right = value(b, 1, width, size_of(type));
+    void *to = value(out, 1, width, size_of(type)), *left = value(a, 1, width, size_of(type)),
+         *right = value(b, 1, width, size_of(type));
     return error ? error : moestro_add(to, left, right, step.num_rows, width, type, step.threads);
 }
 
 // Of x, a row of x_row elements, `groups` vectors of `width` from `offset` on, x_group apart.
 int Program::rope() {
-    const int64_t out = number(), x = number(), x_row = number(), offset = number(), groups = number(), x_group = number(), width = number();
+    const int64_t out = number(), x = number(), x_row = number(), offset = number(), groups = number(),
+                  x_group = number(), width = number();
     const int type = small();
     char *to = value(out, groups, width, size_of(type)), *from = value(x, 1, x_row, size_of(type));
-    if (offset < 0 || offset > x_row || groups < 0 || groups > MOST || width != 2 * step.half_angles) error = MOESTRO_BAD_SIZE;
-    if (!error && groups > 0 && (x_group < 0 || x_group > MOST / groups || (groups - 1) * x_group + width > x_row - offset)) error = MOESTRO_BAD_SIZE;
-    return error ? error : moestro_rope(to, from + offset * size_of(type), step.cos, step.sin, step.num_rows, groups, width, groups * width, width, x_row, x_group, 0, type, step.threads);
+    if (offset < 0 || offset > x_row || groups < 0 || groups > MOST || width != 2 * step.half_angles)
+        error = MOESTRO_BAD_SIZE;
+    if (!error && groups > 0 &&
+        (x_group < 0 || x_group > MOST / groups || (groups - 1) * x_group + width > x_row - offset))
+        error = MOESTRO_BAD_SIZE;
+    return error ? error
+                 : moestro_rope(to, from + offset * size_of(type), step.cos, step.sin, step.num_rows, groups, width,
+                                groups * width, width, x_row, x_group, 0, type, step.threads);
 }
 
 // Vectors of `width` bytes: `groups` a row, out_group and x_group bytes apart, from out_offset and x_offset on.
 int Program::copy() {
     const int64_t out = number(), out_row = number(), out_offset = number(), out_group = number();
-    const int64_t x = number(), x_row = number(), x_offset = number(), x_group = number(), groups = number(), width = number();
+    const int64_t x = number(), x_row = number(), x_offset = number(), x_group = number(), groups = number(),
+                  width = number();
     char *to = value(out, 1, out_row, 1);
     const char *from = value(x, 1, x_row, 1);
     const auto inside = [&](int64_t row, int64_t offset, int64_t group) {
-        return offset >= 0 && group >= 0 && offset <= row && group <= row && width <= row && groups <= MOST / (row + 1) && (groups - 1) * group + width <= row - offset;
+        return offset >= 0 && group >= 0 && offset <= row && group <= row && width <= row &&
+               groups <= MOST / (row + 1) && (groups - 1) * group + width <= row - offset;
     };
-    if (error || groups < 1 || width < 0 || !inside(out_row, out_offset, out_group) || !inside(x_row, x_offset, x_group)) return MOESTRO_BAD_SIZE;
+    if (error || groups < 1 || width < 0 || !inside(out_row, out_offset, out_group) ||
+        !inside(x_row, x_offset, x_group))
+        return MOESTRO_BAD_SIZE;
     for (int64_t i = 0; i < step.num_rows; i++)
-        for (int64_t g = 0; g < groups; g++) memcpy(to + i * out_row + out_offset + g * out_group, from + i * x_row + x_offset + g * x_group, width);
+        for (int64_t g = 0; g < groups; g++)
+            memcpy(to + i * out_row + out_offset + g * out_group, from + i * x_row + x_offset + g * x_group, width);
     return MOESTRO_OK;
 }
 
@@ -166,8 +190,11 @@ int Program::route() {
     const float scale = float(real());
     const int function = small(), group_best = small(), multiply = small(), normalize = small(), given = small();
     float *by = reinterpret_cast<float *>(value(weights, 1, step.top_k, 4));
-    const float *from = function == MOESTRO_CONSTANT ? nullptr : reinterpret_cast<const float *>(value(logits, 1, num_experts, 4));
-    return error ? error : moestro_route(chosen, by, from, bias, step.num_rows, num_experts, num_groups, top_k_groups, step.top_k, scale, function, group_best, multiply, normalize, given, step.threads);
+    const float *from =
+        function == MOESTRO_CONSTANT ? nullptr : reinterpret_cast<const float *>(value(logits, 1, num_experts, 4));
+    return error ? error
+                 : moestro_route(chosen, by, from, bias, step.num_rows, num_experts, num_groups, top_k_groups,
+                                 step.top_k, scale, function, group_best, multiply, normalize, given, step.threads);
 }
 
 int Program::run(int64_t operation) {
@@ -191,10 +218,13 @@ int Program::run(int64_t operation) {
 
 extern "C" int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step) {
     const MoestroStep &s = *step;
-    for (const int64_t size : {s.num_rows, s.row_bytes, s.num_routers, s.top_k, s.num_layers, s.num_pages, s.page_width, s.half_angles, s.num_sequences, s.max_pages})
+    for (const int64_t size : {s.num_rows, s.row_bytes, s.num_routers, s.top_k, s.num_layers, s.num_pages, s.page_width,
+                               s.half_angles, s.num_sequences, s.max_pages})
         if (size < 0 || size > MOST / 1024) return MOESTRO_BAD_SIZE;
     const auto fits = [](int64_t a, int64_t b) { return b == 0 || a <= MOST / b; };
-    if (length < 0 || !fits(s.row_bytes, s.num_rows) || !fits(s.num_routers, s.top_k) || !fits(s.num_routers * s.top_k, s.num_rows) || !fits(64 * s.num_pages, s.page_width)) return MOESTRO_BAD_SIZE;
+    if (length < 0 || !fits(s.row_bytes, s.num_rows) || !fits(s.num_routers, s.top_k) ||
+        !fits(s.num_routers * s.top_k, s.num_rows) || !fits(64 * s.num_pages, s.page_width))
+        return MOESTRO_BAD_SIZE;
     Program p = {program, program + length, s};
     while (!p.error && p.next < p.end) p.error = p.run(p.number());
     return p.error;

@@ -131,7 +131,8 @@ struct SplitHeads {
 };
 
 struct Kernels {
-    int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type, int threads);
+    int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type,
+                  int threads);
     int (*experts_forward)(const ExpertsForward &, int type, int threads);
     int (*experts_backward)(const ExpertsBackward &, int type, int threads);
     void (*combine)(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
@@ -140,7 +141,8 @@ struct Kernels {
     int (*packed_linear)(const PackedLinear &, int kind, int type, int threads);
     int (*packed_experts)(const PackedExperts &, int kind, int type, int threads);
     int (*paged_attention)(const PagedAttention &, int type, int threads);
-    void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads);
+    void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
+                     int weight_type, int threads);
     void (*swiglu)(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
     int64_t (*multiply_in_registers)(int64_t rounds, int type, int threads);
     int (*cross_entropy)(const CrossEntropy &, int type, int threads);
@@ -150,7 +152,8 @@ struct Kernels {
     int (*flash_forward)(const FlashForward &, int type, int threads);
     int (*flash_backward)(const FlashBackward &, int type, int threads);
     int (*rms_norm_backward)(const NormBackward &, int type, int weight_type, int threads);
-    void (*swiglu_backward)(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type, int threads);
+    void (*swiglu_backward)(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type,
+                            int threads);
     void (*join_heads)(const JoinHeads &, int type, int threads);
     void (*split_heads)(const SplitHeads &, int type, int threads);
 };

@@ -17,7 +17,9 @@ struct Isa {
     static Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
     template <bool PAIRS> static Vector multiply_add(Vector c, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, c); }
     static Vector low_half(Vector v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16)); }
-    static Vector high_half(Vector v) { return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(int(0xffff0000)))); }
+    static Vector high_half(Vector v) {
+        return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(int(0xffff0000))));
+    }
 
     using Integers = __m256i;
     static Integers load_codes(const char *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
@@ -27,18 +29,22 @@ struct Isa {
     // Sums of a block: begin, then dot for every four unsigned codes w and signed codes x of a lane, then end; exact.
 #if MOESTRO_HAS_VNNI
     template <int BITS> static Integers begin(int start) { return set(start); }
-    template <int BITS> static Integers dot(Integers c, Integers w, Integers x) { return _mm256_dpbusd_avx_epi32(c, w, x); }
+    template <int BITS> static Integers dot(Integers c, Integers w, Integers x) {
+        return _mm256_dpbusd_avx_epi32(c, w, x);
+    }
     template <int BITS> static Integers end(Integers c, int) { return c; }
 #else
-    // Codes of 8 bits: signed weights times |x|, the sign of x moved to the weight; 2 · 127 · 127 fits 16 bits. Codes of 4 bits:
-    // eight products of 2 · 15 · 127 fit 16 bits, so the sums of a block are widened at its end.
+    // Codes of 8 bits: signed weights times |x|, the sign of x moved to the weight; 2 · 127 · 127 fits 16 bits. Codes
+    // of 4 bits: eight products of 2 · 15 · 127 fit 16 bits, so the sums of a block are widened at its end.
     template <int BITS> static Integers begin(int) { return _mm256_setzero_si256(); }
     template <int BITS> static Integers dot(Integers c, Integers w, Integers x) {
         if (BITS == 4) return _mm256_add_epi16(c, _mm256_maddubs_epi16(w, x));
         const Integers code = _mm256_xor_si256(w, _mm256_set1_epi8(char(128)));
         return _mm256_add_epi32(c, sum_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(code, x))));
     }
-    template <int BITS> static Integers end(Integers c, int start) { return BITS == 4 ? _mm256_add_epi32(sum_pairs(c), set(start)) : c; }
+    template <int BITS> static Integers end(Integers c, int start) {
+        return BITS == 4 ? _mm256_add_epi32(sum_pairs(c), set(start)) : c;
+    }
     static Integers sum_pairs(Integers v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 #endif
     static Vector to_float(Integers v) { return _mm256_cvtepi32_ps(v); }

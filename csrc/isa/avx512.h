@@ -1,5 +1,5 @@
-// The vector of AVX-512 F, BW, DQ, VL, with and without products of bf16 pairs (MOESTRO_HAS_BF16) and of int8 quadruples
-// (MOESTRO_HAS_VNNI).
+// The vector of AVX-512 F, BW, DQ, VL, with and without products of bf16 pairs (MOESTRO_HAS_BF16) and of int8
+// quadruples (MOESTRO_HAS_VNNI).
 #pragma once
 #include "isa/steps8.h"
 
@@ -24,7 +24,9 @@ struct Isa {
     }
     // The two bf16 of every step, as floats.
     static Vector low_half(Vector v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); }
-    static Vector high_half(Vector v) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(int(0xffff0000)))); }
+    static Vector high_half(Vector v) {
+        return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(int(0xffff0000))));
+    }
 
     using Integers = __m512i;
     static Integers load_codes(const char *p) { return _mm512_loadu_si512(p); }
@@ -32,15 +34,19 @@ struct Isa {
     static Integers high_codes(Integers v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
     static Integers set(int value) { return _mm512_set1_epi32(value); }
     // Sums of a block: begin, then dot for every four unsigned codes w and signed codes x of a lane, then end; exact.
-    // Without VNNI, eight products of 4-bit codes, 2 · 15 · 127 each, fit 16 bits and are widened at the end of a block.
+    // Without VNNI, eight products of 4-bit codes, 2 · 15 · 127 each, fit 16 bits and are widened at the end of a
+    // block.
     static constexpr bool SHORT_SUMS = !MOESTRO_HAS_VNNI;
-    template <int BITS> static Integers begin(int start) { return SHORT_SUMS && BITS == 4 ? _mm512_setzero_si512() : set(start); }
+    template <int BITS> static Integers begin(int start) {
+        return SHORT_SUMS && BITS == 4 ? _mm512_setzero_si512() : set(start);
+    }
     template <int BITS> static Integers dot(Integers c, Integers w, Integers x) {
 #if MOESTRO_HAS_VNNI
         return _mm512_dpbusd_epi32(c, w, x);
 #else
         if (BITS == 4) return _mm512_add_epi16(c, _mm512_maddubs_epi16(w, x));
-        const Integers even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+        const Integers even = _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)),
+                                                _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
         const Integers odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
         return _mm512_add_epi32(c, _mm512_add_epi32(even, odd));
 #endif

@@ -29,8 +29,8 @@ extern const Kernels KERNELS = {
         auto run = [&](auto *element) {
             using T = std::remove_pointer_t<decltype(element)>;
             return experts_forward(static_cast<T *>(p.y), static_cast<T *>(p.h), static_cast<const T *>(p.x),
-                                   static_cast<const T *>(p.gate_up), static_cast<const T *>(p.down), p.token, p.weights,
-                                   p.offsets, p.num_experts, p.hidden, p.width, threads);
+                                   static_cast<const T *>(p.gate_up), static_cast<const T *>(p.down), p.token,
+                                   p.weights, p.offsets, p.num_experts, p.hidden, p.width, threads);
         };
         return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
     },
@@ -38,54 +38,73 @@ extern const Kernels KERNELS = {
         auto run = [&](auto *element) {
             using T = std::remove_pointer_t<decltype(element)>;
             return experts_backward(static_cast<T *>(p.dx), p.d_weights, static_cast<T *>(p.d_gate_up),
-                                    static_cast<T *>(p.d_down), static_cast<const T *>(p.dy), static_cast<const T *>(p.x),
-                                    static_cast<const T *>(p.h), static_cast<const T *>(p.gate_up),
-                                    static_cast<const T *>(p.down), p.token, p.weights, p.offsets, p.num_experts,
-                                    p.hidden, p.width, threads);
+                                    static_cast<T *>(p.d_down), static_cast<const T *>(p.dy),
+                                    static_cast<const T *>(p.x), static_cast<const T *>(p.h),
+                                    static_cast<const T *>(p.gate_up), static_cast<const T *>(p.down), p.token,
+                                    p.weights, p.offsets, p.num_experts, p.hidden, p.width, threads);
         };
         return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
     },
-    [](void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots, int64_t hidden,
-       int type, int threads) {
+    [](void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
+       int64_t hidden, int type, int threads) {
         if (type == MOESTRO_FLOAT32)
-            combine(static_cast<float *>(out), static_cast<const float *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
+            combine(static_cast<float *>(out), static_cast<const float *>(y), slot, num_tokens, top_k, num_slots,
+                    hidden, threads);
         else
-            combine(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(y), slot, num_tokens, top_k, num_slots, hidden, threads);
+            combine(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(y), slot, num_tokens, top_k, num_slots,
+                    hidden, threads);
     },
     [](char *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads) {
         if (type == MOESTRO_FLOAT32) return pack_panels(panels, static_cast<const float *>(x), m, k, kind, threads);
         pack_panels(panels, static_cast<const uint16_t *>(x), m, k, kind, threads);
     },
     [](const PackedLinear &p, int kind, int type, int threads) {
-        return with_product(kind, type, [&](auto product, auto element) { return packed_linear<decltype(product), decltype(element)>(p, threads); });
+        return with_product(kind, type, [&](auto product, auto element) {
+            return packed_linear<decltype(product), decltype(element)>(p, threads);
+        });
     },
     [](const PackedExperts &p, int kind, int type, int threads) {
-        return with_product(kind, type, [&](auto product, auto element) { return packed_experts<decltype(product), decltype(element)>(p, threads); });
+        return with_product(kind, type, [&](auto product, auto element) {
+            return packed_experts<decltype(product), decltype(element)>(p, threads);
+        });
     },
     [](const PagedAttention &p, int type, int threads) {
         return type == MOESTRO_FLOAT32 ? paged_attention<float>(p, threads) : paged_attention<uint16_t>(p, threads);
     },
-    [](void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type, int threads) {
+    [](void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type,
+       int threads) {
         const auto run = [&](auto element, auto of_weight) {
             using T = decltype(element);
             using W = decltype(of_weight);
-            rms_norm(static_cast<T *>(out), static_cast<const T *>(x), static_cast<const W *>(weight), rows, width, eps, threads);
+            rms_norm(static_cast<T *>(out), static_cast<const T *>(x), static_cast<const W *>(weight), rows, width, eps,
+                     threads);
         };
         const bool wide = weight_type == MOESTRO_FLOAT32;
         if (type == MOESTRO_FLOAT32) return wide ? run(float(), float()) : run(float(), uint16_t());
         return wide ? run(uint16_t(), float()) : run(uint16_t(), uint16_t());
     },
     [](void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads) {
-        if (type == MOESTRO_FLOAT32) return swiglu(static_cast<float *>(out), static_cast<const float *>(gate_up), rows, width, threads);
+        if (type == MOESTRO_FLOAT32)
+            return swiglu(static_cast<float *>(out), static_cast<const float *>(gate_up), rows, width, threads);
         swiglu(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(gate_up), rows, width, threads);
     },
-    [](int64_t rounds, int type, int threads) { return type == MOESTRO_FLOAT32 ? multiply_in_registers<float>(rounds, threads) : multiply_in_registers<uint16_t>(rounds, threads); },
-    [](const CrossEntropy &p, int type, int threads) { return type == MOESTRO_FLOAT32 ? cross_entropy<float>(p, threads) : cross_entropy<uint16_t>(p, threads); },
-    [](const Rope &p, int type, int threads) { type == MOESTRO_FLOAT32 ? rope<float>(p, threads) : rope<uint16_t>(p, threads); },
+    [](int64_t rounds, int type, int threads) {
+        return type == MOESTRO_FLOAT32 ? multiply_in_registers<float>(rounds, threads)
+                                       : multiply_in_registers<uint16_t>(rounds, threads);
+    },
+    [](const CrossEntropy &p, int type, int threads) {
+        return type == MOESTRO_FLOAT32 ? cross_entropy<float>(p, threads) : cross_entropy<uint16_t>(p, threads);
+    },
+    [](const Rope &p, int type, int threads) {
+        type == MOESTRO_FLOAT32 ? rope<float>(p, threads) : rope<uint16_t>(p, threads);
+    },
     [](const Route &p, int threads) { return route(p, threads); },
     [](void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads) {
-        if (type == MOESTRO_FLOAT32) return add(static_cast<float *>(out), static_cast<const float *>(a), static_cast<const float *>(b), rows, width, threads);
-        add(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(a), static_cast<const uint16_t *>(b), rows, width, threads);
+        if (type == MOESTRO_FLOAT32)
+            return add(static_cast<float *>(out), static_cast<const float *>(a), static_cast<const float *>(b), rows,
+                       width, threads);
+        add(static_cast<uint16_t *>(out), static_cast<const uint16_t *>(a), static_cast<const uint16_t *>(b), rows,
+            width, threads);
     },
     [](const FlashForward &p, int type, int threads) {
         return type == MOESTRO_FLOAT32 ? flash_forward<float>(p, threads) : flash_forward<uint16_t>(p, threads);
@@ -95,13 +114,22 @@ extern const Kernels KERNELS = {
     },
     [](const NormBackward &p, int type, int weight_type, int threads) {
         const bool wide = weight_type == MOESTRO_FLOAT32;
-        if (type == MOESTRO_FLOAT32) return wide ? rms_norm_backward<float, float>(p, threads) : rms_norm_backward<float, uint16_t>(p, threads);
-        return wide ? rms_norm_backward<uint16_t, float>(p, threads) : rms_norm_backward<uint16_t, uint16_t>(p, threads);
+        if (type == MOESTRO_FLOAT32)
+            return wide ? rms_norm_backward<float, float>(p, threads) : rms_norm_backward<float, uint16_t>(p, threads);
+        return wide ? rms_norm_backward<uint16_t, float>(p, threads)
+                    : rms_norm_backward<uint16_t, uint16_t>(p, threads);
     },
     [](void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type, int threads) {
-        if (type == MOESTRO_FLOAT32) return swiglu_gradient(static_cast<float *>(d_gate_up), static_cast<const float *>(dy), static_cast<const float *>(gate_up), rows, width, threads);
-        swiglu_gradient(static_cast<uint16_t *>(d_gate_up), static_cast<const uint16_t *>(dy), static_cast<const uint16_t *>(gate_up), rows, width, threads);
+        if (type == MOESTRO_FLOAT32)
+            return swiglu_gradient(static_cast<float *>(d_gate_up), static_cast<const float *>(dy),
+                                   static_cast<const float *>(gate_up), rows, width, threads);
+        swiglu_gradient(static_cast<uint16_t *>(d_gate_up), static_cast<const uint16_t *>(dy),
+                        static_cast<const uint16_t *>(gate_up), rows, width, threads);
     },
-    [](const JoinHeads &p, int type, int threads) { type == MOESTRO_FLOAT32 ? join_heads<float>(p, threads) : join_heads<uint16_t>(p, threads); },
-    [](const SplitHeads &p, int type, int threads) { type == MOESTRO_FLOAT32 ? split_heads<float>(p, threads) : split_heads<uint16_t>(p, threads); },
+    [](const JoinHeads &p, int type, int threads) {
+        type == MOESTRO_FLOAT32 ? join_heads<float>(p, threads) : join_heads<uint16_t>(p, threads);
+    },
+    [](const SplitHeads &p, int type, int threads) {
+        type == MOESTRO_FLOAT32 ? split_heads<float>(p, threads) : split_heads<uint16_t>(p, threads);
+    },
 };

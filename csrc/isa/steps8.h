@@ -23,7 +23,8 @@ inline __m256i widen8(const uint16_t *p) {
     return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16);
 }
 inline __m256i pair8(const uint16_t *p, const uint16_t *q) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)), b = _mm_loadu_si128(reinterpret_cast<const __m128i *>(q));
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)),
+                  b = _mm_loadu_si128(reinterpret_cast<const __m128i *>(q));
     return _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
 }
 
@@ -43,6 +44,7 @@ inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *const *
     }
     for (int i = 0; i < 4; i++) {
         _mm256_storeu_ps(reinterpret_cast<float *>(to + i * to_stride), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(reinterpret_cast<float *>(to + (i + 4) * to_stride), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        _mm256_storeu_ps(reinterpret_cast<float *>(to + (i + 4) * to_stride),
+                         _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
     }
 }

@@ -1,9 +1,9 @@
 // Matrix products of one thread, for one instruction set; included by each kernels_*.cpp after it has defined `Isa`.
 //
-// Everything is in units of one 32-bit step of k: a float, or a pair of bf16 (k, k+1). The left operand is read where it
-// lies (a broadcast needs no packing) through one pointer a row; the right one is packed into panels of NR columns:
-// panel[k][NR]. The microkernel adds up MR × NR sums in registers, a piece of k after the other, in the order of k: a row's
-// result does not depend on which other rows are computed with it.
+// Everything is in units of one 32-bit step of k: a float, or a pair of bf16 (k, k+1). The left operand is read where
+// it lies (a broadcast needs no packing) through one pointer a row; the right one is packed into panels of NR columns:
+// panel[k][NR]. The microkernel adds up MR × NR sums in registers, a piece of k after the other, in the order of k: a
+// row's result does not depend on which other rows are computed with it.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,13 +22,15 @@ namespace {
 template <class F, int... I> inline MOESTRO_INLINE void unroll_each(F &&f, std::integer_sequence<int, I...>) {
     (f(std::integral_constant<int, I>()), ...);
 }
-template <int N, class F> inline MOESTRO_INLINE void unroll(F &&f) { unroll_each(f, std::make_integer_sequence<int, N>()); }
+template <int N, class F> inline MOESTRO_INLINE void unroll(F &&f) {
+    unroll_each(f, std::make_integer_sequence<int, N>());
+}
 
 using Step = uint32_t;  // a float, or two bf16
 constexpr int MR = 6;
 constexpr int NR = Isa::WIDTH * Isa::VECTORS;
-// A task is ROW_BLOCK rows by COLUMN_BLOCK columns; what it reads of the left operand for K_BLOCK steps, and its sums, stay in
-// the second-level cache, and K_PIECE steps of a panel of 16 columns in the first.
+// A task is ROW_BLOCK rows by COLUMN_BLOCK columns; what it reads of the left operand for K_BLOCK steps, and its sums,
+// stay in the second-level cache, and K_PIECE steps of a panel of 16 columns in the first.
 constexpr int64_t ROW_BLOCK = 96, COLUMN_BLOCK = 512, K_BLOCK = 512, K_PIECE = NR == 16 ? 256 : 512;
 
 inline float to_float(uint16_t b) {
@@ -91,7 +93,9 @@ inline Step make_step(const uint16_t *p, const uint16_t *q) {
 }
 
 // Eight neighbours at once: elements p[0 … 7] at k, q[0 … 7] at k + 1.
-inline __m256i make_steps8(const float *p, const float *) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+inline __m256i make_steps8(const float *p, const float *) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+}
 inline __m256i make_steps8(const uint16_t *p, const uint16_t *q) { return Isa::HAS_BF16 ? pair8(p, q) : widen8(p); }
 inline void store_steps8(Step *to, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), v); }
 
@@ -109,8 +113,8 @@ template <class T> inline void copy_steps(Step *to, const T *row, int64_t k) {
     if (k % PER) to[whole] = make_step(row + k - 1, static_cast<const T *>(nullptr));
 }
 
-// Pack columns of k contiguous elements each into panel[steps][width]; missing columns and the odd last element are zero.
-// width is a multiple of 8.
+// Pack columns of k contiguous elements each into panel[steps][width]; missing columns and the odd last element are
+// zero. width is a multiple of 8.
 template <class T> void pack_columns(Step *panel, int width, const T *const *columns, int count, int64_t k) {
     constexpr int PER = Layout<T>::PER_STEP;
     const int64_t steps = steps_of<T>(k), whole = k / PER;
@@ -136,8 +140,8 @@ template <class T> void pack_columns(Step *panel, int width, const T *const *col
     }
 }
 
-// Elements k and k + 1 of a strided operand: element (k, n) is row(k)[n], row(k) = src + (rows ? rows[k] : k) * stride. Of an
-// odd last k, or where a step holds one element, the second is null.
+// Elements k and k + 1 of a strided operand: element (k, n) is row(k)[n], row(k) = src + (rows ? rows[k] : k) * stride.
+// Of an odd last k, or where a step holds one element, the second is null.
 template <class T> struct StepRows {
     const T *first, *second;
     StepRows(const T *src, int64_t stride, const int64_t *rows, int64_t step, int64_t k) {
@@ -161,9 +165,8 @@ template <class T> inline void copy_step(Step *out, const StepRows<T> &row, int6
 
 // Pack b(k, n), n in [0, columns), into panel[steps][NR]; missing columns and the odd last element are zero.
 // contiguous_k: element (k, n) is src[n * stride + k]; else row(k)[n] as in StepRows.
-template <class T>
-void pack_panel(Step *panel, const T *src, int64_t stride, const int64_t *rows, bool contiguous_k, int64_t k,
-                int columns) {
+template <class T> void pack_panel(Step *panel, const T *src, int64_t stride, const int64_t *rows, bool contiguous_k,
+                                   int64_t k, int columns) {
     const int64_t steps = steps_of<T>(k);
     if (contiguous_k) {
         const T *starts[NR];
@@ -174,23 +177,26 @@ void pack_panel(Step *panel, const T *src, int64_t stride, const int64_t *rows, 
 }
 
 // c (+)= rows of a · panel: MR rows of sums, `c_stride` apart. Step k of row i is a_rows[i][k * a_step].
-template <bool PAIRS>
-__attribute__((noinline)) void microkernel(float *c, int64_t c_stride, const Step *const *a_rows, int64_t a_step,
-                                           const Step *panel, int64_t steps, bool accumulate) {
+template <bool PAIRS> __attribute__((noinline)) void microkernel(float *c, int64_t c_stride, const Step *const *a_rows,
+                                                                 int64_t a_step, const Step *panel, int64_t steps,
+                                                                 bool accumulate) {
     using Vector = typename Isa::Vector;
     constexpr int V = Isa::VECTORS;
     Vector acc[MR][V];
     const Step *row[MR];
     unroll<MR>([&](auto i) MOESTRO_INLINE {
         row[i] = a_rows[i];
-        unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = accumulate ? Isa::load(c + i * c_stride + v * Isa::WIDTH) : Isa::zero(); });
+        unroll<V>([&](auto v) MOESTRO_INLINE {
+            acc[i][v] = accumulate ? Isa::load(c + i * c_stride + v * Isa::WIDTH) : Isa::zero();
+        });
     });
     for (int64_t at = 0; steps > 0; steps--, at += a_step, panel += NR) {
         Vector b[V];
         unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = Isa::load_steps(panel + v * Isa::WIDTH); });
         unroll<MR>([&](auto i) MOESTRO_INLINE {
             const Vector a = Isa::broadcast(row[i] + at);
-            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, b[v]); });
+            unroll<V>([&](auto v)
+                          MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, b[v]); });
         });
     }
     unroll<MR>([&](auto i) MOESTRO_INLINE {
@@ -217,9 +223,9 @@ struct Left {
     int64_t step;
 };
 
-// The steps of m rows, used in place where elements are steps; elsewhere (bf16 without bf16 products, an odd k, a strided k)
-// copied to `copy`: [m][steps], or [m / MR][steps][MR], a cache line between the strips lest they share cache sets.
-// `copy` holds (ROW_BLOCK / MR) · (MR · steps + 16).
+// The steps of m rows, used in place where elements are steps; elsewhere (bf16 without bf16 products, an odd k, a
+// strided k) copied to `copy`: [m][steps], or [m / MR][steps][MR], a cache line between the strips lest they share
+// cache sets. `copy` holds (ROW_BLOCK / MR) · (MR · steps + 16).
 template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, int64_t m, int64_t k) {
     constexpr int PER = Layout<T>::PER_STEP;
     const int64_t steps = steps_of<T>(k);
@@ -235,11 +241,13 @@ template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, i
     for (int64_t i = 0; i < m; i++) left.rows[i] = copy + i / MR * strip + i % MR;
     for (int64_t s = 0; s < steps; s++) {
         const StepRows<T> row(a.data, a.stride, a.rows, s, k);
-        // Eight steps are written where six are meant: the two in excess are the next step's, which comes later, or fill.
+        // Eight steps are written where six are meant: the two in excess are the next step's, which comes later, or
+        // fill.
         const int64_t wide = row.whole() ? m - 7 : 0;
         for (int64_t first = 0; first < m; first += MR) {
             Step *to = copy + first / MR * strip + s * MR;
-            if (first < wide) store_steps8(to, row.eight(first));
+            if (first < wide)
+                store_steps8(to, row.eight(first));
             else
                 for (int64_t i = first; i < std::min(first + MR, m); i++) to[i - first] = row.one(i);
         }
@@ -248,10 +256,11 @@ template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, i
 
 thread_local Scratch left_steps, block_sums;
 
-// At most ROW_BLOCK rows of `a` times the columns [first, last) of packed panels, each of all steps of k: use(row, column,
-// values, count) receives the finished sums of a row, a panel's or COLUMN_BLOCK at a time. `first` is a multiple of NR.
-template <class T, class Use>
-bool multiply_rows(const Operand<T> &a, int64_t m, int64_t k, const Step *panels, int64_t first, int64_t last, Use use) {
+// At most ROW_BLOCK rows of `a` times the columns [first, last) of packed panels, each of all steps of k: use(row,
+// column, values, count) receives the finished sums of a row, a panel's or COLUMN_BLOCK at a time. `first` is a
+// multiple of NR.
+template <class T, class Use> bool multiply_rows(const Operand<T> &a, int64_t m, int64_t k, const Step *panels,
+                                                 int64_t first, int64_t last, Use use) {
     constexpr int PER = Layout<T>::PER_STEP;
     const int64_t steps = steps_of<T>(k);
     const int64_t block_columns = steps <= K_BLOCK ? NR : COLUMN_BLOCK;
@@ -264,14 +273,16 @@ bool multiply_rows(const Operand<T> &a, int64_t m, int64_t k, const Step *panels
         if (steps == 0) std::fill(sums, sums + m * stride, 0.0f);
         for (int64_t s = 0; s < steps; s += K_BLOCK) {
             const int64_t some = std::min(K_BLOCK, steps - s);
-            if (block == first || steps > K_BLOCK) make_left(left, copy, a.from_k(s * PER), m, std::min(k - s * PER, some * PER));
+            if (block == first || steps > K_BLOCK)
+                make_left(left, copy, a.from_k(s * PER), m, std::min(k - s * PER, some * PER));
             for (int64_t column = 0; column < columns; column += NR)
                 for (int64_t piece = 0; piece < some; piece += K_PIECE) {
                     const Step *panel = panels + (block + column) / NR * steps * NR + (s + piece) * NR;
                     for (int64_t row = 0; row < m; row += MR) {
                         const Step *from[MR];
                         for (int i = 0; i < MR; i++) from[i] = left.rows[std::min(row + i, m - 1)] + piece * left.step;
-                        microkernel<Layout<T>::PAIRS>(sums + row * stride + column, stride, from, left.step, panel, std::min(K_PIECE, some - piece), s + piece > 0);
+                        microkernel<Layout<T>::PAIRS>(sums + row * stride + column, stride, from, left.step, panel,
+                                                      std::min(K_PIECE, some - piece), s + piece > 0);
                     }
                 }
         }

@@ -1,5 +1,5 @@
-// Functions of single rows: RMSNorm, SwiGLU, router scores, rotation. Rows are taken in pieces of 16 values, the last one filled up, so
-// that every value of a row is computed by the same instructions.
+// Functions of single rows: RMSNorm, SwiGLU, router scores, rotation. Rows are taken in pieces of 16 values, the last
+// one filled up, so that every value of a row is computed by the same instructions.
 #pragma once
 #include "math/gemm.h"
 
@@ -105,7 +105,8 @@ inline void score_row(float *to, const float *from, int64_t width, int function)
 }
 
 // Pairs (x0, x1), (x2, x3), … of one vector, LANES values at a time; every pair is rounded in the same way.
-template <class T, class From> void rotate_vector(T *out, const From *x, const float *cos, const float *sin, int64_t width, float sign) {
+template <class T, class From>
+void rotate_vector(T *out, const From *x, const float *cos, const float *sin, int64_t width, float sign) {
     constexpr int HALF = LANES / 2;
     for (int64_t j = 0; j < width; j += LANES) {
         float v[LANES], c[LANES], s[LANES];

@@ -1,5 +1,5 @@
-// Products in registers for serving: R rows at one distance from each other times V vectors of a packed panel. A result is
-// one sum over k in order, whatever R and V are, so shapes are chosen freely by the number of rows.
+// Products in registers for serving: R rows at one distance from each other times V vectors of a packed panel. A result
+// is one sum over k in order, whatever R and V are, so shapes are chosen freely by the number of rows.
 #pragma once
 #include "math/gemm.h"
 
@@ -44,51 +44,60 @@ template <int R> struct Pointers {
     }
 };
 
-// use(row, vector, what was loaded): V vectors of a step for R rows. Of one row, each vector has done with before the next is
-// loaded, so that many columns fit the registers; of several, each is loaded once for all.
-template <int R, int V, class Vector, class Load, class Use> inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use) {
+// use(row, vector, what was loaded): V vectors of a step for R rows. Of one row, each vector has done with before the
+// next is loaded, so that many columns fit the registers; of several, each is loaded once for all.
+template <int R, int V, class Vector, class Load, class Use>
+inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use) {
     if constexpr (R == 1) {
         unroll<V>([&](auto v) MOESTRO_INLINE { use(std::integral_constant<int, 0>(), v, load(v)); });
     } else {
         Vector b[V];
         unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = load(v); });
-        unroll<R>([&](auto i) MOESTRO_INLINE {
-            unroll<V>([&](auto v) MOESTRO_INLINE { use(i, v, b[v]); });
-        });
+        unroll<R>([&](auto i) MOESTRO_INLINE { unroll<V>([&](auto v) MOESTRO_INLINE { use(i, v, b[v]); }); });
     }
 }
 
 // Keeps the compiler from holding in registers what it has read, which the sums need.
 #define READ_AGAIN asm volatile("" ::: "memory")
 
-// How rows meet a panel, and what a step is: a float of each; a pair of bf16 of each; two floats of a row and a pair of bf16
-// of the panel; a pair of bf16 of a row and two steps of floats of the panel; a float of a row and bf16 of the panel.
+// How rows meet a panel, and what a step is: a float of each; a pair of bf16 of each; two floats of a row and a pair of
+// bf16 of the panel; a pair of bf16 of a row and two steps of floats of the panel; a float of a row and bf16 of the
+// panel.
 enum class Mode { FLOATS, PAIRS, WIDE_PANEL, WIDE_ROWS, WIDE_VALUES };
 
 // c (+)= rows · panel over `steps` steps, which lie panel_bytes apart.
-template <Mode MODE, int R, int V>
-void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t panel_bytes, int64_t steps, bool accumulate, Ahead ahead) {
+template <Mode MODE, int R, int V> void tile(float *c, int64_t c_stride, Rows rows, const char *panel,
+                                             int64_t panel_bytes, int64_t steps, bool accumulate, Ahead ahead) {
     using Vector = typename Isa::Vector;
-    constexpr bool PAIRS = MODE == Mode::PAIRS, WIDE_PANEL = MODE == Mode::WIDE_PANEL, WIDE_ROWS = MODE == Mode::WIDE_ROWS;
+    constexpr bool PAIRS = MODE == Mode::PAIRS, WIDE_PANEL = MODE == Mode::WIDE_PANEL,
+                   WIDE_ROWS = MODE == Mode::WIDE_ROWS;
     constexpr int HALVES = WIDE_PANEL || WIDE_ROWS ? 2 : 1, LANE = MODE == Mode::WIDE_VALUES ? 2 : 4;
     Vector acc[R][V];
     Pointers<R> row(rows.data, rows.bytes);
     unroll<R>([&](auto i) MOESTRO_INLINE {
-        unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = accumulate ? Isa::load_any(c + i * c_stride + v * Isa::WIDTH) : Isa::zero(); });
+        unroll<V>([&](auto v) MOESTRO_INLINE {
+            acc[i][v] = accumulate ? Isa::load_any(c + i * c_stride + v * Isa::WIDTH) : Isa::zero();
+        });
     });
     for (int64_t s = 0; s < steps; s++) {
         ahead.fetch<LINES<R, V>>();
         unroll<HALVES>([&](auto half) MOESTRO_INLINE {
             if (half) READ_AGAIN;
-            for_vectors<R, V, Vector>([&](auto v) MOESTRO_INLINE {
-                const char *at = panel + v * Isa::WIDTH * LANE + (WIDE_ROWS ? half * panel_bytes : 0);
-                if (MODE == Mode::WIDE_VALUES) return Isa::load_widened(at);
-                const Vector b = Isa::load_any(at);
-                return !WIDE_PANEL ? b : half ? Isa::high_half(b) : Isa::low_half(b);
-            }, [&](auto i, auto v, Vector b) MOESTRO_INLINE {
-                const Vector a = Isa::broadcast(row[i] + (WIDE_PANEL ? 4 * half : 0));
-                acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], !WIDE_ROWS ? a : half ? Isa::high_half(a) : Isa::low_half(a), b);
-            });
+            for_vectors<R, V, Vector>(
+                [&](auto v) MOESTRO_INLINE {
+                    const char *at = panel + v * Isa::WIDTH * LANE + (WIDE_ROWS ? half * panel_bytes : 0);
+                    if (MODE == Mode::WIDE_VALUES) return Isa::load_widened(at);
+                    const Vector b = Isa::load_any(at);
+                    return !WIDE_PANEL ? b : half ? Isa::high_half(b) : Isa::low_half(b);
+                },
+                [&](auto i, auto v, Vector b) MOESTRO_INLINE {
+                    const Vector a = Isa::broadcast(row[i] + (WIDE_PANEL ? 4 * half : 0));
+                    acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v],
+                                                                  !WIDE_ROWS ? a
+                                                                  : half     ? Isa::high_half(a)
+                                                                             : Isa::low_half(a),
+                                                                  b);
+                });
         });
         row.advance(WIDE_PANEL ? 8 : 4);
         panel += WIDE_ROWS ? 2 * panel_bytes : panel_bytes;
@@ -100,8 +109,8 @@ void tile(float *c, int64_t c_stride, Rows rows, const char *panel, int64_t pane
 
 constexpr int PANEL = 64;  // outputs of a packed panel, on every instruction set
 
-// Quantised blocks of a panel: codes [LENGTH / 4][PANEL][4] around ZERO, of 4 bits with steps s and s + LENGTH / 8 in the low
-// and high halves of a byte; then PANEL scales in bf16.
+// Quantised blocks of a panel: codes [LENGTH / 4][PANEL][4] around ZERO, of 4 bits with steps s and s + LENGTH / 8 in
+// the low and high halves of a byte; then PANEL scales in bf16.
 template <int BITS> struct Block {
     static constexpr int LENGTH = BITS == 8 ? 64 : 32, ZERO = BITS == 8 ? 128 : 8;
     static constexpr int CODES = LENGTH * PANEL * BITS / 8, BYTES = CODES + 2 * PANEL, LOADS = CODES / (4 * PANEL);
@@ -114,8 +123,8 @@ struct BlockScale {
 };
 
 // c (+)= rows · blocks, at `column` of the panel. Sums inside a block are exact integers.
-template <int BITS, int R, int V>
-void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64_t column, int64_t count, bool accumulate, Ahead ahead) {
+template <int BITS, int R, int V> void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks,
+                                                  int64_t column, int64_t count, bool accumulate, Ahead ahead) {
     using Integers = typename Isa::Integers;
     using B = Block<BITS>;
     constexpr int HALVES = 8 / BITS, HALF = B::LENGTH / 2;  // of a byte of codes; bytes of a row between them
@@ -130,12 +139,14 @@ void block_tile(float *c, int64_t c_stride, Rows rows, const char *blocks, int64
             ahead.fetch<LINES<R, V> + (R <= 2 ? 1 : 0)>();  // of the scales, too
             unroll<HALVES>([&](auto half) MOESTRO_INLINE {
                 if (half) READ_AGAIN;
-                for_vectors<R, V, Integers>([&](auto v) MOESTRO_INLINE {
-                    const Integers w = Isa::load_codes(codes + v * Isa::WIDTH * 4);
-                    return HALVES == 1 ? w : half ? Isa::high_codes(w) : Isa::low_codes(w);
-                }, [&](auto i, auto v, Integers w) MOESTRO_INLINE {
-                    acc[i][v] = Isa::template dot<BITS>(acc[i][v], w, Isa::set(step_as_int(row[i] + HALF * half)));
-                });
+                for_vectors<R, V, Integers>(
+                    [&](auto v) MOESTRO_INLINE {
+                        const Integers w = Isa::load_codes(codes + v * Isa::WIDTH * 4);
+                        return HALVES == 1 ? w : half ? Isa::high_codes(w) : Isa::low_codes(w);
+                    },
+                    [&](auto i, auto v, Integers w) MOESTRO_INLINE {
+                        acc[i][v] = Isa::template dot<BITS>(acc[i][v], w, Isa::set(step_as_int(row[i] + HALF * half)));
+                    });
             });
             row.advance(4);
             codes += 4 * PANEL;

@@ -1,9 +1,9 @@
-// Attention over pages of cached rows. A unit is up to NR columns (a query row and a head each) of one sequence and group;
-// its keys are taken in splits of SPLIT, aligned to absolute positions:
+// Attention over pages of cached rows. A unit is up to NR columns (a query row and a head each) of one sequence and
+// group; its keys are taken in splits of SPLIT, aligned to absolute positions:
 //
-//   scores    rows of a page, read where they lie, times a panel of the columns' queries: a cached row is read once for all
-//   weights   exp(score − largest of the split), vertically, a lane a column; keys that a column does not see weigh 0
-//   values    weights, turned into rows, times values: read where they lie, or with bf16 products packed into panels
+//   scores    rows of a page, read where they lie, times a panel of the columns' queries: a cached row is read once for
+//   all weights   exp(score − largest of the split), vertically, a lane a column; keys that a column does not see weigh
+//   0 values    weights, turned into rows, times values: read where they lie, or with bf16 products packed into panels
 //
 // Splits are merged in their order by the usual rescaling, whether one thread or several computed them; so a column's
 // result depends on its query, its position and its cached rows alone.
@@ -17,9 +17,10 @@ namespace {
 
 constexpr int64_t PAGE = 64, SPLIT = 256;
 constexpr int64_t MOST_PARTIAL = int64_t(1) << 25;  // floats of splits that are kept to be merged
-constexpr int SCORE_ROWS = Isa::WIDTH;              // SCORE_ROWS / V rows times V vectors: as many sums as registers allow
+constexpr int SCORE_ROWS = Isa::WIDTH;  // SCORE_ROWS / V rows times V vectors: as many sums as registers allow
 
-thread_local Scratch query_panel, score_floats, weight_panel, weight_rows, value_panel, row_copies, own_state, own_partial;
+thread_local Scratch query_panel, score_floats, weight_panel, weight_rows, value_panel, row_copies, own_state,
+    own_partial;
 Scratch call_units, call_partial;
 
 struct Unit {
@@ -74,22 +75,28 @@ void score_rows(float *scores, Rows rows, int64_t count, const Step *panel, int6
     for (int64_t r = 0; r < count; r += R)
         with_rows<R>(std::min<int64_t>(R, count - r), [&](auto n) {
             const char *own = rows.data + r * rows.bytes;
-            tile<MODE, decltype(n)::value, V>(scores + r * WIDTH, WIDTH, {own, rows.bytes}, reinterpret_cast<const char *>(panel), WIDTH * 4, steps, accumulate, {own + R * rows.bytes, 64});
+            tile<MODE, decltype(n)::value, V>(scores + r * WIDTH, WIDTH, {own, rows.bytes},
+                                              reinterpret_cast<const char *>(panel), WIDTH * 4, steps, accumulate,
+                                              {own + R * rows.bytes, 64});
         });
 }
 
 // scores of a page, a piece of the panel for all its rows at a time.
-template <Mode MODE, int V>
-void score_page(float *scores, Rows rows, int64_t count, const Step *panel, int64_t steps) {
+template <Mode MODE, int V> void score_page(float *scores, Rows rows, int64_t count, const Step *panel, int64_t steps) {
     constexpr int64_t PER = MODE == Mode::WIDE_ROWS ? 2 : 1, PIECE = K_PIECE / PER;
     for (int64_t s = 0; s < steps; s += PIECE)
-        score_rows<MODE, V>(scores, {rows.data + s * 4, rows.bytes}, count, panel + s * PER * V * Isa::WIDTH, std::min(PIECE, steps - s), s > 0);
+        score_rows<MODE, V>(scores, {rows.data + s * 4, rows.bytes}, count, panel + s * PER * V * Isa::WIDTH,
+                            std::min(PIECE, steps - s), s > 0);
 }
 
-template <Mode MODE> void score_page(float *scores, int width, Rows rows, int64_t count, const Step *panel, int64_t steps) {
-    if (width == Isa::WIDTH) score_page<MODE, 1>(scores, rows, count, panel, steps);
-    else if (width == 2 * Isa::WIDTH) score_page<MODE, 2>(scores, rows, count, panel, steps);
-    else score_page<MODE, Isa::VECTORS>(scores, rows, count, panel, steps);
+template <Mode MODE>
+void score_page(float *scores, int width, Rows rows, int64_t count, const Step *panel, int64_t steps) {
+    if (width == Isa::WIDTH)
+        score_page<MODE, 1>(scores, rows, count, panel, steps);
+    else if (width == 2 * Isa::WIDTH)
+        score_page<MODE, 2>(scores, rows, count, panel, steps);
+    else
+        score_page<MODE, Isa::VECTORS>(scores, rows, count, panel, steps);
 }
 
 // scores [keys][width] of one split.
@@ -106,9 +113,12 @@ bool score_split(float *scores, const Query<T> &q, const PagedAttention &a, int6
         const Rows rows = {reinterpret_cast<const char *>(page), a.page_width * int64_t(sizeof(T))};
         if (!in_place) {
             for (int64_t i = 0; i < count; i++) copy_steps(copies + i * steps, page + i * a.page_width, a.key_width);
-            score_page<MODE_OF<T>>(scores + j * q.width, q.width, {reinterpret_cast<const char *>(copies), steps * 4}, count, panel, steps);
-        } else if (WIDENED<T>) score_page<Mode::WIDE_ROWS>(scores + j * q.width, q.width, rows, count, panel, steps / 2);
-        else score_page<MODE_OF<T>>(scores + j * q.width, q.width, rows, count, panel, steps);
+            score_page<MODE_OF<T>>(scores + j * q.width, q.width, {reinterpret_cast<const char *>(copies), steps * 4},
+                                   count, panel, steps);
+        } else if (WIDENED<T>)
+            score_page<Mode::WIDE_ROWS>(scores + j * q.width, q.width, rows, count, panel, steps / 2);
+        else
+            score_page<MODE_OF<T>>(scores + j * q.width, q.width, rows, count, panel, steps);
     }
     return true;
 }
@@ -127,8 +137,8 @@ inline Step step_of_weights(float p, float q, float *used, float *used_next, con
 }
 
 // Weights of one vector of columns: panel[steps][width] at these columns, their largest scores and sums.
-template <class T>
-void weigh_columns(Step *panel, float *largest, float *sum, const float *scores, const int32_t *seen, int64_t keys, int width, float scale) {
+template <class T> void weigh_columns(Step *panel, float *largest, float *sum, const float *scores, const int32_t *seen,
+                                      int64_t keys, int width, float scale) {
     constexpr int W = Isa::WIDTH, PER = Layout<T>::PER_STEP;
     float most[W], total[W] = {};
     for (float &m : most) m = -INFINITY;
@@ -143,7 +153,8 @@ void weigh_columns(Step *panel, float *largest, float *sum, const float *scores,
 #pragma omp simd
         for (int c = 0; c < W; c++) {
             const float s0 = j < seen[c] ? std::fma(scores[j * width + c], scale, -most[c]) : 0.0f;
-            const float s1 = PER == 2 && j + 1 < seen[c] ? std::fma(scores[(j + 1) * width + c], scale, -most[c]) : 0.0f;
+            const float s1 =
+                PER == 2 && j + 1 < seen[c] ? std::fma(scores[(j + 1) * width + c], scale, -most[c]) : 0.0f;
             const float p0 = j < seen[c] ? fast_exp(s0) : 0.0f, p1 = PER == 2 && j + 1 < seen[c] ? fast_exp(s1) : 0.0f;
             float used0 = 0, used1 = 0;
             panel[j / PER * width + c] = step_of_weights(p0, p1, &used0, &used1, static_cast<const T *>(nullptr));
@@ -156,17 +167,19 @@ void weigh_columns(Step *panel, float *largest, float *sum, const float *scores,
 }
 
 // Σ over some keys of weight · value, to [count][stride]; value vectors as `tile` reads them.
-template <Mode MODE>
-void add_panel(float *to, int64_t stride, Rows weights, int64_t count, const char *panel, int64_t panel_bytes, int64_t steps, bool accumulate) {
+template <Mode MODE> void add_panel(float *to, int64_t stride, Rows weights, int64_t count, const char *panel,
+                                    int64_t panel_bytes, int64_t steps, bool accumulate) {
     for (int64_t c = 0; c < count; c += MR)
         with_rows<MR>(std::min<int64_t>(MR, count - c), [&](auto r) {
-            tile<MODE, decltype(r)::value, Isa::VECTORS>(to + c * stride, stride, {weights.data + c * weights.bytes, weights.bytes}, panel, panel_bytes, steps, accumulate, {panel, 0});
+            tile<MODE, decltype(r)::value, Isa::VECTORS>(to + c * stride, stride,
+                                                         {weights.data + c * weights.bytes, weights.bytes}, panel,
+                                                         panel_bytes, steps, accumulate, {panel, 0});
         });
 }
 
 // Σ over the keys of one split of weight · value: to [count][stride].
-template <class T>
-bool add_values(float *to, int64_t stride, const Query<T> &q, const PagedAttention &a, const Step *weights, int64_t row_steps, int64_t first, int64_t keys) {
+template <class T> bool add_values(float *to, int64_t stride, const Query<T> &q, const PagedAttention &a,
+                                   const Step *weights, int64_t row_steps, int64_t first, int64_t keys) {
     constexpr int PER = Layout<T>::PER_STEP;
     Step *panel = value_panel.get<Step>(steps_of<T>(PAGE) * NR);
     if (!panel) return false;
@@ -177,17 +190,20 @@ bool add_values(float *to, int64_t stride, const Query<T> &q, const PagedAttenti
         for (int64_t v = 0; v < a.value_width; v += NR) {
             const int64_t columns = std::min<int64_t>(NR, a.value_width - v);
             if (WIDENED<T> && columns == NR) {
-                add_panel<Mode::WIDE_VALUES>(to + v, stride, rows, q.count, reinterpret_cast<const char *>(page + v), a.page_width * 2, count, j > 0);
+                add_panel<Mode::WIDE_VALUES>(to + v, stride, rows, q.count, reinterpret_cast<const char *>(page + v),
+                                             a.page_width * 2, count, j > 0);
                 continue;
             }
             pack_panel(panel, page + v, a.page_width, nullptr, false, count, int(columns));
-            add_panel<MODE_OF<T>>(to + v, stride, rows, q.count, reinterpret_cast<const char *>(panel), NR * 4, steps_of<T>(count), j > 0);
+            add_panel<MODE_OF<T>>(to + v, stride, rows, q.count, reinterpret_cast<const char *>(panel), NR * 4,
+                                  steps_of<T>(count), j > 0);
         }
     }
     return true;
 }
 
-template <class T> bool attend_split(Softmax to, int64_t stride, const Query<T> &q, const PagedAttention &a, int64_t split) {
+template <class T>
+bool attend_split(Softmax to, int64_t stride, const Query<T> &q, const PagedAttention &a, int64_t split) {
     constexpr int PER = Layout<T>::PER_STEP, STEPS = SPLIT / PER;
     const int64_t first = split * SPLIT, keys = std::min(SPLIT, q.num_keys - first);
     float *scores = score_floats.get<float>(SPLIT * NR);
@@ -261,7 +277,8 @@ inline int64_t list_units(Unit *to, const PagedAttention &a, int64_t *splits) {
 }
 
 // Few units of many splits: all splits first, then a merge of each unit.
-template <class T> int attend_splits(const PagedAttention &a, const Unit *units, int64_t count, int64_t splits, int64_t stride, int threads) {
+template <class T> int attend_splits(const PagedAttention &a, const Unit *units, int64_t count, int64_t splits,
+                                     int64_t stride, int threads) {
     const int64_t size = Softmax::size(stride);
     float *partial = call_partial.get<float>(splits * size);
     if (!partial) return MOESTRO_NO_MEMORY;
@@ -293,7 +310,8 @@ template <class T> int paged_attention(const PagedAttention &a, int threads) {
     Unit *units = call_units.get<Unit>(list_units(nullptr, a, &splits));
     if (!units) return MOESTRO_NO_MEMORY;
     const int64_t count = list_units(units, a, &splits);
-    if (count < 4 * threads && splits > count && splits * Softmax::size(stride) <= MOST_PARTIAL) return attend_splits<T>(a, units, count, splits, stride, threads);
+    if (count < 4 * threads && splits > count && splits * Softmax::size(stride) <= MOST_PARTIAL)
+        return attend_splits<T>(a, units, count, splits, stride, threads);
     int failed = 0;
 #pragma omp parallel for num_threads(splits > 1 ? threads : 1) schedule(dynamic) reduction(| : failed)
     for (int64_t u = count - 1; u >= 0; u--) failed |= !attend_unit<T>(a, units[u], stride);

@@ -13,9 +13,14 @@ constexpr int WORDS = 16;              // of four bytes, most that a row has in 
 template <int KIND> constexpr int64_t LENGTH = KIND == MOESTRO_KIND_FP32 ? 16 : KIND == MOESTRO_KIND_INT8 ? 64 : 32;
 template <int KIND> constexpr bool CODED = KIND == MOESTRO_KIND_INT8 || KIND == MOESTRO_KIND_INT4;
 template <int KIND> constexpr int64_t words_of(int64_t count) {
-    return KIND == MOESTRO_KIND_FP32 ? count : KIND == MOESTRO_KIND_BF16 ? (count + 1) / 2 : KIND == MOESTRO_KIND_INT8 ? 16 : 4;
+    return KIND == MOESTRO_KIND_FP32   ? count
+           : KIND == MOESTRO_KIND_BF16 ? (count + 1) / 2
+           : KIND == MOESTRO_KIND_INT8 ? 16
+                                       : 4;
 }
-template <int KIND> constexpr int64_t bytes_of(int64_t count) { return (words_of<KIND>(count) * 4 + (CODED<KIND> ? 2 : 0)) * PANEL; }
+template <int KIND> constexpr int64_t bytes_of(int64_t count) {
+    return (words_of<KIND>(count) * 4 + (CODED<KIND> ? 2 : 0)) * PANEL;
+}
 
 inline float inverse_of(float scale) { return std::fabs(scale) > LEAST_SCALE ? 1.0f / scale : 0.0f; }
 inline float code_of(float value, float inverse, float least, float most) {
@@ -23,8 +28,8 @@ inline float code_of(float value, float inverse, float least, float most) {
     return code > least ? std::min(code, most) : least;  // of what is not a number, too
 }
 
-// A row's words of a piece, v [LENGTH] filled up with zeros -> its scale in bf16. Least and largest are 0 at the most and least,
-// which changes nothing: of a block whose values all have one sign, the other is not used.
+// A row's words of a piece, v [LENGTH] filled up with zeros -> its scale in bf16. Least and largest are 0 at the most
+// and least, which changes nothing: of a block whose values all have one sign, the other is not used.
 template <int KIND> inline uint16_t make_words(uint32_t *words, const float *v) {
     constexpr int64_t N = LENGTH<KIND>;
     if constexpr (KIND == MOESTRO_KIND_FP32) {

@@ -1,8 +1,9 @@
 // Products with packed weights (docs/kernels.md has the layout): linear layers and SwiGLU experts for serving.
 //
-// A weight is cut into panels of 64 outputs that follow each other in memory, each read from front to end once for a block
-// of rows: what limits few rows is that reading, so it is the only traffic. Rows are prepared once a call (widened,
-// quantised, or used where they lie). A task is a block of rows times some panels; tasks are handed out freely.
+// A weight is cut into panels of 64 outputs that follow each other in memory, each read from front to end once for a
+// block of rows: what limits few rows is that reading, so it is the only traffic. Rows are prepared once a call
+// (widened, quantised, or used where they lie). A task is a block of rows times some panels; tasks are handed out
+// freely.
 #pragma once
 #include <omp.h>
 
@@ -11,26 +12,32 @@
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 96;       // of a block: they stay in the second-level cache beside a piece of a panel
-constexpr int64_t FEW_ROWS = 24;        // of a block beside which a piece of a panel fits the first-level cache
-constexpr int64_t FEW_BYTES = 3 * Block<8>::BYTES, MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
-constexpr int64_t CLOSE_BYTES = 1024;  // ahead of what a lone tile reads, where that is better than the processor's own fetching
-constexpr int64_t SMALL_BYTES = 1 << 20;  // of a matrix of which a thread takes one run of panels, fetched without a break
+constexpr int64_t MOST_ROWS = 96;  // of a block: they stay in the second-level cache beside a piece of a panel
+constexpr int64_t FEW_ROWS = 24;   // of a block beside which a piece of a panel fits the first-level cache
+constexpr int64_t FEW_BYTES = 3 * Block<8>::BYTES,
+                  MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
+constexpr int64_t CLOSE_BYTES =
+    1024;  // ahead of what a lone tile reads, where that is better than the processor's own fetching
+constexpr int64_t SMALL_BYTES =
+    1 << 20;  // of a matrix of which a thread takes one run of panels, fetched without a break
 constexpr int64_t TOKENS_AT_ONCE = 1024;
 
 thread_local Scratch thread_sums;
 Scratch call_rows, call_gathered, call_middle, call_quantised, call_slots, call_results;  // of the running call
 
 // Vectors of columns of a tile: few rows leave registers for more of them than NR has.
-constexpr int vectors_of(int rows) { return std::min(std::max(rows == 1 ? 8 : rows == 2 ? 4 : 0, Isa::VECTORS), PANEL / Isa::WIDTH); }
+constexpr int vectors_of(int rows) {
+    return std::min(std::max(rows == 1 ? 8 : rows == 2 ? 4 : 0, Isa::VECTORS), PANEL / Isa::WIDTH);
+}
 
 // Rows that lie a multiple of 2048 bytes apart would share few sets of the first-level cache.
 inline int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 64; }
 
-// What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES what a panel has of it, ROWS how many
-// rows a tile takes: as many as leave the compiler registers.
+// What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES what a panel has of it, ROWS how
+// many rows a tile takes: as many as leave the compiler registers.
 template <Mode MODE> struct FloatProduct {
-    static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL, ROWS = MODE == Mode::WIDE_PANEL ? 5 : MR;
+    static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL,
+                             ROWS = MODE == Mode::WIDE_PANEL ? 5 : MR;
     static constexpr int64_t ROW_BYTES = MODE == Mode::WIDE_PANEL ? 8 : 4, STEP_BYTES = BYTES;
     using Element = std::conditional_t<MODE == Mode::PAIRS, uint16_t, float>;  // of prepared rows
     static int64_t row_bytes(int64_t k) { return spread(round_up(k, UNIT) * int64_t(sizeof(Element))); }
@@ -44,15 +51,16 @@ template <Mode MODE> struct FloatProduct {
         for (int64_t i = 0; i < k; i++) store_value(out + i, load_value(x + i));
         if (k % UNIT) out[k] = 0;
     }
-    template <int R, int V>
-    static void multiply(float *c, Rows rows, const char *panel, int64_t column, int64_t unit, int64_t count, Ahead ahead) {
+    template <int R, int V> static void multiply(float *c, Rows rows, const char *panel, int64_t column, int64_t unit,
+                                                 int64_t count, Ahead ahead) {
         rows.data += unit * ROW_BYTES;
         tile<MODE, R, V>(c + column, PANEL, rows, panel + unit * BYTES + column * 4, BYTES, count, unit > 0, ahead);
     }
 };
 
 template <int BITS> struct BlockProduct {
-    static constexpr int64_t UNIT = Block<BITS>::LENGTH, BYTES = Block<BITS>::BYTES, ROWS = 4, STEP_BYTES = BYTES / Block<BITS>::LOADS;
+    static constexpr int64_t UNIT = Block<BITS>::LENGTH, BYTES = Block<BITS>::BYTES, ROWS = 4,
+                             STEP_BYTES = BYTES / Block<BITS>::LOADS;
     using Element = float;  // of what is quantised later
     static int64_t row_bytes(int64_t k) { return spread((k + UNIT - 1) / UNIT * (UNIT + int64_t(sizeof(BlockScale)))); }
     template <class T> static bool in_place(int64_t, int64_t, int64_t) { return false; }
@@ -75,11 +83,12 @@ template <int BITS> struct BlockProduct {
                 to[first + i] = char(code);
                 sum += code;
             }
-            *scale = {most < 0x7f800000 ? (inverse > 0 ? largest / 127.0f : 0.0f) : std::nanf(""), -Block<BITS>::ZERO * sum};
+            *scale = {most < 0x7f800000 ? (inverse > 0 ? largest / 127.0f : 0.0f) : std::nanf(""),
+                      -Block<BITS>::ZERO * sum};
         }
     }
-    template <int R, int V>
-    static void multiply(float *c, Rows rows, const char *panel, int64_t column, int64_t unit, int64_t count, Ahead ahead) {
+    template <int R, int V> static void multiply(float *c, Rows rows, const char *panel, int64_t column, int64_t unit,
+                                                 int64_t count, Ahead ahead) {
         rows.data += unit * UNIT;
         rows.scales += unit * (int64_t(sizeof(BlockScale)) - UNIT);
         block_tile<BITS, R, V>(c + column, PANEL, rows, panel + unit * BYTES, column, count, unit > 0, ahead);
@@ -89,9 +98,9 @@ template <int BITS> struct BlockProduct {
 template <class P> int64_t units_of(int64_t k) { return (k + P::UNIT - 1) / P::UNIT; }
 inline int64_t panels_of(int64_t m) { return (m + PANEL - 1) / PANEL; }
 
-// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the next one is fetched
-// from front to end, an equal share by every tile. A lone tile, which takes all rows and columns, reads a panel once from front
-// to end: it fetches close ahead (FETCH_CLOSE) or leaves that to the processor.
+// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the next one is
+// fetched from front to end, an equal share by every tile. A lone tile, which takes all rows and columns, reads a panel
+// once from front to end: it fetches close ahead (FETCH_CLOSE) or leaves that to the processor.
 template <class P> void multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
     if (units == 0) return std::fill(c, c + count * PANEL, 0.0f);
     const int64_t piece = (count <= FEW_ROWS ? FEW_BYTES : MANY_BYTES) / P::BYTES;
@@ -104,8 +113,10 @@ template <class P> void multiply(float *c, Rows rows, int64_t count, const char 
                 const Rows from = {rows.data + row * rows.bytes, rows.bytes, rows.scales};
                 for (int64_t column = 0; column < PANEL; column += COLUMNS) {
                     const Ahead lone = Isa::FETCH_CLOSE ? Ahead{at + CLOSE_BYTES, P::STEP_BYTES} : Ahead{at, 0};
-                    const Ahead ahead = COLUMNS == PANEL && groups == 1 ? lone : Ahead{next, P::STEP_BYTES * COLUMNS / PANEL / groups};
-                    P::template multiply<R, V>(c + row * PANEL, from, panel, column, unit, std::min(piece, units - unit), ahead);
+                    const Ahead ahead =
+                        COLUMNS == PANEL && groups == 1 ? lone : Ahead{next, P::STEP_BYTES * COLUMNS / PANEL / groups};
+                    P::template multiply<R, V>(c + row * PANEL, from, panel, column, unit,
+                                               std::min(piece, units - unit), ahead);
                     next += piece * P::BYTES * COLUMNS / PANEL / groups;
                 }
             });
@@ -117,9 +128,13 @@ inline int64_t rows_of_block(int64_t n) {
     const int64_t blocks = (n + MOST_ROWS - 1) / MOST_ROWS;
     return blocks <= 1 ? std::max<int64_t>(n, 1) : round_up((n + blocks - 1) / blocks, MR);
 }
-inline int64_t panels_of_task(int64_t total, int threads) { return std::min<int64_t>(4, std::max<int64_t>(1, total / (16 * threads))); }
+inline int64_t panels_of_task(int64_t total, int threads) {
+    return std::min<int64_t>(4, std::max<int64_t>(1, total / (16 * threads)));
+}
 // Waking threads and waiting for the last takes microseconds, much longer where cores are shared with others.
-inline int worth_threads(double bytes, double products, int threads) { return bytes < 131072 && products < 2e6 ? 1 : threads; }
+inline int worth_threads(double bytes, double products, int threads) {
+    return bytes < 131072 && products < 2e6 ? 1 : threads;
+}
 
 template <class P, class T> int packed_linear(const PackedLinear &a, int threads) {
     T *out = static_cast<T *>(a.out);
@@ -131,10 +146,11 @@ template <class P, class T> int packed_linear(const PackedLinear &a, int threads
     char *prepared = in_place ? nullptr : call_rows.get<char>(a.groups * a.n * row_bytes);
     if (!in_place && !prepared) return MOESTRO_NO_MEMORY;
     const double bytes = double(a.groups) * panels * units * P::BYTES;
-    const int64_t per_task = blocks == 1 && bytes < SMALL_BYTES ? (panels + threads - 1) / threads : panels_of_task(blocks * a.groups * panels, threads);
+    const int64_t per_task = blocks == 1 && bytes < SMALL_BYTES ? (panels + threads - 1) / threads
+                                                                : panels_of_task(blocks * a.groups * panels, threads);
     const int64_t per_group = (panels + per_task - 1) / per_task;
     int failed = 0;
-#pragma omp parallel num_threads(worth_threads(bytes, bytes * a.n, threads)) reduction(| : failed)
+#pragma omp parallel num_threads(worth_threads(bytes, bytes *a.n, threads)) reduction(| : failed)
     {
         if (!in_place) {
 #pragma omp for schedule(static)
@@ -148,8 +164,9 @@ template <class P, class T> int packed_linear(const PackedLinear &a, int threads
             if (!c) continue;
             const int64_t row = task / (a.groups * per_group) * block, g = task / per_group % a.groups;
             const int64_t first = task % per_group * per_task, count = std::min(block, a.n - row);
-            const Rows rows = in_place ? Rows{reinterpret_cast<const char *>(x + row * stride + g * a.k), stride * int64_t(sizeof(T))}
-                                       : Rows{prepared + (g * a.n + row) * row_bytes, row_bytes, P::scales(a.k)};
+            const Rows rows =
+                in_place ? Rows{reinterpret_cast<const char *>(x + row * stride + g * a.k), stride * int64_t(sizeof(T))}
+                         : Rows{prepared + (g * a.n + row) * row_bytes, row_bytes, P::scales(a.k)};
             for (int64_t p = first; p < std::min(first + per_task, panels); p++) {
                 multiply<P>(c, rows, count, a.panels + (g * panels + p) * units * P::BYTES, units);
                 const int64_t columns = std::min<int64_t>(PANEL, a.m - p * PANEL);
@@ -199,8 +216,8 @@ inline bool sort_slots(Slots &s, const int64_t *ids, int64_t num_tokens, int64_t
 }
 
 // out[n] = Σ_a weights[n, a] · y[slot[n, a]], in the order of a, for columns first … first + 255.
-template <class T>
-void add_choices(T *out, const float *y, const int64_t *slot, const float *weights, int64_t top_k, int64_t width, int64_t first) {
+template <class T> void add_choices(T *out, const float *y, const int64_t *slot, const float *weights, int64_t top_k,
+                                    int64_t width, int64_t first) {
     const int64_t count = std::min<int64_t>(256, width - first);
     float sum[256] = {};
     for (int64_t a = 0; a < top_k; a++) {
@@ -221,9 +238,10 @@ template <class E> void activate_panel(E *to, const float *c, int64_t count) {
 }
 
 // Parts times panels, the panels of a part together.
-template <class P, class Use>
-void multiply_parts(const Slots &s, Rows rows, const char *weights, int64_t panels, int64_t units, float *c, int threads, Use use) {
-    const int64_t per_task = panels_of_task(s.num_parts * panels, threads), per_part = (panels + per_task - 1) / per_task;
+template <class P, class Use> void multiply_parts(const Slots &s, Rows rows, const char *weights, int64_t panels,
+                                                  int64_t units, float *c, int threads, Use use) {
+    const int64_t per_task = panels_of_task(s.num_parts * panels, threads),
+                  per_part = (panels + per_task - 1) / per_task;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < s.num_parts * per_part; task++) {
         if (!c) continue;
@@ -256,7 +274,8 @@ template <class P, class T> int some_experts(const PackedExperts &a, int threads
     float *y = call_results.get<float>(s.num_slots * a.hidden);
     if ((!in_place && !tokens) || !gathered || !act || (QUANTISED && !quantised) || !y) return MOESTRO_NO_MEMORY;
     const char *source = in_place ? reinterpret_cast<const char *>(x) : tokens;
-    const int64_t gate_panels = (a.width + HALF - 1) / HALF, out_panels = panels_of(a.hidden), pieces = (a.hidden + 255) / 256;
+    const int64_t gate_panels = (a.width + HALF - 1) / HALF, out_panels = panels_of(a.hidden),
+                  pieces = (a.hidden + 255) / 256;
     const double products = 3.0 * double(s.num_slots) * a.hidden * a.width;
     int failed = 0;
 #pragma omp parallel num_threads(worth_threads(products, products, threads)) reduction(| : failed)
@@ -268,26 +287,29 @@ template <class P, class T> int some_experts(const PackedExperts &a, int threads
             for (int64_t n = 0; n < a.num_tokens; n++) P::prepare(tokens + n * row_bytes, x + n * a.hidden, a.hidden);
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.num_slots; i++) memcpy(gathered + i * row_bytes, source + s.token[i] * source_bytes, source_bytes);
-        multiply_parts<P>(s, {gathered, row_bytes, P::scales(a.hidden)}, a.gate_up, gate_panels, units_of<P>(a.hidden), c, threads,
-            [&](int64_t i, int64_t p, const float *values) {
-                E *to = act + i * middle + p * HALF;
-                activate_panel(to, values, std::min<int64_t>(HALF, a.width - p * HALF));
-                if (P::UNIT == 2 && a.width % 2 && p == gate_panels - 1) act[i * middle + a.width] = 0;
-            });
+        for (int64_t i = 0; i < s.num_slots; i++)
+            memcpy(gathered + i * row_bytes, source + s.token[i] * source_bytes, source_bytes);
+        multiply_parts<P>(s, {gathered, row_bytes, P::scales(a.hidden)}, a.gate_up, gate_panels, units_of<P>(a.hidden),
+                          c, threads, [&](int64_t i, int64_t p, const float *values) {
+                              E *to = act + i * middle + p * HALF;
+                              activate_panel(to, values, std::min<int64_t>(HALF, a.width - p * HALF));
+                              if (P::UNIT == 2 && a.width % 2 && p == gate_panels - 1) act[i * middle + a.width] = 0;
+                          });
         if (QUANTISED) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < s.num_slots; i++) P::prepare(quantised + i * act_bytes, act + i * middle, a.width);
         }
         const char *rows = QUANTISED ? quantised : reinterpret_cast<const char *>(act);
-        multiply_parts<P>(s, {rows, act_bytes, P::scales(a.width)}, a.down, out_panels, units_of<P>(a.width), c, threads,
-            [&](int64_t i, int64_t p, const float *values) {
-                memcpy(y + i * a.hidden + p * PANEL, values, sizeof(float) * std::min<int64_t>(PANEL, a.hidden - p * PANEL));
-            });
+        multiply_parts<P>(s, {rows, act_bytes, P::scales(a.width)}, a.down, out_panels, units_of<P>(a.width), c,
+                          threads, [&](int64_t i, int64_t p, const float *values) {
+                              memcpy(y + i * a.hidden + p * PANEL, values,
+                                     sizeof(float) * std::min<int64_t>(PANEL, a.hidden - p * PANEL));
+                          });
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < a.num_tokens * pieces; i++) {
             const int64_t n = i / pieces;
-            add_choices(out + n * a.hidden, y, s.slot + n * a.top_k, a.weights + n * a.top_k, a.top_k, a.hidden, i % pieces * 256);
+            add_choices(out + n * a.hidden, y, s.slot + n * a.top_k, a.weights + n * a.top_k, a.top_k, a.hidden,
+                        i % pieces * 256);
         }
     }
     return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;

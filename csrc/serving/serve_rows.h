@@ -13,26 +13,29 @@ template <class T> void rope(const Rope &a, int threads) {
     const int64_t half = a.width / 2;
     for_rows(a.rows, a.groups * a.width, threads, [&](int64_t i) {
         for (int64_t g = 0; g < a.groups; g++)
-            rotate_vector(out + i * a.out_row + g * a.out_group, x + i * a.x_row + g * a.x_group, a.cos + i * half, a.sin + i * half, a.width, a.inverse ? -1.0f : 1.0f);
+            rotate_vector(out + i * a.out_row + g * a.out_group, x + i * a.x_row + g * a.x_group, a.cos + i * half,
+                          a.sin + i * half, a.width, a.inverse ? -1.0f : 1.0f);
     });
 }
 
 template <class T> void add(T *out, const T *a, const T *b, int64_t rows, int64_t width, int threads) {
     for_rows(rows, width, threads, [&](int64_t i) {
-        for (int64_t j = i * width; j < (i + 1) * width; j++) store_value(out + j, load_value(a + j) + load_value(b + j));
+        for (int64_t j = i * width; j < (i + 1) * width; j++)
+            store_value(out + j, load_value(a + j) + load_value(b + j));
     });
 }
 
 // Not a number counts as the largest, as it does in torch: whatever the scores are, what is chosen exists.
 inline float comparable(float v) { return v == v ? v : INFINITY; }
 
-// ids: the `count` largest of values in descending order, of equal ones the first. Each is the next one after the one before
-// in that order, so that they differ. 0 <= count <= num_values.
+// ids: the `count` largest of values in descending order, of equal ones the first. Each is the next one after the one
+// before in that order, so that they differ. 0 <= count <= num_values.
 inline void select_largest(int64_t *ids, int64_t count, const float *values, int64_t num_values) {
     for (int64_t a = 0; a < count; a++) {
         int64_t best = -1;
         for (int64_t i = 0; i < num_values; i++) {
-            const bool is_left = a == 0 || values[i] < values[ids[a - 1]] || (values[i] == values[ids[a - 1]] && i > ids[a - 1]);
+            const bool is_left =
+                a == 0 || values[i] < values[ids[a - 1]] || (values[i] == values[ids[a - 1]] && i > ids[a - 1]);
             if (is_left && (best < 0 || values[i] > values[best])) best = i;
         }
         ids[a] = best;
@@ -59,17 +62,20 @@ inline void mask_groups(float *choice, float *best, int64_t *kept, const Route &
 inline bool route_one(const Route &a, int64_t row) {
     int64_t *kept = route_row.get<int64_t>(2 * a.num_groups + a.num_experts);
     if (!kept) return false;
-    float *best = reinterpret_cast<float *>(kept + a.num_groups), *scores = best + 2 * a.num_groups, *choice = scores + a.num_experts;
+    float *best = reinterpret_cast<float *>(kept + a.num_groups), *scores = best + 2 * a.num_groups,
+          *choice = scores + a.num_experts;
     int64_t *ids = a.ids + row * a.top_k;
     float *weights = a.weights + row * a.top_k, sum = 0;
     score_row(scores, a.logits + row * a.num_experts, a.num_experts, a.function);
     if (!a.given) {
-        for (int64_t e = 0; e < a.num_experts; e++) choice[e] = comparable(a.multiply ? scores[e] * (1.0f + a.bias[e]) : scores[e] + a.bias[e]);
+        for (int64_t e = 0; e < a.num_experts; e++)
+            choice[e] = comparable(a.multiply ? scores[e] * (1.0f + a.bias[e]) : scores[e] + a.bias[e]);
         if (a.num_groups > a.top_k_groups) mask_groups(choice, best, kept, a);
         select_largest(ids, a.top_k, choice, a.num_experts);
     }
     for (int64_t k = 0; k < a.top_k; k++) sum += weights[k] = scores[ids[k]];
-    for (int64_t k = 0; k < a.top_k; k++) weights[k] = (a.normalize ? weights[k] / (sum + 1e-20f) : weights[k]) * a.scale;
+    for (int64_t k = 0; k < a.top_k; k++)
+        weights[k] = (a.normalize ? weights[k] / (sum + 1e-20f) : weights[k]) * a.scale;
     return true;
 }
 

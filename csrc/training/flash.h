@@ -6,8 +6,9 @@
 //   weights   2^(score · log2 e − largest so far), while what was summed before is scaled to the new largest
 //   values    weights · values
 //
-// Every product is tiles of up to MR rows and NR columns, and every tile takes only what lies on or below the diagonal. All
-// sums have an order that the document alone decides. Kept for the backward pass (flash_backward.h): log2 Σ exp(score) of every row.
+// Every product is tiles of up to MR rows and NR columns, and every tile takes only what lies on or below the diagonal.
+// All sums have an order that the document alone decides. Kept for the backward pass (flash_backward.h): log2 Σ
+// exp(score) of every row.
 #pragma once
 #include <omp.h>
 
@@ -56,21 +57,24 @@ struct Part {
     int64_t first, last;
 };
 
-template <bool PAIRS, int R>
-void flash_tile(float *c, int64_t c_pitch, Strided left, const Step *panel, int64_t panel_step, int64_t steps, bool accumulate) {
+template <bool PAIRS, int R> void flash_tile(float *c, int64_t c_pitch, Strided left, const Step *panel,
+                                             int64_t panel_step, int64_t steps, bool accumulate) {
     using Vector = typename Isa::Vector;
     constexpr int V = Isa::VECTORS;
     Vector acc[R][V];
     Pointers<R> row(reinterpret_cast<const char *>(left.data), left.row * 4);
     unroll<R>([&](auto i) MOESTRO_INLINE {
-        unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = accumulate ? Isa::load_any(c + i * c_pitch + v * Isa::WIDTH) : Isa::zero(); });
+        unroll<V>([&](auto v) MOESTRO_INLINE {
+            acc[i][v] = accumulate ? Isa::load_any(c + i * c_pitch + v * Isa::WIDTH) : Isa::zero();
+        });
     });
     for (int64_t s = 0; s < steps; s++) {
         Vector b[V];
         unroll<V>([&](auto v) MOESTRO_INLINE { b[v] = Isa::load_any(panel + v * Isa::WIDTH); });
         unroll<R>([&](auto i) MOESTRO_INLINE {
             const Vector a = Isa::broadcast(row[i]);
-            unroll<V>([&](auto v) MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, b[v]); });
+            unroll<V>([&](auto v)
+                          MOESTRO_INLINE { acc[i][v] = Isa::template multiply_add<PAIRS>(acc[i][v], a, b[v]); });
         });
         row.advance(left.step * 4);
         panel += panel_step;
@@ -80,10 +84,10 @@ void flash_tile(float *c, int64_t c_pitch, Strided left, const Step *panel, int6
     });
 }
 
-// c [rows][columns, filled up to whole panels] (+)= left · right. part_of(first row, end of rows, first column) gives the
-// steps of a tile; one without steps is not touched.
-template <class T, class PartOf>
-void multiply_tiles(float *c, int64_t c_pitch, Strided left, int64_t rows, Panels right, int64_t columns, bool accumulate, PartOf part_of) {
+// c [rows][columns, filled up to whole panels] (+)= left · right. part_of(first row, end of rows, first column) gives
+// the steps of a tile; one without steps is not touched.
+template <class T, class PartOf> void multiply_tiles(float *c, int64_t c_pitch, Strided left, int64_t rows,
+                                                     Panels right, int64_t columns, bool accumulate, PartOf part_of) {
     for (int64_t column = 0; column < columns; column += NR)
         for (int64_t row = 0; row < rows; row += MR) {
             const Part part = part_of(row, std::min(row + MR, rows), column);
@@ -91,7 +95,8 @@ void multiply_tiles(float *c, int64_t c_pitch, Strided left, int64_t rows, Panel
             const Strided own = {left.data + row * left.row + part.first * left.step, left.row, left.step};
             const Step *panel = right.data + column / NR * right.next + part.first * right.step;
             with_rows<MR>(std::min<int64_t>(MR, rows - row), [&](auto r) {
-                flash_tile<Layout<T>::PAIRS, decltype(r)::value>(c + row * c_pitch + column, c_pitch, own, panel, right.step, part.last - part.first, accumulate);
+                flash_tile<Layout<T>::PAIRS, decltype(r)::value>(c + row * c_pitch + column, c_pitch, own, panel,
+                                                                 right.step, part.last - part.first, accumulate);
             });
         }
 }
@@ -106,23 +111,28 @@ template <class T> void copy_rows(Step *to, int64_t pitch, const T *from, int64_
 }
 
 // Rows as a left operand: where they lie if they are steps there, else copied to `to`.
-template <class T> Strided take_rows(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
+template <class T>
+Strided take_rows(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
     constexpr int PER = Layout<T>::PER_STEP;
-    if (sizeof(T) * PER == 4 && width % PER == 0 && stride % PER == 0) return {reinterpret_cast<const Step *>(from), stride / PER, 1};
+    if (sizeof(T) * PER == 4 && width % PER == 0 && stride % PER == 0)
+        return {reinterpret_cast<const Step *>(from), stride / PER, 1};
     copy_rows(to, pitch, from, stride, rows, width);
     return {to, pitch, 1};
 }
 
 // Rows as steps along their number, for a right operand. The same as copy_rows where a step is one element.
-template <class T> void copy_panel(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
-    for (int64_t s = 0; s < steps_of<T>(rows); s++) copy_step(to + s * pitch, StepRows<T>(from, stride, nullptr, s, rows), width, round_up(width, NR));
+template <class T>
+void copy_panel(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
+    for (int64_t s = 0; s < steps_of<T>(rows); s++)
+        copy_step(to + s * pitch, StepRows<T>(from, stride, nullptr, s, rows), width, round_up(width, NR));
 }
 
 // Rows of `steps` steps turned into panels [count / NR][steps][NR].
 inline void turn(Step *panels, Strided rows, int64_t count, int64_t steps) {
     const float *columns[KEYS];
     for (int64_t n = 0; n < count; n++) columns[n] = reinterpret_cast<const float *>(rows.data + n * rows.row);
-    for (int64_t n = 0; n < count; n += NR) pack_columns(panels + n * steps, NR, columns + n, int(std::min<int64_t>(NR, count - n)), steps);
+    for (int64_t n = 0; n < count; n += NR)
+        pack_columns(panels + n * steps, NR, columns + n, int(std::min<int64_t>(NR, count - n)), steps);
 }
 
 // Rows of weights as a left operand with steps along the keys. Where these are floats, they are one already.
@@ -136,7 +146,9 @@ template <class T> Strided as_rows(Step *space, const float *weights, int64_t ro
     return {space, SCORE_PITCH, 1};
 }
 
-template <class T> const T *element(const HeadRows &x, int64_t row, int64_t head) { return static_cast<const T *>(x.data) + row * x.row + head * x.head; }
+template <class T> const T *element(const HeadRows &x, int64_t row, int64_t head) {
+    return static_cast<const T *>(x.data) + row * x.row + head * x.head;
+}
 
 // Fetches rows ahead of their use, one at a time.
 template <class T> void fetch_row(const HeadRows &x, int64_t row, int64_t head, int64_t width) {
@@ -152,11 +164,14 @@ struct QueryTask {
 inline int64_t list_query_tasks(QueryTask *to, const Documents &d) {
     int64_t count = 0;
     for (int64_t s = 0; s < d.num_documents; s++) {
-        const int64_t begin = d.starts[s], end = d.starts[s + 1], blocks = (end - begin + TASK_QUERIES - 1) / TASK_QUERIES;
+        const int64_t begin = d.starts[s], end = d.starts[s + 1],
+                      blocks = (end - begin + TASK_QUERIES - 1) / TASK_QUERIES;
         for (int64_t b = blocks - 1; b >= 0; b--)
             for (int64_t h = 0; h < d.num_heads; h++) {
                 const int64_t first = begin + b * TASK_QUERIES;
-                if (to) to[count] = {begin, first, std::min(first + TASK_QUERIES, end), h, h / (d.num_heads / d.num_kv_heads)};
+                if (to)
+                    to[count] = {begin, first, std::min(first + TASK_QUERIES, end), h,
+                                 h / (d.num_heads / d.num_kv_heads)};
                 count++;
             }
     }
@@ -175,7 +190,8 @@ template <class T> bool make_space(ForwardSpace &f, const Documents &d) {
     f.key_pitch = padded(f.key_steps);
     f.value_pitch = padded(d.value_width);
     const int64_t pairs = Layout<T>::PAIRS ? QUERIES * SCORE_PITCH : 0;
-    const int64_t count = (TASK_QUERIES + KEYS) * f.key_pitch + KEYS * f.key_steps + (TASK_QUERIES + KEYS) * f.value_pitch + QUERIES * SCORE_PITCH + pairs + 2 * TASK_QUERIES;
+    const int64_t count = (TASK_QUERIES + KEYS) * f.key_pitch + KEYS * f.key_steps +
+                          (TASK_QUERIES + KEYS) * f.value_pitch + QUERIES * SCORE_PITCH + pairs + 2 * TASK_QUERIES;
     Pieces pieces = {reinterpret_cast<char *>(flash_space.get<Step>(count + 16 * 9))};
     if (!pieces.at) return false;
     f.queries = pieces.take<Step>(TASK_QUERIES * f.key_pitch);
@@ -193,7 +209,8 @@ template <class T> bool make_space(ForwardSpace &f, const Documents &d) {
 // 2ʸ within 2 units in the last place for y in [-126, 127]; below, 2⁻¹²⁶. Half the instructions of fast_exp.
 inline float fast_exp2(float y) {
     y = y < -126.0f ? -126.0f : y;
-    const float shifted = y + 12583039.0f;  // 1.5 · 2²³ + 127: the low bits are the biased exponent of the nearest integer
+    const float shifted =
+        y + 12583039.0f;  // 1.5 · 2²³ + 127: the low bits are the biased exponent of the nearest integer
     const float r = y - (shifted - 12583039.0f);
     float p = 1.535336188319500e-4f;
     p = p * r + 1.339887440266574e-3f;
@@ -221,8 +238,8 @@ template <class Combine> inline float fold_lanes(float *v, Combine combine) {
 
 inline float larger(float a, float b) { return a < b ? b : a; }
 
-// Scores of one row become weights, zeros behind the `seen` ones; returns what sums before them are to be scaled by. `scale`
-// takes scores to powers of two.
+// Scores of one row become weights, zeros behind the `seen` ones; returns what sums before them are to be scaled by.
+// `scale` takes scores to powers of two.
 inline float weigh(float *row, int64_t seen, float scale, bool first, float *largest, float *total) {
     const int64_t filled = round_up(seen, LANES);
     for (int64_t j = seen; j < filled; j++) row[j] = row[0];
@@ -238,22 +255,29 @@ inline float weigh(float *row, int64_t seen, float scale, bool first, float *lar
     for (int64_t j = 0; j < filled; j += LANES)
 #pragma omp simd
         for (int l = 0; l < LANES; l++) sums[l] += row[j + l];
-    const float before = first ? 0.0f : fast_exp2(*largest - most), sum = fold_lanes(sums, [](float a, float b) { return a + b; });
+    const float before = first ? 0.0f : fast_exp2(*largest - most),
+                sum = fold_lanes(sums, [](float a, float b) { return a + b; });
     *total = first ? sum : std::fma(*total, before, sum);
     *largest = most;
     return before;
 }
 
-// Up to QUERIES queries from `query` on with up to KEYS keys from `key` on; meanwhile keys and values behind these are fetched.
-template <class T> void attend_block(const FlashForward &a, const ForwardSpace &f, const QueryTask &t, Strided queries, int64_t query, int64_t key) {
+// Up to QUERIES queries from `query` on with up to KEYS keys from `key` on; meanwhile keys and values behind these are
+// fetched.
+template <class T> void attend_block(const FlashForward &a, const ForwardSpace &f, const QueryTask &t, Strided queries,
+                                     int64_t query, int64_t key) {
     const Documents &d = a.documents;
-    const int64_t count = std::min(KEYS, t.last - key), rows = std::min(QUERIES, t.last - query), row = query - t.first, ahead = query - key;
+    const int64_t count = std::min(KEYS, t.last - key), rows = std::min(QUERIES, t.last - query), row = query - t.first,
+                  ahead = query - key;
     const bool begins = key == t.begin;
     float *sums = f.sums + row * f.value_pitch;
-    multiply_tiles<T>(f.scores, SCORE_PITCH, {queries.data + row * queries.row, queries.row, 1}, rows, {f.turned, NR, f.key_steps * NR}, count, false,
-        [&](int64_t, int64_t end, int64_t column) { return Part{0, column < ahead + end ? f.key_steps : 0}; });
+    multiply_tiles<T>(f.scores, SCORE_PITCH, {queries.data + row * queries.row, queries.row, 1}, rows,
+                      {f.turned, NR, f.key_steps * NR}, count, false, [&](int64_t, int64_t end, int64_t column) {
+                          return Part{0, column < ahead + end ? f.key_steps : 0};
+                      });
     for (int64_t i = 0; i < rows; i++) {
-        const float before = weigh(f.scores + i * SCORE_PITCH, std::min(count, ahead + i + 1), d.scale * LOG2_E, begins, f.largest + row + i, f.total + row + i);
+        const float before = weigh(f.scores + i * SCORE_PITCH, std::min(count, ahead + i + 1), d.scale * LOG2_E, begins,
+                                   f.largest + row + i, f.total + row + i);
         const int64_t next = key + KEYS + i;
         if (i < KEYS && next < t.last) {
             fetch_row<T>(a.k, next, t.kv_head, d.key_width);
@@ -264,20 +288,24 @@ template <class T> void attend_block(const FlashForward &a, const ForwardSpace &
 #pragma omp simd
         for (int64_t j = 0; j < d.value_width; j++) sum[j] *= before;
     }
-    multiply_tiles<T>(sums, f.value_pitch, as_rows<T>(f.weights, f.scores, rows), rows, {f.values, f.value_pitch, NR}, d.value_width, !begins,
-        [&](int64_t, int64_t end, int64_t) { return Part{0, steps_of<T>(std::min(count, ahead + end))}; });
+    multiply_tiles<T>(
+        sums, f.value_pitch, as_rows<T>(f.weights, f.scores, rows), rows, {f.values, f.value_pitch, NR}, d.value_width,
+        !begins, [&](int64_t, int64_t end, int64_t) { return Part{0, steps_of<T>(std::min(count, ahead + end))}; });
 }
 
 template <class T> bool attend_queries(const FlashForward &a, const QueryTask &t) {
     const Documents &d = a.documents;
     ForwardSpace f;
     if (!make_space<T>(f, d)) return false;
-    const Strided queries = take_rows(f.queries, f.key_pitch, element<T>(a.q, t.first, t.head), a.q.row, t.last - t.first, d.key_width);
+    const Strided queries =
+        take_rows(f.queries, f.key_pitch, element<T>(a.q, t.first, t.head), a.q.row, t.last - t.first, d.key_width);
     for (int64_t key = t.begin; key < t.last; key += KEYS) {
         const int64_t count = std::min(KEYS, t.last - key);
-        turn(f.turned, take_rows(f.keys, f.key_pitch, element<T>(a.k, key, t.kv_head), a.k.row, count, d.key_width), count, f.key_steps);
+        turn(f.turned, take_rows(f.keys, f.key_pitch, element<T>(a.k, key, t.kv_head), a.k.row, count, d.key_width),
+             count, f.key_steps);
         copy_panel(f.values, f.value_pitch, element<T>(a.v, key, t.kv_head), a.v.row, count, d.value_width);
-        for (int64_t query = std::max(t.first, key); query < t.last; query += QUERIES) attend_block<T>(a, f, t, queries, query, key);
+        for (int64_t query = std::max(t.first, key); query < t.last; query += QUERIES)
+            attend_block<T>(a, f, t, queries, query, key);
     }
     for (int64_t i = 0; i < t.last - t.first; i++) {
         const int64_t row = t.first + i;

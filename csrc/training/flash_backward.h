@@ -4,14 +4,15 @@
 //   dv = Pᵀ · d_out            dk = scale · dSᵀ · q            dq = scale · dS · k
 //
 // A task owns a chunk of a document's keys and one of their heads: it walks over blocks of keys, and for each over all
-// queries that see it, so dk and dv are finished with their block. Its share of dq is summed in fp32. A short document is one
-// chunk; the chunks of a long one, few enough that their shares take memory linear in its length, are added in their order.
+// queries that see it, so dk and dv are finished with their block. Its share of dq is summed in fp32. A short document
+// is one chunk; the chunks of a long one, few enough that their shares take memory linear in its length, are added in
+// their order.
 #pragma once
 #include "training/flash.h"
 
 namespace {
 
-constexpr int64_t CHUNK_KEYS = 512;  // a document with more keys may be cut
+constexpr int64_t CHUNK_KEYS = 512;     // a document with more keys may be cut
 constexpr int64_t DOCUMENT_TASKS = 32;  // a document is cut into no more chunks than make so many tasks
 
 Scratch flash_shares, flash_dots;
@@ -23,7 +24,9 @@ struct KeyTask {
     int64_t share;  // where its share of dq begins among those of documents of several chunks
 };
 
-inline int64_t share_size(const Documents &d, const KeyTask &t) { return d.num_heads / d.num_kv_heads * (t.end - t.first) * padded(d.key_width); }
+inline int64_t share_size(const Documents &d, const KeyTask &t) {
+    return d.num_heads / d.num_kv_heads * (t.end - t.first) * padded(d.key_width);
+}
 
 // Lists the tasks; with `to` null only counts them. *shares is the number of floats that tasks of several chunks sum.
 inline int64_t list_key_tasks(KeyTask *to, const Documents &d, int64_t *shares) {
@@ -32,10 +35,12 @@ inline int64_t list_key_tasks(KeyTask *to, const Documents &d, int64_t *shares) 
     for (int64_t s = 0; s < d.num_documents; s++) {
         const int64_t begin = d.starts[s], end = d.starts[s + 1], length = end - begin;
         const int64_t wish = std::min(most, (length + CHUNK_KEYS - 1) / CHUNK_KEYS);
-        const int64_t chunk = length ? round_up((length + wish - 1) / wish, KEYS) : 1, chunks = (length + chunk - 1) / chunk;
+        const int64_t chunk = length ? round_up((length + wish - 1) / wish, KEYS) : 1,
+                      chunks = (length + chunk - 1) / chunk;
         for (int64_t h = 0; h < d.num_kv_heads; h++)
             for (int64_t c = 0; c < chunks; c++) {
-                const KeyTask task = {end, begin + c * chunk, std::min(begin + (c + 1) * chunk, end), h, c, chunks, *shares};
+                const KeyTask task = {end,    begin + c * chunk, std::min(begin + (c + 1) * chunk, end), h, c, chunks,
+                                      *shares};
                 if (to) to[count] = task;
                 if (chunks > 1) *shares += share_size(d, task);
                 count++;
@@ -47,7 +52,8 @@ inline int64_t list_key_tasks(KeyTask *to, const Documents &d, int64_t *shares) 
 // What a backward task works in: all its queries of one head and one block of keys, as rows and as panels; gradients of
 // the keys, of one block or, where several heads share them, of all.
 struct BackwardSpace {
-    int64_t key_steps, value_steps, key_pitch, value_pitch;  // pitches hold rows of steps, of panels and of floats alike
+    int64_t key_steps, value_steps, key_pitch,
+        value_pitch;  // pitches hold rows of steps, of panels and of floats alike
     Step *q_rows, *q_panel, *d_rows, *d_panel, *k_rows, *k_panel, *k_turned, *v_rows, *v_turned, *pairs;
     float *weights, *gradients, *dk, *dv;
 };
@@ -60,7 +66,8 @@ template <class T> bool make_space(BackwardSpace &b, const Documents &d, int64_t
     b.value_pitch = padded(d.value_width);
     const int64_t of_queries = (TWICE ? 2 : 1) * queries, block = QUERIES * SCORE_PITCH;
     const int64_t by_key = of_queries + keys + (TWICE ? 3 : 2) * KEYS, by_value = of_queries + keys + 2 * KEYS;
-    Pieces pieces = {reinterpret_cast<char *>(flash_space.get<Step>(by_key * b.key_pitch + by_value * b.value_pitch + (TWICE ? 3 : 2) * block))};
+    Pieces pieces = {reinterpret_cast<char *>(
+        flash_space.get<Step>(by_key * b.key_pitch + by_value * b.value_pitch + (TWICE ? 3 : 2) * block))};
     if (!pieces.at) return false;
     b.q_panel = pieces.take<Step>(queries * b.key_pitch);
     b.q_rows = TWICE ? pieces.take<Step>(queries * b.key_pitch) : b.q_panel;
@@ -79,7 +86,8 @@ template <class T> bool make_space(BackwardSpace &b, const Documents &d, int64_t
     return true;
 }
 
-template <class T> void copy_both(Step *rows, Step *panel, int64_t pitch, const T *from, int64_t stride, int64_t count, int64_t width) {
+template <class T>
+void copy_both(Step *rows, Step *panel, int64_t pitch, const T *from, int64_t stride, int64_t count, int64_t width) {
     copy_panel(panel, pitch, from, stride, count, width);
     if (Layout<T>::PAIRS) copy_rows(rows, pitch, from, stride, count, width);
 }
@@ -90,7 +98,8 @@ template <class T> Strided as_columns(Step *space, const float *weights, int64_t
     for (int64_t i = 0; i < rows; i += 2)
         for (int64_t j = 0; j < KEYS; j++) {
             const float *p = weights + i * SCORE_PITCH + j;
-            space[i / 2 * SCORE_PITCH + j] = Step(to_bf16(p[0])) | (i + 1 < rows ? Step(to_bf16(p[SCORE_PITCH])) << 16 : 0);
+            space[i / 2 * SCORE_PITCH + j] =
+                Step(to_bf16(p[0])) | (i + 1 < rows ? Step(to_bf16(p[SCORE_PITCH])) << 16 : 0);
         }
     return {space, 1, SCORE_PITCH};
 }
@@ -108,30 +117,43 @@ inline void weigh_backward(float *weights, float *gradients, int64_t seen, float
 
 // A block of queries and one of keys.
 struct Meeting {
-    int64_t row, rows, count, ahead;  // first query among those of the task; queries; keys; from the first key to the first query
-    const float *log_sums, *dots;     // of the queries
+    int64_t row, rows, count,
+        ahead;  // first query among those of the task; queries; keys; from the first key to the first query
+    const float *log_sums, *dots;  // of the queries
     float *dq, *dk, *dv;
-    bool dq_begun, dk_begun;          // whether there is something to add to
+    bool dq_begun, dk_begun;  // whether there is something to add to
 };
 
 template <class T> void attend_backward(const BackwardSpace &b, const Documents &d, const Meeting &m) {
     constexpr int PER = Layout<T>::PER_STEP;
-    const Strided queries = {b.q_rows + m.row * b.key_pitch, b.key_pitch, 1}, d_out = {b.d_rows + m.row * b.value_pitch, b.value_pitch, 1};
-    const Panels q_panel = {b.q_panel + m.row / PER * b.key_pitch, b.key_pitch, NR}, d_panel = {b.d_panel + m.row / PER * b.value_pitch, b.value_pitch, NR};
-    multiply_tiles<T>(b.weights, SCORE_PITCH, queries, m.rows, {b.k_turned, NR, b.key_steps * NR}, m.count, false,
+    const Strided queries = {b.q_rows + m.row * b.key_pitch, b.key_pitch, 1},
+                  d_out = {b.d_rows + m.row * b.value_pitch, b.value_pitch, 1};
+    const Panels q_panel = {b.q_panel + m.row / PER * b.key_pitch, b.key_pitch, NR},
+                 d_panel = {b.d_panel + m.row / PER * b.value_pitch, b.value_pitch, NR};
+    multiply_tiles<T>(
+        b.weights, SCORE_PITCH, queries, m.rows, {b.k_turned, NR, b.key_steps * NR}, m.count, false,
         [&](int64_t, int64_t end, int64_t column) { return Part{0, column < m.ahead + end ? b.key_steps : 0}; });
-    multiply_tiles<T>(b.gradients, SCORE_PITCH, d_out, m.rows, {b.v_turned, NR, b.value_steps * NR}, m.count, false,
+    multiply_tiles<T>(
+        b.gradients, SCORE_PITCH, d_out, m.rows, {b.v_turned, NR, b.value_steps * NR}, m.count, false,
         [&](int64_t, int64_t end, int64_t column) { return Part{0, column < m.ahead + end ? b.value_steps : 0}; });
     for (int64_t i = 0; i < m.rows; i++)
-        weigh_backward(b.weights + i * SCORE_PITCH, b.gradients + i * SCORE_PITCH, std::min(m.count, m.ahead + i + 1), d.scale * LOG2_E, m.log_sums[i], m.dots[i]);
-    const auto below = [&](int64_t row, int64_t, int64_t) { return Part{std::max<int64_t>(0, row - m.ahead) / PER, steps_of<T>(m.rows)}; };
-    multiply_tiles<T>(m.dv, b.value_pitch, as_columns<T>(b.pairs, b.weights, m.rows), m.count, d_panel, d.value_width, m.dk_begun, below);
-    multiply_tiles<T>(m.dk, b.key_pitch, as_columns<T>(b.pairs, b.gradients, m.rows), m.count, q_panel, d.key_width, m.dk_begun, below);
-    multiply_tiles<T>(m.dq, b.key_pitch, as_rows<T>(b.pairs, b.gradients, m.rows), m.rows, {b.k_panel, b.key_pitch, NR}, d.key_width, m.dq_begun,
-        [&](int64_t, int64_t end, int64_t) { return Part{0, steps_of<T>(std::min(m.count, m.ahead + end))}; });
+        weigh_backward(b.weights + i * SCORE_PITCH, b.gradients + i * SCORE_PITCH, std::min(m.count, m.ahead + i + 1),
+                       d.scale * LOG2_E, m.log_sums[i], m.dots[i]);
+    const auto below = [&](int64_t row, int64_t, int64_t) {
+        return Part{std::max<int64_t>(0, row - m.ahead) / PER, steps_of<T>(m.rows)};
+    };
+    multiply_tiles<T>(m.dv, b.value_pitch, as_columns<T>(b.pairs, b.weights, m.rows), m.count, d_panel, d.value_width,
+                      m.dk_begun, below);
+    multiply_tiles<T>(m.dk, b.key_pitch, as_columns<T>(b.pairs, b.gradients, m.rows), m.count, q_panel, d.key_width,
+                      m.dk_begun, below);
+    multiply_tiles<T>(m.dq, b.key_pitch, as_rows<T>(b.pairs, b.gradients, m.rows), m.rows, {b.k_panel, b.key_pitch, NR},
+                      d.key_width, m.dq_begun, [&](int64_t, int64_t end, int64_t) {
+                          return Part{0, steps_of<T>(std::min(m.count, m.ahead + end))};
+                      });
 }
 
-template <class T> void store_rows(void *to, const float *from, int64_t pitch, int64_t first, int64_t count, int64_t head, int64_t num_heads, int64_t width, float scale) {
+template <class T> void store_rows(void *to, const float *from, int64_t pitch, int64_t first, int64_t count,
+                                   int64_t head, int64_t num_heads, int64_t width, float scale) {
     for (int64_t i = 0; i < count; i++) {
         T *out = static_cast<T *>(to) + ((first + i) * num_heads + head) * width;
         for (int64_t j = 0; j < width; j++) store_value(out + j, from[i * pitch + j] * scale);
@@ -148,16 +170,21 @@ template <class T> bool attend_keys(const FlashBackward &a, const KeyTask &t, fl
         const int64_t head = t.head * group + h;
         float *dq = share + h * queries * b.key_pitch;
         copy_both(b.q_rows, b.q_panel, b.key_pitch, element<T>(a.q, t.first, head), a.q.row, queries, d.key_width);
-        copy_both(b.d_rows, b.d_panel, b.value_pitch, element<T>(a.d_out, t.first, head), a.d_out.row, queries, d.value_width);
+        copy_both(b.d_rows, b.d_panel, b.value_pitch, element<T>(a.d_out, t.first, head), a.d_out.row, queries,
+                  d.value_width);
         for (int64_t key = t.first; key < t.last; key += KEYS) {
             const int64_t count = std::min(KEYS, t.last - key), kept = group > 1 ? key - t.first : 0;
             float *dk = b.dk + kept * b.key_pitch, *dv = b.dv + kept * b.value_pitch;
             copy_both(b.k_rows, b.k_panel, b.key_pitch, element<T>(a.k, key, t.head), a.k.row, count, d.key_width);
             turn(b.k_turned, {b.k_rows, b.key_pitch, 1}, count, b.key_steps);
-            turn(b.v_turned, take_rows(b.v_rows, b.value_pitch, element<T>(a.v, key, t.head), a.v.row, count, d.value_width), count, b.value_steps);
+            turn(b.v_turned,
+                 take_rows(b.v_rows, b.value_pitch, element<T>(a.v, key, t.head), a.v.row, count, d.value_width), count,
+                 b.value_steps);
             for (int64_t query = key; query < t.end; query += QUERIES) {
                 const int64_t row = query - t.first, at = head * d.num_rows + query;
-                attend_backward<T>(b, d, {row, std::min(QUERIES, t.end - query), count, query - key, a.log_sums + at, a.dots + at, dq + row * b.key_pitch, dk, dv, key > t.first, h > 0 || query > key});
+                attend_backward<T>(b, d,
+                                   {row, std::min(QUERIES, t.end - query), count, query - key, a.log_sums + at,
+                                    a.dots + at, dq + row * b.key_pitch, dk, dv, key > t.first, h > 0 || query > key});
             }
             if (h < group - 1) continue;
             store_rows<T>(a.dk, dk, b.key_pitch, key, count, t.head, d.num_kv_heads, d.key_width, d.scale);
@@ -167,7 +194,8 @@ template <class T> bool attend_keys(const FlashBackward &a, const KeyTask &t, fl
     return true;
 }
 
-// dq of the queries in a task's chunk: the sum of the shares of its own and all earlier chunks, added to that of the first.
+// dq of the queries in a task's chunk: the sum of the shares of its own and all earlier chunks, added to that of the
+// first.
 template <class T> void finish_queries(const FlashBackward &a, const KeyTask *t, float *const *shares) {
     const Documents &d = a.documents;
     const int64_t group = d.num_heads / d.num_kv_heads, pitch = padded(d.key_width);
@@ -181,7 +209,8 @@ template <class T> void finish_queries(const FlashBackward &a, const KeyTask *t,
             const float *from = rows_of(chunk);
             for (int64_t i = 0; i < (t->last - t->first) * pitch; i++) sum[i] += from[i];
         }
-        store_rows<T>(a.dq, sum, pitch, t->first, t->last - t->first, t->head * group + h, d.num_heads, d.key_width, d.scale);
+        store_rows<T>(a.dq, sum, pitch, t->first, t->last - t->first, t->head * group + h, d.num_heads, d.key_width,
+                      d.scale);
     }
 }
 
@@ -191,13 +220,16 @@ template <class T> void sum_dots(float *dots, const FlashBackward &a) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < d.num_rows; row++)
         for (int64_t h = 0; h < d.num_heads; h++) {
-            const T *out = static_cast<const T *>(a.out) + (row * d.num_heads + h) * d.value_width, *d_out = element<T>(a.d_out, row, h);
+            const T *out = static_cast<const T *>(a.out) + (row * d.num_heads + h) * d.value_width,
+                    *d_out = element<T>(a.d_out, row, h);
             float lanes[LANES] = {};
             int64_t j = 0;
             for (; j + LANES <= d.value_width; j += LANES)
 #pragma omp simd
-                for (int l = 0; l < LANES; l++) lanes[l] = std::fma(load_value(out + j + l), load_value(d_out + j + l), lanes[l]);
-            for (int l = 0; j < d.value_width; j++, l++) lanes[l] = std::fma(load_value(out + j), load_value(d_out + j), lanes[l]);
+                for (int l = 0; l < LANES; l++)
+                    lanes[l] = std::fma(load_value(out + j + l), load_value(d_out + j + l), lanes[l]);
+            for (int l = 0; j < d.value_width; j++, l++)
+                lanes[l] = std::fma(load_value(out + j), load_value(d_out + j), lanes[l]);
             dots[h * d.num_rows + row] = sum_lanes(lanes);
         }
 }
@@ -219,8 +251,10 @@ template <class T> int flash_backward(FlashBackward a, int threads) {
         for (int64_t t = 0; t < count; t++) {
             const bool whole = tasks[t].num_chunks == 1;
             float *share = whole ? flash_own.get<float>(share_size(d, tasks[t])) : shares + tasks[t].share;
-            if (!share || !attend_keys<T>(a, tasks[t], share)) failed = 1;
-            else if (whole) finish_queries<T>(a, tasks + t, &share);
+            if (!share || !attend_keys<T>(a, tasks[t], share))
+                failed = 1;
+            else if (whole)
+                finish_queries<T>(a, tasks + t, &share);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < count; t++) {

@@ -1,6 +1,6 @@
-// Output head and cross-entropy in one, forward and backward, for one instruction set: rows are taken a chunk at a time, and
-// no more logits than those of a chunk exist. Of a chunk: logits; per row the loss and the gradient of its logits, in place;
-// the gradient of its hidden states; its share of the weight's gradient, chunks added in their order.
+// Output head and cross-entropy in one, forward and backward, for one instruction set: rows are taken a chunk at a
+// time, and no more logits than those of a chunk exist. Of a chunk: logits; per row the loss and the gradient of its
+// logits, in place; the gradient of its hidden states; its share of the weight's gradient, chunks added in their order.
 #pragma once
 #include "training/experts.h"
 
@@ -18,7 +18,8 @@ struct HeadTask {
     int64_t *argmax;
 };
 
-// Logits of one row -> its loss and likeliest token; with `gradient`, softmax − one-hot. Without a target: 0, and zeros.
+// Logits of one row -> its loss and likeliest token; with `gradient`, softmax − one-hot. Without a target: 0, and
+// zeros.
 template <class T> void cross_entropy_row(const HeadTask &a, int64_t row, float *logits, T *gradient) {
     const int64_t size = a.vocabulary, target = a.targets[row];
     float most[16], sums[16] = {}, largest = -INFINITY;
@@ -49,7 +50,8 @@ template <class T> void cross_entropy_row(const HeadTask &a, int64_t row, float 
     if (target >= 0) store_value(gradient + target, at_target);
 }
 
-// Products of one tile that stays in the first cache, again and again: what the machine can do. Returns their operations.
+// Products of one tile that stays in the first cache, again and again: what the machine can do. Returns their
+// operations.
 template <class T> int64_t multiply_in_registers(int64_t rounds, int threads) {
     constexpr int64_t STEPS = 64;
 #pragma omp parallel num_threads(threads)
@@ -66,10 +68,12 @@ template <class T> int64_t multiply_in_registers(int64_t rounds, int threads) {
 template <class T> int cross_entropy(const CrossEntropy &a, int threads) {
     const T *hidden = static_cast<const T *>(a.hidden), *weight = static_cast<const T *>(a.weight);
     T *d_hidden = static_cast<T *>(a.d_hidden);
-    const int64_t size = a.vocabulary, width = a.width, fitting = CHUNK_VALUES / std::max<int64_t>(size, 1) / ROW_BLOCK * ROW_BLOCK;
+    const int64_t size = a.vocabulary, width = a.width,
+                  fitting = CHUNK_VALUES / std::max<int64_t>(size, 1) / ROW_BLOCK * ROW_BLOCK;
     const int64_t chunk = std::min(std::min(CHUNK_ROWS, std::max(ROW_BLOCK, fitting)), a.rows);
     Step *by_token = shared_panels.get<Step>(panel_steps<T>(size, width));
-    Step *by_width = d_hidden ? shared_more.get<Step>(panel_steps<T>(width, size) + panel_steps<T>(width, chunk)) : nullptr;
+    Step *by_width =
+        d_hidden ? shared_more.get<Step>(panel_steps<T>(width, size) + panel_steps<T>(width, chunk)) : nullptr;
     float *logits = call_logits.get<float>(chunk * size);
     T *gradients = d_hidden ? call_gradients.get<T>(chunk * size) : nullptr;
     if (!by_token || !logits || (d_hidden && (!by_width || !gradients))) return MOESTRO_NO_MEMORY;
@@ -84,18 +88,23 @@ template <class T> int cross_entropy(const CrossEntropy &a, int threads) {
             const T *rows = hidden + first * width;
             const HeadTask task = {a.targets + first, size, a.nll + first, a.argmax + first};
             failed |= !multiply_all<T>({rows, width, nullptr, true}, count, width, by_token, size,
-                [&](int64_t row, int64_t column, const float *values, int64_t n) { memcpy(logits + row * size + column, values, sizeof(float) * n); });
+                                       [&](int64_t row, int64_t column, const float *values, int64_t n) {
+                                           memcpy(logits + row * size + column, values, sizeof(float) * n);
+                                       });
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < count; i++) cross_entropy_row(task, i, logits + i * size, gradients ? gradients + i * size : nullptr);
+            for (int64_t i = 0; i < count; i++)
+                cross_entropy_row(task, i, logits + i * size, gradients ? gradients + i * size : nullptr);
             if (!d_hidden) continue;
             pack_all(rows_panels, rows, width, false, width, count);
             failed |= !multiply_all<T>({gradients, size, nullptr, true}, count, size, by_width, width,
-                [&](int64_t row, int64_t column, const float *values, int64_t n) { store_row(d_hidden + (first + row) * width + column, values, n); });
+                                       [&](int64_t row, int64_t column, const float *values, int64_t n) {
+                                           store_row(d_hidden + (first + row) * width + column, values, n);
+                                       });
             failed |= !multiply_all<T>({gradients, size, nullptr, false}, size, count, rows_panels, width,
-                [&](int64_t row, int64_t column, const float *values, int64_t n) {
-                    float *to = a.d_weight + row * width + column;
-                    for (int64_t j = 0; j < n; j++) to[j] += values[j];
-                });
+                                       [&](int64_t row, int64_t column, const float *values, int64_t n) {
+                                           float *to = a.d_weight + row * width + column;
+                                           for (int64_t j = 0; j < n; j++) to[j] += values[j];
+                                       });
         }
     }
     return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;

@@ -19,7 +19,7 @@ from moestro.checkpoints.files import ModelFiles, kept_dtype, refuse_misfits
 from moestro.checkpoints.packed import PackedFiles, Save
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.transformer import Transformer
-from moestro.ops.serving.formats import LAYOUTS, Rows, Stack
+from moestro.ops.serving.formats import LAYOUTS, RowSource, Stack
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
 Source = Transformer | ModelFiles | PackedFiles
@@ -91,7 +91,7 @@ class Packer:
 
         def pack() -> PackedLinear:
             rows = [part for parameter in parameters for part in self._weights.parts(parameter)]
-            return PackedLinear.pack(Rows(rows, dtype), kind)
+            return PackedLinear.pack(RowSource(rows, dtype), kind)
 
         return self._part(name, PackedLinear, (kind, sum(rows for rows, _ in shapes), shapes[0][1]), pack)
 

@@ -20,13 +20,13 @@ from moestro.engine.scheduler import pages_for
 from moestro.errors import ConfigError
 from moestro.model.attention import cache_width
 from moestro.model.rope import rope_tables
-from moestro.ops.serving.program import Places
+from moestro.ops.serving.program import StepLayout
 
 FREE_SHARE = 0.5  # of the free memory, where the user names no size
 
 
 @dataclass(frozen=True, slots=True)
-class StepInput(Places):
+class StepInput(StepLayout):
     """The N tokens [N] of a step: those of sequence s are starts[s]:starts[s+1], at positions from first[s] on."""
 
     tokens: Tensor

@@ -20,7 +20,7 @@ from moestro.engine.paged_cache import PagedCache, StepInput
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
 from moestro.model.transformer import Block, MTPModule
 from moestro.ops import library
-from moestro.ops.serving.program import Eager, Place, Rows, Tape, X
+from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
 from moestro.ops.serving.weights import PackedExperts
 
 
@@ -35,7 +35,7 @@ class StepOutput:
 class Forward(Protocol):
     """Inputs [N, 1, D], the first cache layer to use -> [N, 1, D]."""
 
-    def __call__(self, rows: Rows[X], inputs: Sequence[X], layer: int) -> X: ...
+    def __call__(self, rows: Operations[Value], inputs: Sequence[Value], layer: int) -> Value: ...
 
 
 class Pass:
@@ -60,7 +60,7 @@ class Pass:
         if library.is_available():
             self.tape = Tape(dtype)
             self.inputs = [self.tape.value(hidden_dim) for _ in range(num_inputs)]
-            self.output: Place = forward(self.tape, self.inputs, layer)
+            self.output: Operand = forward(self.tape, self.inputs, layer)
 
     def __call__(self, inputs: Sequence[Tensor], step: StepInput, cache: PagedCache) -> StepOutput:
         """Inputs [N, D] of any type."""
@@ -118,7 +118,7 @@ class Runtime:
         embedded = self.embedding.index_select(0, step.tokens)
         return self._ahead[depth]([embedded, hidden], step, cache).hidden
 
-    def _compute(self, rows: Rows[X], inputs: Sequence[X], layer: int) -> X:
+    def _compute(self, rows: Operations[Value], inputs: Sequence[Value], layer: int) -> Value:
         (x,), index = inputs, 0
         for block in self.blocks:
             x = block(rows, x, layer, index)

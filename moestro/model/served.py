@@ -22,7 +22,7 @@ from moestro.model.attention import HeadAttention, LatentAttention
 from moestro.model.experts import MoE
 from moestro.model.layers import RMSNorm
 from moestro.model.transformer import Block, MTPModule
-from moestro.ops.serving.program import Heads, Rows, X
+from moestro.ops.serving.program import Heads, Operations, Value
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.router import Router
 
@@ -52,7 +52,7 @@ class ServedNorm:
     def __init__(self, norm: RMSNorm, parts: Parts) -> None:
         self.weight, self.eps = parts.plain("weight"), norm.eps
 
-    def __call__(self, rows: Rows[X], x: X) -> X:
+    def __call__(self, rows: Operations[Value], x: Value) -> Value:
         return rows.norm(x, self.weight, self.eps)
 
 
@@ -73,7 +73,7 @@ class ServedLatentAttention:
         self.expand = parts.heads("expand", "kv_up.weight", num_heads, lambda up: up[:, nope_dim:])
         self.out = parts.linear("out", "out.weight")
 
-    def __call__(self, rows: Rows[X], x: X, layer: int) -> X:
+    def __call__(self, rows: Operations[Value], x: Value, layer: int) -> Value:
         config = self.config
         heads, latent_dim = config.num_heads, config.kv_lora_rank
         widths = (self.down.out_features - latent_dim - config.rope_dim, latent_dim, config.rope_dim)
@@ -95,7 +95,7 @@ class ServedHeadAttention:
         self.down = parts.linear("down", "q.weight", "kv.weight")
         self.out = parts.linear("out", "out.weight")
 
-    def __call__(self, rows: Rows[X], x: X, layer: int) -> X:
+    def __call__(self, rows: Operations[Value], x: Value, layer: int) -> Value:
         attention, config = self.attention, self.attention.config
         num_heads, groups, key_dim = config.num_heads, attention.num_kv_heads, attention.key_dim
         widths = (num_heads * key_dim, groups * (key_dim + config.v_dim))
@@ -116,7 +116,7 @@ class ServedMLP:
         self.gate_up = parts.linear("gate_up", "gate_up.weight")
         self.down = parts.linear("down", "down.weight")
 
-    def __call__(self, rows: Rows[X], x: X) -> X:
+    def __call__(self, rows: Operations[Value], x: Value) -> Value:
         return rows.linear(self.down, rows.swiglu(rows.linear(self.gate_up, x)))
 
 
@@ -134,7 +134,7 @@ class ServedMoE:
         self.experts = parts.experts("experts")
         self.shared = None if moe.shared is None else ServedMLP(parts.at("shared"))
 
-    def __call__(self, rows: Rows[X], x: X, index: int) -> X:
+    def __call__(self, rows: Operations[Value], x: Value, index: int) -> Value:
         logits = None if self.gate is None else rows.linear(self.gate, rows.widen(x))
         out = rows.experts(index, self.experts, x, rows.route(index, logits, self.router.selection))
         return out if self.shared is None else rows.add(out, self.shared(rows, x))
@@ -161,7 +161,7 @@ class ServedBlock:
         """If it has one."""
         return self.ffn.router if isinstance(self.ffn, ServedMoE) else None
 
-    def __call__(self, rows: Rows[X], x: X, layer: int, index: int) -> X:
+    def __call__(self, rows: Operations[Value], x: Value, layer: int, index: int) -> Value:
         """x [N, 1, D], the cache layer and the place among the routers."""
         with rows.scratch():
             x = rows.add(x, self.attention(rows, self.attention_norm(rows, x), layer))
@@ -180,7 +180,7 @@ class ServedMTP:
         self.block = ServedBlock(module.block, parts.at("block"))
         self.norm = ServedNorm(module.norm, parts.at("norm"))
 
-    def __call__(self, rows: Rows[X], inputs: Sequence[X], layer: int) -> X:
+    def __call__(self, rows: Operations[Value], inputs: Sequence[Value], layer: int) -> Value:
         embedded, hidden = inputs
         both = rows.join([self.embed_norm(rows, embedded), self.hidden_norm(rows, hidden)])
         return self.norm(rows, self.block(rows, rows.linear(self.project, both), layer, 0))

@@ -11,7 +11,7 @@ panel is a row of blocks along k, so it is read once from front to end; the same
                                the high half of a byte; then bf16 scale [64]
 
 value = scale · code. int8: scale = largest magnitude / 127. int4: the largest magnitude is code −8 and its sign goes
-into the scale, as in llama.cpp's Q4_0; then the scale that fits these codes best, Σ w·code / Σ code². Rows of
+into the scale, as in llama.cpp's Q4_0; then the scale that fits these codes best, Σ w·code / Σ code². RowSource of
 activations are quantised to 8 bits by blocks of the same length when they meet such weights: code = x · (127 / largest
 magnitude), rounded to even.
 """
@@ -33,7 +33,7 @@ from moestro.ops import library
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
 LARGE = 1 << 21  # bytes
-CHUNK = 1 << 20  # elements of `Rows` packed at a time: they are copied
+CHUNK = 1 << 20  # elements of `RowSource` packed at a time: they are copied
 PLAIN_CHUNK = 1 << 18  # elements packed at a time in plain torch, which needs several times their memory
 
 
@@ -59,7 +59,7 @@ LAYOUTS = {
 }
 
 
-class Rows:
+class RowSource:
     """Matrices [m, K] on top of each other as one [M, K], read in `dtype` a few rows at a time.
 
     They may lie in mapped files: nothing is copied but the rows that are asked for.
@@ -106,7 +106,7 @@ def new_panels(shape: Sequence[int]) -> Tensor:
     return out
 
 
-def pack_panels(weight: Tensor | Rows, kind: str, out: Tensor | None = None) -> Tensor:
+def pack_panels(weight: Tensor | RowSource, kind: str, out: Tensor | None = None) -> Tensor:
     """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], contiguous `out` where it is given.
 
     Native where it can be, to the bit the same.
@@ -115,7 +115,7 @@ def pack_panels(weight: Tensor | Rows, kind: str, out: Tensor | None = None) -> 
     if out is None:
         out = new_panels(panel_shape(rows, columns, kind))
     is_native = library.serves(weight[:0])
-    chunk = PLAIN_CHUNK if not is_native else CHUNK if isinstance(weight, Rows) else rows * columns
+    chunk = PLAIN_CHUNK if not is_native else CHUNK if isinstance(weight, RowSource) else rows * columns
     step = PANEL * max(1, -(-chunk // (PANEL * max(columns, 1))))
     for first in range(0, rows if columns else 0, step):
         part = weight[first : first + step]

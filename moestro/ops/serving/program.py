@@ -35,7 +35,7 @@ _LINE = 64  # bytes: values begin at cache lines
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class StepLayout:
     """Where a step's rows go and what they attend to. All but `tables` and the angles int64.
 
     slots [N], page · 64 + place; tables [S, M] int32, starts [S + 1] and first [S] as for `attention.paged_attention`;
@@ -60,63 +60,63 @@ class Heads:
     scale: float
 
 
-X = TypeVar("X")
+Value = TypeVar("Value")
 
 
-class Rows(Protocol[X]):
-    """What a served model is written in; `Eager` on tensors, `Tape` on places."""
+class Operations(Protocol[Value]):
+    """What a served model is written in; `Eager` on tensors, `Tape` on operands."""
 
     def scratch(self) -> AbstractContextManager[None]:
         """What is made inside is gone afterwards; what was made before may be added to."""
 
-    def linear(self, weight: PackedLinear, x: X) -> X:
+    def linear(self, weight: PackedLinear, x: Value) -> Value:
         """[N, ..] of K values in all -> [N, 1, M]."""
 
-    def heads(self, weight: PackedHeads, x: X) -> X:
+    def heads(self, weight: PackedHeads, x: Value) -> Value:
         """[N, H, K] -> [N, H, V]."""
 
-    def norm(self, x: X, weight: Tensor, eps: float) -> X:
+    def norm(self, x: Value, weight: Tensor, eps: float) -> Value:
         """RMSNorm of [N, 1, D]."""
 
-    def swiglu(self, x: X) -> X:
+    def swiglu(self, x: Value) -> Value:
         """[N, 1, 2F] -> [N, 1, F]."""
 
-    def add(self, x: X, y: X) -> X:
+    def add(self, x: Value, y: Value) -> Value:
         """Their sum, of [N, 1, D]; x may be used up."""
 
-    def group(self, x: X, groups: int) -> X:
+    def group(self, x: Value, groups: int) -> Value:
         """[N, 1, groups · W] -> [N, groups, W]."""
 
-    def split(self, x: X, widths: Sequence[int]) -> list[X]:
+    def split(self, x: Value, widths: Sequence[int]) -> list[Value]:
         """Slices of the last axis."""
 
-    def join(self, parts: Sequence[X]) -> X:
+    def join(self, parts: Sequence[Value]) -> Value:
         """[N, groups, w] each -> [N, groups, Σ w]."""
 
-    def rope(self, x: X) -> X:
+    def rope(self, x: Value) -> Value:
         """Rotated by the angles of the rows."""
 
-    def widen(self, x: X) -> X:
+    def widen(self, x: Value) -> Value:
         """In fp32."""
 
-    def store(self, layer: int, x: X) -> None:
+    def store(self, layer: int, x: Value) -> None:
         """Write rows of the cache."""
 
-    def attend(self, layer: int, q: X, heads: Heads) -> X:
+    def attend(self, layer: int, q: Value, heads: Heads) -> Value:
         """[N, H, K] -> [N, H, V], over the rows of the cache."""
 
-    def route(self, index: int, logits: X | None, selection: Selection) -> X:
+    def route(self, index: int, logits: Value | None, selection: Selection) -> Value:
         """Logits [N, 1, E] fp32 of the index-th router -> weights; the ids stay with the step."""
 
-    def experts(self, index: int, weight: PackedExperts, x: X, weights: X) -> X:
+    def experts(self, index: int, weight: PackedExperts, x: Value, weights: Value) -> Value:
         """[N, 1, D] through the experts that the index-th router chose."""
 
 
 class Eager:
     """Operations at once. `ids` [L, N, A] int64: of hashed routers, and what the others choose; `layers`: the cache."""
 
-    def __init__(self, places: Places, layers: Sequence[Tensor], ids: Tensor) -> None:
-        self.places, self.layers, self.ids = places, layers, ids
+    def __init__(self, layout: StepLayout, layers: Sequence[Tensor], ids: Tensor) -> None:
+        self.layout, self.layers, self.ids = layout, layers, ids
 
     def scratch(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -146,18 +146,18 @@ class Eager:
         return torch.cat(list(parts), -1)
 
     def rope(self, x: Tensor) -> Tensor:
-        return rows.rope(x, self.places.cos, self.places.sin)
+        return rows.rope(x, self.layout.cos, self.layout.sin)
 
     def widen(self, x: Tensor) -> Tensor:
         return x.float()
 
     def store(self, layer: int, x: Tensor) -> None:
-        self.layers[layer].flatten(0, 1)[self.places.slots] = x.flatten(1)
+        self.layers[layer].flatten(0, 1)[self.layout.slots] = x.flatten(1)
 
     def attend(self, layer: int, q: Tensor, heads: Heads) -> Tensor:
-        places = self.places
+        layout = self.layout
         return attention.paged_attention(
-            q, self.layers[layer], places.tables, places.starts, places.first,
+            q, self.layers[layer], layout.tables, layout.starts, layout.first,
             groups=heads.groups, value_offset=heads.value_offset, value_width=heads.value_width, scale=heads.scale,
         )  # fmt: skip
 
@@ -173,7 +173,7 @@ class Eager:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Operand:
     """A value on a tape: `groups` vectors of `width`, `stride` apart, from `offset` on in rows of `row` values."""
 
     at: int
@@ -220,74 +220,74 @@ class Tape:
         yield
         self._top = top
 
-    def value(self, width: int, groups: int = 1, *, wide: bool = False) -> Place:
+    def value(self, width: int, groups: int = 1, *, wide: bool = False) -> Operand:
         """Room for a value."""
-        place = Place(self._top, groups * width, 0, groups, width, width, wide)
+        place = Operand(self._top, groups * width, 0, groups, width, width, wide)
         self._top += -(-groups * width * self._size(wide) // _LINE) * _LINE
         self._row_bytes = max(self._row_bytes, self._top)
         return place
 
-    def linear(self, weight: PackedLinear, x: Place) -> Place:
+    def linear(self, weight: PackedLinear, x: Operand) -> Operand:
         return self._multiply(weight, x, self.value(weight.out_features, wide=x.wide), 1)
 
-    def heads(self, weight: PackedHeads, x: Place) -> Place:
+    def heads(self, weight: PackedHeads, x: Operand) -> Operand:
         groups = len(weight.panels)
         return self._multiply(weight, x, self.value(weight.out_features, groups), groups)
 
-    def norm(self, x: Place, weight: Tensor, eps: float) -> Place:
+    def norm(self, x: Operand, weight: Tensor, eps: float) -> Operand:
         x, out = self._whole(x), self.value(x.width)
         self._check(x, len(weight))
         self._note(NORM, out.at, x.at, self._keep(weight), x.width, _bits(eps), library.TYPES[weight.dtype], self._type)
         return out
 
-    def swiglu(self, x: Place) -> Place:
+    def swiglu(self, x: Operand) -> Operand:
         x, out = self._whole(x), self.value(x.width // 2)
         self._note(SWIGLU, out.at, x.at, out.width, self._type)
         return out
 
-    def add(self, x: Place, y: Place) -> Place:
+    def add(self, x: Operand, y: Operand) -> Operand:
         """Into x itself."""
         self._check(x, y.row)
         self._note(ADD, x.at, x.at, self._whole(y).at, x.row, self._type)
         return x
 
-    def group(self, x: Place, groups: int) -> Place:
+    def group(self, x: Operand, groups: int) -> Operand:
         assert x.groups == 1 and x.width % groups == 0
         return replace(x, groups=groups, stride=x.width // groups, width=x.width // groups)
 
-    def split(self, x: Place, widths: Sequence[int]) -> list[Place]:
+    def split(self, x: Operand, widths: Sequence[int]) -> list[Operand]:
         self._check(replace(x, row=x.width), sum(widths))
         starts = [sum(widths[:i]) for i in range(len(widths))]
         return [replace(x, offset=x.offset + start, width=w) for start, w in zip(starts, widths, strict=True)]
 
-    def join(self, parts: Sequence[Place]) -> Place:
+    def join(self, parts: Sequence[Operand]) -> Operand:
         out = self.value(sum(part.width for part in parts), parts[0].groups)
         for part, into in zip(parts, self.split(out, [part.width for part in parts]), strict=True):
             self._copy(into, part)
         return out
 
-    def rope(self, x: Place) -> Place:
+    def rope(self, x: Operand) -> Operand:
         out = self.value(x.width, x.groups)
         self._note(ROPE, out.at, x.at, x.row, x.offset, x.groups, x.stride, x.width, self._type)
         return out
 
-    def widen(self, x: Place) -> Place:
+    def widen(self, x: Operand) -> Operand:
         if self.dtype == torch.float32:
             return x
         out = self.value(x.width, wide=True)
         self._note(WIDEN, out.at, self._whole(x).at, x.width)
         return out
 
-    def store(self, layer: int, x: Place) -> None:
+    def store(self, layer: int, x: Operand) -> None:
         self._note(STORE, layer, self._whole(x).at, self._type)
 
-    def attend(self, layer: int, q: Place, heads: Heads) -> Place:
+    def attend(self, layer: int, q: Operand, heads: Heads) -> Operand:
         q, out = self._whole(q), self.value(heads.value_width, q.groups)
         sizes = (q.groups, q.width, heads.value_width, heads.groups, heads.value_offset)
         self._note(ATTENTION, out.at, q.at, layer, *sizes, _bits(heads.scale), self._type)
         return out
 
-    def route(self, index: int, logits: Place | None, selection: Selection) -> Place:
+    def route(self, index: int, logits: Operand | None, selection: Selection) -> Operand:
         s, out = selection, self.value(selection.top_k, wide=True)
         sizes = (len(s.bias), s.num_groups, s.top_k_groups)
         kinds = (SCORES[s.score], s.group_best, s.multiply, s.normalize, s.hashed)
@@ -295,7 +295,7 @@ class Tape:
         self._note(ROUTE, index, out.at, 0 if logits is None else logits.at, bias, *sizes, _bits(s.scale), *kinds)
         return out
 
-    def experts(self, index: int, weight: PackedExperts, x: Place, weights: Place) -> Place:
+    def experts(self, index: int, weight: PackedExperts, x: Operand, weights: Operand) -> Operand:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
         sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, LAYOUTS[weight.kind].code, self._type)
@@ -303,15 +303,20 @@ class Tape:
         return out
 
     def run(
-        self, inputs: Sequence[tuple[Place, Tensor]], places: Places, layers: Sequence[Tensor], ids: Tensor, out: Place
+        self,
+        inputs: Sequence[tuple[Operand, Tensor]],
+        layout: StepLayout,
+        layers: Sequence[Tensor],
+        ids: Tensor,
+        out: Operand,
     ) -> Tensor:
         """Values [N, D] to begin with, where the rows go, the cache, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
-        (pages, _, width), n = layers[0].shape, len(places.slots)
+        (pages, _, width), n = layers[0].shape, len(layout.slots)
         fits = (
-            len(places.tables) == len(places.first) == len(places.starts) - 1 and len(places.cos) == n == ids.shape[1]
+            len(layout.tables) == len(layout.first) == len(layout.starts) - 1 and len(layout.cos) == n == ids.shape[1]
         )
-        if not fits or layers[0].dtype != self.dtype or places.tables.dtype != torch.int32:
-            raise ValueError(f"the places of a step of {n} rows, its ids or its cache do not fit")
+        if not fits or layers[0].dtype != self.dtype or layout.tables.dtype != torch.int32:
+            raise ValueError(f"the layout of a step of {n} rows, its ids or its cache do not fit")
         memory = torch.empty(n * self._row_bytes // self.dtype.itemsize, dtype=self.dtype)
         for place, x in inputs:
             self._view(memory, place, n).copy_(x)
@@ -321,17 +326,17 @@ class Tape:
                 memory.data_ptr(),
                 ids.data_ptr(),
                 ctypes.addressof(addresses),
-                places.cos.data_ptr(),
-                places.sin.data_ptr(),
+                layout.cos.data_ptr(),
+                layout.sin.data_ptr(),
             ),
-            *(places.slots.data_ptr(), places.starts.data_ptr(), places.first.data_ptr(), places.tables.data_ptr()),
-            *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(layers), pages, width, places.cos.shape[1]),
-            *(*places.tables.shape, torch.get_num_threads()),
+            *(layout.slots.data_ptr(), layout.starts.data_ptr(), layout.first.data_ptr(), layout.tables.data_ptr()),
+            *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(layers), pages, width, layout.cos.shape[1]),
+            *(*layout.tables.shape, torch.get_num_threads()),
         )
         library.call("moestro_run", self._code.buffer_info()[0], len(self._code), ctypes.addressof(step))
         return self._view(memory, out, n).clone()
 
-    def _view(self, memory: Tensor, place: Place, n: int) -> Tensor:
+    def _view(self, memory: Tensor, place: Operand, n: int) -> Tensor:
         return memory.as_strided((n, place.row), (place.row, 1), place.at * n // self.dtype.itemsize)
 
     def _size(self, wide: bool) -> int:
@@ -345,15 +350,15 @@ class Tape:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
-    def _check(self, x: Place, row: int) -> None:
+    def _check(self, x: Operand, row: int) -> None:
         if x.row != row:
             raise ValueError(f"a value of {x.row} numbers a row where {row} are needed")
 
-    def _whole(self, x: Place) -> Place:
+    def _whole(self, x: Operand) -> Operand:
         """The same value in memory of its own."""
         return x if x.is_whole else self._copy(self.value(x.width, x.groups, wide=x.wide), x)
 
-    def _copy(self, out: Place, x: Place) -> Place:
+    def _copy(self, out: Operand, x: Operand) -> Operand:
         size = self._size(x.wide)
         sides = (v * size for p in (out, x) for v in (p.row, p.offset, p.stride if p.groups > 1 else 0))
         out_row, out_offset, out_group, x_row, x_offset, x_group = sides
@@ -362,7 +367,7 @@ class Tape:
         )
         return out
 
-    def _multiply(self, weight: PackedLinear | PackedHeads, x: Place, out: Place, groups: int) -> Place:
+    def _multiply(self, weight: PackedLinear | PackedHeads, x: Operand, out: Operand, groups: int) -> Operand:
         x = self._whole(x)
         self._check(x, groups * weight.in_features)
         kind = library.TYPES[torch.float32] if x.wide else self._type

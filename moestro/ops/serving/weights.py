@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.serving import formats, reference
-from moestro.ops.serving.formats import LAYOUTS, PANEL, Rows, Stack
+from moestro.ops.serving.formats import LAYOUTS, PANEL, RowSource, Stack
 
 _KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -57,7 +57,7 @@ class PackedLinear(_Matrices):
     leading = 0
 
     @classmethod
-    def pack(cls, weight: Tensor | Rows, kind: str) -> PackedLinear:
+    def pack(cls, weight: Tensor | RowSource, kind: str) -> PackedLinear:
         """weight [M, K] fp32 or bf16; kind fp32, bf16, int8 or int4."""
         return cls(formats.pack_panels(weight, kind), kind, *weight.shape)
 

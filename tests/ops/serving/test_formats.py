@@ -89,7 +89,7 @@ def test_packing_by_pieces_changes_nothing(path: str, kind: str, monkeypatch: py
     out = torch.zeros_like(whole)
     assert formats.pack_panels(weight, kind, out=out) is out
     assert torch.equal(out, whole)
-    parts = formats.Rows([weight[:70], weight[70:]], weight.dtype)
+    parts = formats.RowSource([weight[:70], weight[70:]], weight.dtype)
     assert torch.equal(formats.pack_panels(parts, kind), whole)
     assert torch.equal(formats.pack_panels(weight[64:128], kind)[0], whole[1])
 
@@ -136,7 +136,7 @@ def test_rows_are_rounded_to_127ths_of_their_blocks(kind: str, length: int) -> N
 
 def test_rows_are_those_of_the_whole() -> None:
     parts = [torch.randn(rows, 3, dtype=torch.float64) for rows in (5, 1, 0, 7)]
-    rows, whole = formats.Rows(parts, torch.float32), torch.cat(parts).float()
+    rows, whole = formats.RowSource(parts, torch.float32), torch.cat(parts).float()
     assert rows.shape == whole.shape
     for first in range(13):
         for last in range(first + 1, 16):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moestro.ops import library
-from moestro.ops.serving.program import Eager, Heads, Place, Places, Rows, Tape, X, _Step
+from moestro.ops.serving.program import Eager, Heads, Operand, Operations, StepLayout, Tape, Value, _Step
 from moestro.ops.serving.rows import rope, route
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection, choose, score_experts
@@ -118,7 +118,7 @@ def small_model(dtype: torch.dtype) -> tuple[dict[str, Any], Selection]:
     }, selection(8, 2, 4, 2)
 
 
-def compute(rows: Rows[X], x: X, m: dict[str, Any], chosen: Selection) -> X:
+def compute(rows: Operations[Value], x: Value, m: dict[str, Any], chosen: Selection) -> Value:
     """Every operation there is, on two layers of a cache of width 12."""
     for layer in range(2):
         with rows.scratch():
@@ -134,7 +134,7 @@ def compute(rows: Rows[X], x: X, m: dict[str, Any], chosen: Selection) -> X:
     return rows.swiglu(rows.linear(m["half"], x))
 
 
-def places(lengths: list[int], rows: list[int]) -> Places:
+def places(lengths: list[int], rows: list[int]) -> StepLayout:
     """Sequences of these lengths, page s their own, the last `rows` of each to be computed."""
     spans = [range(n - r, n) for n, r in zip(lengths, rows, strict=True)]
     at = torch.tensor([p for span in spans for p in span])
@@ -142,7 +142,7 @@ def places(lengths: list[int], rows: list[int]) -> Places:
     starts = torch.tensor([0, *rows]).cumsum(0)
     tables = torch.arange(len(lengths), dtype=torch.int32)[:, None].contiguous()
     angles = at[:, None] * torch.tensor([1.0, 0.1])
-    return Places(slots, tables, starts, torch.tensor([span.start for span in spans]), angles.cos(), angles.sin())
+    return StepLayout(slots, tables, starts, torch.tensor([span.start for span in spans]), angles.cos(), angles.sin())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,7 +153,7 @@ def test_a_tape_computes_what_its_operations_do(path: str, dtype: torch.dtype) -
     model, chosen = small_model(dtype)
     tape = Tape(dtype)
     begin = tape.value(20)
-    end: Place = compute(tape, begin, model, chosen)
+    end: Operand = compute(tape, begin, model, chosen)
     for lengths, rows in (([9, 30, 1], [9, 30, 1]), ([10, 31, 2], [1, 1, 1]), ([64], [64]), ([1], [1])):
         x, where, caches, found = random(sum(rows), 20).to(dtype), places(lengths, rows), [], []
         for threads in (1, 2):
