@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import moestro
 from moestro.config import build_config, load_preset, preset_names
-from moestro.data.packing import Batch
+from moestro.data.batches import Batch
 from moestro.model.transformer import Transformer
-from moestro.ops import native
+from moestro.ops import library
 from moestro.training.optim import Optimizers
 from moestro.training.step import train_step
 
@@ -48,19 +48,19 @@ def router_presets() -> dict[str, dict[str, Any]]:
 
 def kernels_run() -> bool:
     """Whether the compiled kernels are built and this CPU can run them."""
-    return native.load_library() is not None
+    return library.load_library() is not None
 
 
 def kernels_compiler() -> str:
     """What compiled the kernels, as the library itself says; empty where it does not."""
-    library = native.LIBRARY.read_bytes() if native.LIBRARY.exists() else b""
-    found = re.search(rb"clang version [\d.]+|GCC: \([^)]*\) [\d.]+", library)
+    built = library.LIBRARY.read_bytes() if library.LIBRARY.exists() else b""
+    found = re.search(rb"clang version [\d.]+|GCC: \([^)]*\) [\d.]+", built)
     return found.group().decode() if found else ""
 
 
 def force_kernels() -> None:
     """Leave every product to the kernels, also where torch's BLAS is thought to be as fast."""
-    native.multiplies_faster = lambda dtype: True  # type: ignore[assignment]
+    library.multiplies_faster = lambda dtype: True  # type: ignore[assignment]
 
 
 def start(tree: dict[str, Any], precision: str, fill: Fill) -> Callable[[Sequence[Rows], int], Report]:
