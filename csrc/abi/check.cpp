@@ -83,12 +83,13 @@ template <class T> int check_head(int64_t rows, int64_t vocabulary, int64_t widt
     const auto hidden = random_vector<T>(rows * width), weight = random_vector<T>(vocabulary * width);
     std::vector<int64_t> targets, argmax(rows);
     for (int64_t i = 0; i < rows; i++) targets.push_back(i % 3 ? i % vocabulary : -100);
-    std::vector<float> nll(rows), d_weight(weight.size());
+    std::vector<float> nll(rows), d_weight(weight.size()), row_weights(rows, 0.5f);
     std::vector<T> d_hidden(hidden.size());
-    int bad = moestro_cross_entropy(nll.data(), argmax.data(), d_hidden.data(), d_weight.data(), hidden.data(),
-                                    weight.data(), targets.data(), rows, vocabulary, width, TYPE<T>, 2);
+    int bad =
+        moestro_cross_entropy(nll.data(), argmax.data(), d_hidden.data(), d_weight.data(), hidden.data(), weight.data(),
+                              targets.data(), row_weights.data(), rows, vocabulary, width, TYPE<T>, 2);
     return bad | moestro_cross_entropy(nll.data(), argmax.data(), nullptr, nullptr, hidden.data(), weight.data(),
-                                       targets.data(), rows, vocabulary, width, TYPE<T>, 2);
+                                       targets.data(), nullptr, rows, vocabulary, width, TYPE<T>, 2);
 }
 
 // Bytes of a packed matrix, from the table in moestro/ops/serving/formats.py.

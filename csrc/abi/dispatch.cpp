@@ -61,7 +61,7 @@ bool runs_avx512bf16() { return runs_avx512vnni() && bit(cpuid(7, 1).eax, 5); }
 #endif
 
 const Choice CHOICES[] = {
-    // the best one first; a compiler that is too old leaves some out (setup.py)
+// the best one first; a compiler that is too old leaves some out (setup.py)
 #ifndef MOESTRO_WITHOUT_AVX512BF16
     {"avx512bf16", &kernels_avx512bf16, runs_avx512bf16},
 #endif
@@ -249,8 +249,8 @@ int moestro_multiply_in_registers(int64_t *operations, int64_t rounds, int type,
 }
 
 int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,
-                          const void *weight, const int64_t *targets, int64_t num_rows, int64_t vocabulary,
-                          int64_t width, int type, int threads) {
+                          const void *weight, const int64_t *targets, const float *row_weights, int64_t num_rows,
+                          int64_t vocabulary, int64_t width, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type)) return MOESTRO_BAD_TYPE;
     if (!fits(num_rows, width) || !fits(num_rows, vocabulary) || !fits_packed(1, vocabulary, width) || !sane(threads) ||
@@ -260,7 +260,8 @@ int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_
         if (targets[i] >= vocabulary) return MOESTRO_BAD_SIZE;
     const std::lock_guard<std::mutex> lock(running);
     return chosen->kernels->cross_entropy(
-        {nll, argmax, d_hidden, d_weight, hidden, weight, targets, num_rows, vocabulary, width}, type, threads);
+        {nll, argmax, d_hidden, d_weight, hidden, weight, targets, row_weights, num_rows, vocabulary, width}, type,
+        threads);
 }
 
 int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads) {

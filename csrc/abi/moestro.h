@@ -48,11 +48,11 @@ int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_t
 int moestro_multiply_in_registers(int64_t *operations, int64_t rounds, int type, int threads);
 
 // Output head and cross-entropy. hidden [N, D], weight [V, D], targets [N] (negative: none) -> nll [N] in nats, 0
-// without a target; argmax [N]; and, unless d_hidden is null, the gradients of Σ nll: d_hidden [N, D], and d_weight [V,
-// D], added to.
+// without a target; argmax [N]; and, unless d_hidden is null, the gradients of Σ w · nll: d_hidden [N, D], and
+// d_weight [V, D], added to; w is row_weights [N], or all 1 where that is null.
 int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,
-                          const void *weight, const int64_t *targets, int64_t num_rows, int64_t vocabulary,
-                          int64_t width, int type, int threads);
+                          const void *weight, const int64_t *targets, const float *row_weights, int64_t num_rows,
+                          int64_t vocabulary, int64_t width, int type, int threads);
 
 // What follows is for serving: a row of results depends on that row's inputs alone, bit for bit.
 

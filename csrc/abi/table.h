@@ -35,6 +35,7 @@ struct CrossEntropy {
     float *d_weight;
     const void *hidden, *weight;
     const int64_t *targets;
+    const float *row_weights;
     int64_t rows, vocabulary, width;
 };
 

@@ -13,6 +13,7 @@ Scratch call_logits, call_gradients;
 
 struct HeadTask {
     const int64_t *targets;
+    const float *weights;  // of the rows in the sum whose gradient is formed; null: all 1
     int64_t vocabulary;
     float *nll;
     int64_t *argmax;
@@ -45,7 +46,8 @@ template <class T> void cross_entropy_row(const HeadTask &a, int64_t row, float 
     for (float s : sums) sum += s;
     a.nll[row] = target >= 0 ? std::log(sum) + largest - wanted : 0.0f;
     if (!gradient) return;
-    const float scale = target >= 0 ? 1.0f / sum : 0.0f, at_target = target >= 0 ? logits[target] * scale - 1.0f : 0.0f;
+    const float share = target < 0 ? 0.0f : a.weights ? a.weights[row] : 1.0f, scale = share / sum;
+    const float at_target = target >= 0 ? logits[target] * scale - share : 0.0f;
     for (j = 0; j < size; j++) store_value(gradient + j, logits[j] * scale);
     if (target >= 0) store_value(gradient + target, at_target);
 }
@@ -86,7 +88,8 @@ template <class T> int cross_entropy(const CrossEntropy &a, int threads) {
         for (int64_t first = 0; first < a.rows; first += chunk) {
             const int64_t count = std::min(chunk, a.rows - first);
             const T *rows = hidden + first * width;
-            const HeadTask task = {a.targets + first, size, a.nll + first, a.argmax + first};
+            const HeadTask task = {a.targets + first, a.row_weights ? a.row_weights + first : nullptr, size,
+                                   a.nll + first, a.argmax + first};
             failed |= !multiply_all<T>({rows, width, nullptr, true}, count, width, by_token, size,
                                        [&](int64_t row, int64_t column, const float *values, int64_t n) {
                                            memcpy(logits + row * size + column, values, sizeof(float) * n);

@@ -23,6 +23,7 @@ from moestro.checkpoints.hf import Slot, duplicate_names, fused_slots, hf_to_con
 from moestro.config import ModelConfig
 from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
+from moestro.ops.precision import precision_of
 
 SHARD_BYTES = 5_000_000_000  # the Hugging Face default
 REMAP_BYTES = 1 << 26
@@ -56,7 +57,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Transformer
 def read_model(files: ModelFiles) -> Transformer:
     """The whole model, parameters and arithmetic in the precision of the files, routers in fp32."""
     with torch.device("meta"):
-        model = Transformer(files.config, files.dtype)
+        model = Transformer(files.config, precision_of(files.dtype))
     for name, parameter in model.named_parameters():
         value = torch.empty(parameter.shape, dtype=kept_dtype(name, files.dtype))
         _set_tensor(model, name, torch.nn.Parameter(value, requires_grad=False))

@@ -19,6 +19,7 @@ from moestro.checkpoints.files import ModelFiles, kept_dtype, refuse_misfits
 from moestro.checkpoints.packed import PackedFiles, Save
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.transformer import Transformer
+from moestro.ops.precision import precision_of
 from moestro.ops.serving.formats import LAYOUTS, RowSource, Stack
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
@@ -50,7 +51,7 @@ class Packer:
         """ConfigError for a kind that is not known, or not that of packed files."""
         self.kind, self.dtype = choose_kind(source, kind), source.dtype
         with torch.device("meta"):
-            self.model = Transformer(source.config, source.dtype).eval()
+            self.model = Transformer(source.config, precision_of(source.dtype)).eval()
         self.parts: dict[str, PackedLinear | PackedHeads | PackedExperts] = {}
         self._plain: dict[str, Tensor] = {}
         self._saved = source if isinstance(source, PackedFiles) else None

@@ -35,11 +35,13 @@ Span = tuple[int, int, int]  # domain number, first token, end: a slice of one d
 class Batch:
     """Token ids and the number of the piece within its row that each belongs to; both int64 [B, seq_len + 1].
 
-    Segment `PADDING` marks padding, which only evaluation has.
+    Segment `PADDING` marks padding, which only evaluation has. `weights` fp32 [B, seq_len + 1]: how much each token
+    counts as a target; None: all 1. A weight of 0 is no target.
     """
 
     tokens: torch.Tensor
     segments: torch.Tensor
+    weights: torch.Tensor | None = None
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -55,8 +57,16 @@ class Batch:
         width, ahead = self.tokens.shape[1], k + 1
         if ahead < width:
             same = (self.segments[:, :-ahead] == self.segments[:, ahead:]) & (self.segments[:, ahead:] != PADDING)
+            if self.weights is not None:
+                same = same & (self.weights[:, ahead:] != 0)
             targets[:, : width - ahead] = self.tokens[:, ahead:].where(same, IGNORED)
         return targets
+
+    def target_weights(self, k: int = 0) -> torch.Tensor | None:
+        """How much each of `targets(k)` counts, [B, seq_len]; None: all 1."""
+        if self.weights is None:
+            return None
+        return torch.nn.functional.pad(self.weights[:, k + 1 :], (0, k))
 
 
 @dataclass(frozen=True)

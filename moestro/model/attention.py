@@ -17,32 +17,53 @@ from moestro import ops
 from moestro.config import ModelConfig
 from moestro.model.layers import Linear, RMSNorm
 from moestro.model.rope import softmax_scale
+from moestro.ops.precision import Precision
 
 RopeTables = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Which of N tokens may attend to which: `positions` [N] in a sequence; sequence s is starts[s]:starts[s+1]."""
+    """Which of N tokens may attend to which: `positions` [N] in a sequence; sequence s is starts[s]:starts[s+1].
+
+    Both int64, on the device of the tokens; starts [S + 1].
+    """
 
     positions: Tensor
-    starts: tuple[int, ...]
+    starts: Tensor
 
     @staticmethod
-    def causal(num_sequences: int, length: int, first_position: int = 0) -> AttentionBatch:
+    def causal(
+        num_sequences: int, length: int, first_position: int = 0, device: torch.device | str | None = None
+    ) -> AttentionBatch:
         """Sequences of equal length, one after another."""
-        positions = torch.arange(first_position, first_position + length).repeat(num_sequences)
-        return AttentionBatch(positions, tuple(range(0, num_sequences * length + 1, length)))
+        positions = torch.arange(first_position, first_position + length, device=device).repeat(num_sequences)
+        return AttentionBatch(positions, torch.arange(num_sequences + 1, device=device) * length)
 
     @staticmethod
     def packed(segments: Tensor) -> AttentionBatch:
         """segments [B, T]: a new sequence starts with every row and wherever the number changes."""
         new = torch.ones_like(segments, dtype=torch.bool)
         new[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        first = new.flatten().nonzero()[:, 0]
-        index = torch.arange(segments.numel())
+        first = new.flatten().nonzero()[:, 0]  # how many there are is known on the host alone: pack there, then move
+        index = torch.arange(segments.numel(), device=segments.device)
         owner = torch.bucketize(index, first, right=True) - 1
-        return AttentionBatch(index - first[owner], (*first.tolist(), segments.numel()))
+        return AttentionBatch(index - first[owner], torch.cat([first, first.new_tensor([segments.numel()])]))
+
+    def to(self, device: torch.device | str) -> AttentionBatch:
+        """The same on another device."""
+        return AttentionBatch(self.positions.to(device), self.starts.to(device))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of a pass reads besides its hidden states: `tokens` [N], `rope` tables (cos, sin) [N, R/2], which
+    tokens attend to which, and the seed from which routers draw their noise, each by its own layer."""
+
+    tokens: Tensor
+    rope: RopeTables
+    batch: AttentionBatch
+    noise_seed: int = 0
 
 
 def cache_width(config: ModelConfig) -> int:
@@ -60,21 +81,21 @@ def num_kv_heads(config: ModelConfig) -> int:
 class LatentAttention(nn.Module):
     """MLA. x [N, D] -> [N, D]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.config = config
         heads, query_dim = config.num_heads, config.nope_dim + config.rope_dim
         self.scale = softmax_scale(config)
         if config.q_lora_rank:
-            self.q_down = Linear(config.hidden_dim, config.q_lora_rank)
+            self.q_down = Linear(config.hidden_dim, config.q_lora_rank, precision)
             self.q_norm = RMSNorm(config.q_lora_rank, 1e-6)
-            self.q_up = Linear(config.q_lora_rank, heads * query_dim)
+            self.q_up = Linear(config.q_lora_rank, heads * query_dim, precision)
         else:
-            self.q = Linear(config.hidden_dim, heads * query_dim)
-        self.kv_down = Linear(config.hidden_dim, config.kv_lora_rank + config.rope_dim)
+            self.q = Linear(config.hidden_dim, heads * query_dim, precision)
+        self.kv_down = Linear(config.hidden_dim, config.kv_lora_rank + config.rope_dim, precision)
         self.kv_norm = RMSNorm(config.kv_lora_rank, 1e-6)
-        self.kv_up = Linear(config.kv_lora_rank, heads * (config.nope_dim + config.v_dim))
-        self.out = Linear(heads * config.v_dim, config.hidden_dim)
+        self.kv_up = Linear(config.kv_lora_rank, heads * (config.nope_dim + config.v_dim), precision)
+        self.out = Linear(heads * config.v_dim, config.hidden_dim, precision)
 
     def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch) -> Tensor:
         config = self.config
@@ -97,15 +118,15 @@ class LatentAttention(nn.Module):
 class HeadAttention(nn.Module):
     """MHA, GQA and MQA: heads are nope + rope wide, the last `rope_dim` values rotated. The same call as MLA."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.config = config
         self.num_kv_heads = num_kv_heads(config)
         self.key_dim = config.nope_dim + config.rope_dim
         self.scale = softmax_scale(config)
-        self.q = Linear(config.hidden_dim, config.num_heads * self.key_dim)
-        self.kv = Linear(config.hidden_dim, self.num_kv_heads * (self.key_dim + config.v_dim))
-        self.out = Linear(config.num_heads * config.v_dim, config.hidden_dim)
+        self.q = Linear(config.hidden_dim, config.num_heads * self.key_dim, precision)
+        self.kv = Linear(config.hidden_dim, self.num_kv_heads * (self.key_dim + config.v_dim), precision)
+        self.out = Linear(config.num_heads * config.v_dim, config.hidden_dim, precision)
 
     def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch) -> Tensor:
         q = self.rotate(self.q(x).unflatten(-1, (self.config.num_heads, -1)), rope)

@@ -2,27 +2,29 @@
 
 h = x + Shared(x) + Σ_a w_a · Expert_a(x)   (V3 eq. 12; the residual is the block's)
 
-The routing is returned, never kept.
+The routing is returned, never kept. Experts are given to the layer, not made by it: any module that maps (x, routes) to
+[N, D], such as `Experts` here, or one behind which copies, other processes or a disk stand.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moestro import ops
 from moestro.config import ModelConfig
+from moestro.model.attention import Context
 from moestro.model.layers import MLP
+from moestro.ops.precision import Precision
 from moestro.routing.router import Router, Routes
 
 
 class Experts(nn.Module):
     """E SwiGLU experts as two batched matrices: gate_up [E, 2F, D] (gate rows first), down [E, D, F]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
+        self.precision: Precision = precision
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_dim, config.hidden_dim))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_dim, config.expert_dim))
 
@@ -30,21 +32,22 @@ class Experts(nn.Module):
         ids = routes.ids
         if routes.accepted is not None:
             ids = ids.masked_fill(~routes.accepted, self.gate_up.shape[0])
-        return ops.grouped_experts(x, self.gate_up.to(x.dtype), self.down.to(x.dtype), ids, routes.weights)
+        return ops.grouped_experts(x, self.gate_up, self.down, ids, routes.weights, self.precision)
 
 
 class MoE(nn.Module):
     """x [N, D] -> (output [N, D], routes); `layer` is the index of the block."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, experts: nn.Module, precision: Precision) -> None:
         super().__init__()
         self.router = Router(config, layer)
-        self.experts = Experts(config)
-        self.shared = (
-            MLP(config.hidden_dim, config.expert_dim * config.num_shared_experts) if config.num_shared_experts else None
-        )
+        self.experts = experts
+        shared_dim = config.expert_dim * config.num_shared_experts
+        self.shared = MLP(config.hidden_dim, shared_dim, precision) if shared_dim else None
 
-    def forward(self, x: Tensor, tokens: Tensor, starts: Sequence[int]) -> tuple[Tensor, Routes]:
-        routes = self.router(x, tokens, starts)
+    def forward(self, x: Tensor, context: Context, ids: Tensor | None = None) -> tuple[Tensor, Routes]:
+        """`ids` [N, A] replay a choice that was made before; its weights are this router's own."""
+        starts, seed = context.batch.starts, context.noise_seed
+        routes = self.router(x, context.tokens, starts, noise_seed=seed, ids=ids)
         out = self.experts(x, routes)
         return (out if self.shared is None else out + self.shared(x)), routes

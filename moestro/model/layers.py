@@ -1,5 +1,5 @@
-"""The layers that everything is made of. Parameters keep their own precision (fp32 master weights in training);
-activations decide the precision of the arithmetic, by explicit casts and never by autocast."""
+"""The layers that everything is made of. Parameters keep their own precision (fp32 master weights in training); what a
+product is computed in is an argument of its operation, never autocast's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from moestro import ops
+from moestro.ops.precision import Precision
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ, without bias, computed in the precision of x. weight [out, in]."""
+    """y = x Wᵀ, without bias, computed in `precision`. weight [out, in]."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, precision: Precision) -> None:
         super().__init__()
+        self.precision: Precision = precision
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight.to(x.dtype))
+        return ops.linear(x, self.weight, self.precision)
 
 
 class RMSNorm(nn.Module):
@@ -35,10 +37,10 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward: W_down(silu(W_gate x) ⊙ W_up x); gate and up are one matrix, gate rows first."""
 
-    def __init__(self, hidden_dim: int, inner_dim: int) -> None:
+    def __init__(self, hidden_dim: int, inner_dim: int, precision: Precision) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_dim, 2 * inner_dim)
-        self.down = Linear(inner_dim, hidden_dim)
+        self.gate_up = Linear(hidden_dim, 2 * inner_dim, precision)
+        self.down = Linear(inner_dim, hidden_dim, precision)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(ops.swiglu(self.gate_up(x)))

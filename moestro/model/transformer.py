@@ -1,7 +1,8 @@
 """The DeepSeek-V3 model: embedding, blocks, norm, head, and MTP modules that share embedding and head.
 
-`forward` and `forward_mtp` return the routing of every MoE layer beside the hidden states: nothing is counted or kept
-in modules, so recompute, evaluation and gradient accumulation cannot miscount. `blocks()` is the one enumeration of
+One call computes everything: the main model, MTP modules where tokens ahead are given, and the head where targets or
+logits are asked for. It returns the routing of every MoE layer beside the hidden states: nothing is counted or kept in
+modules, so recompute, evaluation and gradient accumulation cannot miscount. `blocks()` is the one enumeration of
 blocks: the main ones, then those of the MTP modules.
 
 MTP (V3 eq. 21–25): h'ᵏ_i = M_k[norm(Emb(t_{i+k})); norm(hᵏ⁻¹_i)], hᵏ = Block_k(h'ᵏ), predicting t_{i+k+1}. As in the
@@ -11,7 +12,9 @@ module ends with a norm of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,38 +22,70 @@ from torch.utils.checkpoint import checkpoint
 
 from moestro import ops
 from moestro.config import ModelConfig
-from moestro.model.attention import AttentionBatch, HeadAttention, LatentAttention, RopeTables
-from moestro.model.experts import MoE
+from moestro.model.attention import AttentionBatch, Context, HeadAttention, LatentAttention
+from moestro.model.experts import Experts, MoE
 from moestro.model.layers import MLP, Linear, RMSNorm
 from moestro.model.rope import rope_tables
+from moestro.ops.precision import Precision, compute_dtype
 from moestro.routing.router import Router, Routes
+
+MakeExperts = Callable[[ModelConfig, Precision], nn.Module]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a head is to predict: ids [N] int64 (−100: nothing), and the weight [N] of each in the sum, or None for 1."""
+
+    ids: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of a head and its targets: Σ weight · nll, differentiable; nll [N] in nats, 0 without a target; argmax [N]."""
+
+    total: Tensor
+    nll: Tensor
+    argmax: Tensor
 
 
 @dataclass(frozen=True)
 class Output:
-    """hidden [N, D], ready for the head; the routes of every MoE block passed through, in order."""
+    """hidden [N, D], ready for the head; the routes of every MoE block passed through, in order.
+
+    `scores` where targets were given, `logits` [N, V] where they were asked for; `ahead`: one output per MTP module.
+    """
 
     hidden: Tensor
     routes: list[Routes] = field(default_factory=list)
+    scores: Scores | None = None
+    logits: Tensor | None = None
+    ahead: list[Output] = field(default_factory=list)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then a dense FFN or a mixture of experts. x [N, D], tokens [N] -> [N, D]."""
+    """Pre-norm residual block: attention, then a dense FFN or a mixture of experts. x [N, D] -> [N, D]."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, precision: Precision, make_experts: MakeExperts = Experts
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_dim, config.norm_eps)
-        self.attention = LatentAttention(config) if config.attention == "mla" else HeadAttention(config)
+        attention = LatentAttention if config.attention == "mla" else HeadAttention
+        self.attention = attention(config, precision)
         self.ffn_norm = RMSNorm(config.hidden_dim, config.norm_eps)
-        self.ffn = MoE(config, index) if config.is_moe(index) else MLP(config.hidden_dim, config.dense_dim)
+        self.ffn: MoE | MLP
+        if config.is_moe(index):
+            self.ffn = MoE(config, index, make_experts(config, precision), precision)
+        else:
+            self.ffn = MLP(config.hidden_dim, config.dense_dim, precision)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, rope: RopeTables, batch: AttentionBatch
-    ) -> tuple[Tensor, Routes | None]:
-        x = x + self.attention(self.attention_norm(x), rope, batch)
+    def forward(self, x: Tensor, context: Context, ids: Tensor | None = None) -> tuple[Tensor, Routes | None]:
+        """`ids` [N, A] replay the router's choice."""
+        x = x + self.attention(self.attention_norm(x), context.rope, context.batch)
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
-            out, routes = self.ffn(normed, tokens, batch.starts)
+            out, routes = self.ffn(normed, context, ids)
             return x + out, routes
         return x + self.ffn(normed), None
 
@@ -58,32 +93,47 @@ class Block(nn.Module):
 class MTPModule(nn.Module):
     """One more prediction depth: combine the previous hidden state with the next token, run one block."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, precision: Precision, make_experts: MakeExperts = Experts
+    ) -> None:
         super().__init__()
         self.embed_norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_dim, config.norm_eps)
-        self.project = Linear(2 * config.hidden_dim, config.hidden_dim)
-        self.block = Block(config, index)
+        self.project = Linear(2 * config.hidden_dim, config.hidden_dim, precision)
+        self.block = Block(config, index, precision, make_experts)
         self.norm = RMSNorm(config.hidden_dim, config.norm_eps)
 
-    def combine(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """embedded [N, D] of the token k ahead, hidden [N, D] of depth k − 1 -> the block's input [N, D]."""
-        out: Tensor = self.project(torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1))
-        return out
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, context: Context, ids: Tensor | None = None, recompute: bool = False
+    ) -> tuple[Tensor, Routes | None]:
+        """embedded [N, D] of the tokens k ahead, hidden [N, D] of depth k − 1 -> its own hidden [N, D], and routes."""
+        x = self.project(torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1))
+        x, routes = run_block(self.block, x, context, ids, recompute)
+        return self.norm(x), routes
 
 
 class Transformer(nn.Module):
-    """The whole model. `dtype` is what activations are computed in; parameters keep theirs."""
+    """The whole model. Activations are kept and products computed in `precision`; parameters keep their own type.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    `make_experts` makes what stands behind the routes of a MoE layer.
+    """
+
+    def __init__(self, config: ModelConfig, precision: Precision = "fp32", make_experts: MakeExperts = Experts) -> None:
         super().__init__()
         self.config = config
-        self.dtype = dtype
+        self.precision: Precision = precision
         self.embed = nn.Embedding(config.vocab_size, config.hidden_dim)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        blocks = (Block(config, index, precision, make_experts) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_dim, config.vocab_size)
-        self.mtp = nn.ModuleList(MTPModule(config, config.num_layers + k) for k in range(config.mtp_depth))
+        self.head = None if config.tie_embeddings else Linear(config.hidden_dim, config.vocab_size, precision)
+        depths = range(config.num_layers, config.num_layers + config.mtp_depth)
+        self.mtp = nn.ModuleList(MTPModule(config, index, precision, make_experts) for index in depths)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return compute_dtype(self.precision)
 
     def blocks(self) -> list[tuple[str, Block]]:
         """Every block with its name: "0", "1", …, then "mtp.0", …"""
@@ -95,73 +145,96 @@ class Transformer(nn.Module):
         """Every router with the name of its block, in the order in which routes are returned."""
         return [(name, block.ffn.router) for name, block in self.blocks() if isinstance(block.ffn, MoE)]
 
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D] in the compute precision."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return weight.to(self.dtype)
+    def forward(
+        self,
+        tokens: Tensor,
+        batch: AttentionBatch,
+        *,
+        ahead: Sequence[Tensor] = (),
+        targets: Sequence[Targets] = (),
+        replay: Sequence[Tensor] | None = None,
+        logits: bool = False,
+        recompute: bool = False,
+        noise_seed: int = 0,
+    ) -> Output:
+        """tokens [N] -> hidden [N, D] after the final norm, the routes of the main MoE layers, and what is asked for.
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, D] -> [N, V]."""
-        return ops.linear(hidden, self.head_weight)
-
-    def forward(self, tokens: Tensor, batch: AttentionBatch, *, recompute: bool = False) -> Output:
-        """tokens [N] -> hidden [N, D] after the final norm, and the routes of the main MoE layers.
-
-        `recompute` keeps only block inputs and computes blocks again in the backward pass.
+        `ahead`: per MTP depth k, the tokens k ahead [N]; as many outputs. `targets` of the main head, then of the
+        depths in `ahead`: their scores. `replay`: expert ids [N, A] of every router passed through, in the order of
+        `routers`, to be used in place of its choice. `logits`: of the main head. `recompute` keeps only block inputs
+        and computes blocks again in the backward pass. `noise_seed`: noise of routers is a function of it and the
+        layer.
         """
-        rope = rope_tables(self.config, batch.positions)
+        context = Context(tokens, rope_tables(self.config, batch.positions), batch, noise_seed)
+        given = iter(replay if replay is not None else ())
+        goals = [*targets, *[None] * (1 + len(ahead) - len(targets))]
         x, routes = self.embed(tokens).to(self.dtype), []
         for block in self.layers:
-            x, chosen = _run(block, (x, tokens, rope, batch), recompute)
+            ids = next(given) if replay is not None and isinstance(block.ffn, MoE) else None
+            x, chosen = run_block(block, x, context, ids, recompute)
             if chosen is not None:
                 routes.append(chosen)
-        return Output(self.norm(x), routes)
-
-    def forward_mtp(
-        self, hidden: Tensor, ahead: list[Tensor], batch: AttentionBatch, *, recompute: bool = False
-    ) -> list[Output]:
-        """hidden [N, D] of the main model and, per depth k, the tokens k ahead [N] -> one `Output` per depth."""
-        rope = rope_tables(self.config, batch.positions)
-        outputs = []
-        for module, tokens in zip(self.mtp, ahead, strict=True):
+        hidden = self.norm(x)
+        main = Output(hidden, routes, self._score(hidden, goals[0]))
+        for module, later, goal in zip(self.mtp, ahead, goals[1:], strict=False):
             assert isinstance(module, MTPModule)
-            x = module.combine(self.embed(tokens).to(self.dtype), hidden)
-            x, chosen = _run(module.block, (x, tokens, rope, batch), recompute)
-            hidden = module.norm(x)
-            outputs.append(Output(hidden, [] if chosen is None else [chosen]))
-        return outputs
+            ids = next(given) if replay is not None and isinstance(module.block.ffn, MoE) else None
+            there = replace(context, tokens=later)
+            hidden, chosen = module(self.embed(later).to(self.dtype), hidden, there, ids, recompute)
+            own = [] if chosen is None else [chosen]
+            main.ahead.append(Output(hidden, own, self._score(hidden, goal)))
+        if not logits:
+            return main
+        return replace(main, logits=ops.linear(main.hidden, self._head_weight(), self.precision))
+
+    def _score(self, hidden: Tensor, targets: Targets | None) -> Scores | None:
+        if targets is None:
+            return None
+        weight = self._head_weight()
+        return Scores(*ops.linear_cross_entropy(hidden, weight, targets.ids, targets.weights, self.precision))
+
+    def _head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
 
 
-def _run(
-    block: nn.Module, arguments: tuple[Tensor, Tensor, RopeTables, AttentionBatch], recompute: bool
+def run_block(
+    block: nn.Module, x: Tensor, context: Context, ids: Tensor | None, recompute: bool
 ) -> tuple[Tensor, Routes | None]:
+    """A block, its inside kept for the backward pass or computed again there."""
     if recompute:
-        x, chosen = checkpoint(block, *arguments, use_reentrant=False)
+        x, chosen = checkpoint(block, x, context, ids, use_reentrant=False)
     else:
-        x, chosen = block(*arguments)
+        x, chosen = block(x, context, ids)
     return x, chosen
 
 
-def init_weights(model: Transformer, seed: int) -> None:
-    """Normal(0, init_std) for every matrix, ones for norms, zero biases (V3 §4.2).
+@torch.no_grad()
+def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Give every parameter its initial value, and router biases 0. On any device, in any order.
+
+    A value depends on the seed, the name of its parameter and, among experts, the expert alone: the same however a
+    model is distributed.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, config, seed))
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """Normal(0, init_std) for a matrix, ones for a norm (V3 §4.2); fp32.
 
     With `init_scale`, σ = √(init_scale / inputs), cut at 2σ (Switch §2.4); routers with learned noise start at zero
     (Shazeer, appendix A).
     """
-    generator = torch.Generator().manual_seed(seed)
-    scale = model.config.init_scale
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            elif scale:
-                std = (scale / parameter.shape[-1]) ** 0.5
-                nn.init.trunc_normal_(parameter, 0.0, std, -2 * std, 2 * std, generator=generator)
-            else:
-                parameter.normal_(0.0, model.config.init_std, generator=generator)
-        for _, router in model.routers():
-            router.bias.zero_()
-            if router.noise is not None and router.weight is not None:
-                router.weight.zero_()
-                router.noise.zero_()
+    if len(shape) == 1:
+        return torch.ones(*shape)
+    if config.router.noise == "learned" and ".router." in name:
+        return torch.zeros(*shape)
+    if len(shape) == 3:
+        return torch.stack([initial_value(f"{name}.{e}", shape[1:], config, seed) for e in range(shape[0])])
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    if not config.init_scale:
+        return torch.empty(*shape).normal_(0.0, config.init_std, generator=generator)
+    std = (config.init_scale / shape[-1]) ** 0.5
+    return nn.init.trunc_normal_(torch.empty(*shape), 0.0, std, -2 * std, 2 * std, generator=generator)

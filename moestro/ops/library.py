@@ -23,7 +23,8 @@ from moestro.errors import ConfigError
 ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
-PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forces plain torch does so in serving, too
+WISH = os.environ.get("MOESTRO_OPS", "")  # which form computes: reference, fused, or the best
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # what has memory of its own; a DTensor or a FakeTensor has none
 LIBRARY = Path(os.environ.get("MOESTRO_LIBRARY") or Path(__file__).parent / "libmoestro.so")
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -33,7 +34,7 @@ _SIGNATURES = {
     "moestro_experts_backward": [_POINTER] * 12 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_combine": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 2,
     "moestro_multiply_in_registers": [_POINTER, _SIZE] + [_INT] * 2,
-    "moestro_cross_entropy": [_POINTER] * 7 + [_SIZE] * 3 + [_INT] * 2,
+    "moestro_cross_entropy": [_POINTER] * 8 + [_SIZE] * 3 + [_INT] * 2,
     "moestro_pack": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 3,
     "moestro_packed_linear": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3,
     "moestro_packed_experts": [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3,
@@ -52,6 +53,10 @@ _SIGNATURES = {
     "moestro_add": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_run": [_POINTER, _SIZE, _POINTER],
 }
+
+
+if WISH not in ("", "reference", "fused"):
+    raise ConfigError(f"MOESTRO_OPS={WISH} is neither reference nor fused")
 
 
 @cache
@@ -84,14 +89,16 @@ def current_isa() -> str:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these: one type, fp32 or bf16, in CPU memory."""
+    """Whether the kernels can take these: plain tensors of one type, fp32 or bf16, in CPU memory."""
     kind = tensors[0].dtype
-    return kind in TYPES and all(t.dtype == kind and t.device.type == "cpu" for t in tensors)
+    plain = all(t.dtype == kind and t.device.type == "cpu" and type(t) in PLAIN_TYPES for t in tensors)
+    return kind in TYPES and plain
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Whether kernels compute: they are built, this CPU runs them, and plain torch is not forced."""
-    return not PLAIN and load_library() is not None
+    return not WISH and load_library() is not None
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -114,10 +121,16 @@ def call(name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a kernel with the addresses of contiguous tensors (None: absent), and numbers; raises on its error code."""
     library = load_library()
     assert library is not None
-    raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    raw = [_address(a) if isinstance(a, Tensor) else a for a in arguments]
     code = getattr(library, name)(*raw)
     if code:
         raise RuntimeError(f"{name}: {ERRORS.get(code, code)}")
+
+
+def _address(tensor: Tensor) -> int:
+    if type(tensor) not in PLAIN_TYPES or tensor.device.type != "cpu":
+        raise TypeError(f"kernels take plain tensors in CPU memory, not a {type(tensor).__name__} on {tensor.device}")
+    return tensor.data_ptr()
 
 
 def measure_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:

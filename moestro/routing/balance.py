@@ -28,8 +28,8 @@ from moestro.routing.selection import find_best
 
 def count_loads(ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
     """ids [N, A] -> tokens per expert [E] int64, of the rows where `valid` [N] holds."""
-    chosen = ids if valid is None else ids[valid]
-    return torch.bincount(chosen.flatten(), minlength=num_experts)
+    counted = torch.ones_like(ids) if valid is None else valid[:, None].to(ids.dtype).expand_as(ids)
+    return ids.new_zeros(num_experts).scatter_add_(0, ids.flatten(), counted.flatten())
 
 
 def updated_bias(bias: Tensor, loads: Tensor, speed: float, rule: str = "sign") -> Tensor:

@@ -14,8 +14,7 @@ The bias b steers selection only and has no gradient; `routing/balance.py` moves
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,24 +69,32 @@ class Router(nn.Module):
         self.noise = nn.Parameter(torch.empty(shape)) if config.router.noise == "learned" else None
         self.register_buffer("bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None, starts: Sequence[int] = ()) -> Routes:
-        """x [N, D] -> routes. Hash routing needs the token ids [N]; sparing sequences needs where they start."""
-        router, rows = self.config.router, x.float()
-        if self.training and router.noise == "jitter":
-            rows = rows * torch.empty_like(rows).uniform_(1 - JITTER, 1 + JITTER)
-        logits = self.logits(rows)
-        noisy, std = self.add_noise(rows, logits)
-        routes = self.decide(logits, score_experts(noisy, router.score), tokens, starts)
-        return routes if std is None else replace(routes, noisy=noisy, noise_std=std)
-
-    def decide(
-        self, logits: Tensor, scores: Tensor, tokens: Tensor | None = None, starts: Sequence[int] = ()
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tensor | None = None,
+        starts: Tensor | None = None,
+        *,
+        noise_seed: int = 0,
+        ids: Tensor | None = None,
     ) -> Routes:
-        """Scores [N, E] -> routes: the experts with the best biased scores, weighted by the scores as they are."""
-        ids = self.choose(scores, tokens)
+        """x [N, D] -> routes. Hash routing needs the token ids [N]; sparing sequences needs where they start [S + 1].
+
+        `ids` [N, A]: a choice made before, to be weighed by this router's own scores. What is random is a function of
+        `noise_seed` and the layer: recomputed, it is the same.
+        """
+        router, rows = self.config.router, x.float()
+        noise = Noise(noise_seed, self.layer)
+        if self.training and router.noise == "jitter":
+            rows = rows * (1 - JITTER + 2 * JITTER * noise.uniform(rows))
+        logits = self.logits(rows)
+        noisy, std = self.add_noise(rows, logits, noise)
+        scores = score_experts(noisy, router.score)
+        if ids is None:
+            ids = self.choose(scores, tokens)
         weights = weigh(scores, ids, self.selection)
-        accepted, overflow = self.accept(ids, weights / self.config.router.scale, starts)
-        return Routes(ids, weights, scores, logits, accepted, overflow)
+        accepted, overflow = self.accept(ids, weights / router.scale, starts, noise)
+        return Routes(ids, weights, scores, logits, accepted, overflow, None if std is None else noisy, std)
 
     def logits(self, rows: Tensor) -> Tensor:
         """rows [N, D] fp32 -> [N, E]; zeros where nothing is learned."""
@@ -95,12 +102,12 @@ class Router(nn.Module):
             return rows.new_zeros(len(rows), self.config.num_experts)
         return F.linear(rows, self.weight.float())
 
-    def add_noise(self, rows: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def add_noise(self, rows: Tensor, logits: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         """Shazeer eq. 4: h + N(0, 1) · softplus(x W_noiseᵀ), in training only -> (noisy logits, noise_std)."""
         if self.noise is None or not self.training:
             return logits, None
         std = F.softplus(F.linear(rows, self.noise.float()))
-        return logits + torch.randn_like(logits) * std, std
+        return logits + noise.normal(logits) * std, std
 
     def choose(self, scores: Tensor, tokens: Tensor | None) -> Tensor:
         """Biased selection, or the hash of the token: ids [N, A]."""
@@ -117,13 +124,15 @@ class Router(nn.Module):
         return describe_selection(self.config, self.layer, self.bias)
 
     @torch.no_grad()
-    def accept(self, ids: Tensor, weights: Tensor, starts: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+    def accept(
+        self, ids: Tensor, weights: Tensor, starts: Tensor | None, noise: Noise
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Which choices [N, A] are carried out, and how many were not for want of room; None where all are."""
         config, capacity = self.config, self.config.router.capacity
         factor = capacity.factor if self.training else capacity.eval_factor
         wanted = torch.ones_like(ids, dtype=torch.bool)
         if config.router.random_second and self.training:
-            wanted = torch.rand_like(weights) < 2 * weights
+            wanted = noise.uniform(weights) < 2 * weights
             wanted[:, 0] = True
         elif not factor:
             return None, None
@@ -133,15 +142,42 @@ class Router(nn.Module):
         units = ids // per_unit
         room = math.ceil(round(factor * ids.numel() * per_unit / config.num_experts, 6))  # 110.00000000000001 is 110
         affinity = weights if capacity.order == "affinity" else None
-        spared = spare_sequences(len(ids), starts, capacity.spared_fraction if self.training else 0.0)
+        spared = None
+        if self.training and capacity.spared_fraction and starts is not None:
+            spared = spare_sequences(len(ids), starts, noise.uniform(starts[1:]) < capacity.spared_fraction)
         overflow = find_overflow(units, wanted, room, affinity=affinity, spared=spared)
         return wanted & ~overflow, overflow.sum()
 
 
-def spare_sequences(num_tokens: int, starts: Sequence[int], fraction: float) -> Tensor | None:
-    """Tokens [N] of a random `fraction` of the sequences, or None."""
-    if not fraction or len(starts) < 2:
-        return None
-    lengths = torch.tensor(starts).diff()
-    chosen: Tensor = torch.rand(len(lengths)) < fraction
-    return chosen.repeat_interleave(lengths, output_size=num_tokens)
+def spare_sequences(num_tokens: int, starts: Tensor, spared: Tensor) -> Tensor:
+    """Sequences [S] bool that are spared, starts [S + 1] -> their tokens [N] bool."""
+    return spared.repeat_interleave(starts.diff(), output_size=num_tokens)
+
+
+class Noise:
+    """Random numbers of one router in one pass: a stream of its own, drawn on the CPU, so the same on every device."""
+
+    def __init__(self, seed: int, layer: int) -> None:
+        self._seed = mix_seed(seed, layer)
+        self._generator: torch.Generator | None = None
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """In [0, 1), fp32, of a tensor's shape and on its device."""
+        return torch.rand(like.shape, generator=self._get()).to(like.device)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, fp32, of a tensor's shape and on its device."""
+        return torch.randn(like.shape, generator=self._get()).to(like.device)
+
+    def _get(self) -> torch.Generator:
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self._seed)
+        return self._generator
+
+
+def mix_seed(seed: int, index: int) -> int:
+    """A seed for the index-th of the streams that a seed stands for: 63 bits, well apart (splitmix64)."""
+    mixed = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**64
+    return (mixed ^ (mixed >> 31)) >> 1

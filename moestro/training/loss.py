@@ -3,7 +3,8 @@
     total = main + λ/D Σ_k mtp_k + Σ_layers α · balance          (V3 eq. 17–25)
 
 Every term is divided by a count over the *global* batch, given from outside: the gradient of a step is the same
-however the batch is cut into micro-batches, and recompute cannot change it.
+however the batch is cut into micro-batches or dealt out to processes, and recompute cannot change it. A target's weight
+multiplies its loss; the count is of targets, whatever they weigh.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moestro import ops
 from moestro.data.batches import PADDING, Batch
 from moestro.model.attention import AttentionBatch
-from moestro.model.transformer import Transformer
+from moestro.model.transformer import Targets, Transformer
+from moestro.parallel.world import ONE, World
 from moestro.routing.balance import balance_loss, count_loads
 from moestro.routing.router import Routes
 
@@ -42,11 +43,12 @@ class Counts:
     tokens: int
 
     @staticmethod
-    def of(batches: Sequence[Batch], depth: int) -> Counts:
-        """Counts over all micro-batches of a step."""
-        targets = tuple(sum(int((b.targets(k) >= 0).sum()) for b in batches) for k in range(depth + 1))
+    def of(batches: Sequence[Batch], depth: int, world: World = ONE) -> Counts:
+        """Counts over all micro-batches of a step, those of other processes included."""
+        own = [sum(int((b.targets(k) >= 0).sum()) for b in batches) for k in range(depth + 1)]
         tokens = sum(int((b.segments[:, :-1] != PADDING).sum()) for b in batches)
-        return Counts(targets, sum(len(b.tokens) for b in batches), tokens)
+        *targets, sequences, tokens = world.sum_numbers([*own, sum(len(b.tokens) for b in batches), tokens])
+        return Counts(tuple(targets), sequences, tokens)
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,21 @@ class Routed:
 class ForwardResult:
     """One micro-batch: its loss terms; loads [L, E] of every router, choices that found no room included, and their
     number; nll [N] per token in nats, 0 where no target; how often MTP depth 1 and the main head name the same token,
-    of how many."""
+    of how many. All tensors: nothing is read back."""
 
     terms: LossTerms
     loads: Tensor
-    overflow: int
+    overflow: Tensor
     nll: Tensor
-    agreed: int
-    compared: int
+    agreed: Tensor
+    compared: Tensor
 
 
 def attention_batch(batch: Batch, *, mask_documents: bool) -> AttentionBatch:
     """Rows as they are, or cut at document boundaries."""
     inputs = batch.inputs
     if not mask_documents:
-        return AttentionBatch.causal(*inputs.shape)
+        return AttentionBatch.causal(len(inputs), inputs.shape[1], device=inputs.device)
     return AttentionBatch.packed(batch.segments[:, :-1])
 
 
@@ -94,33 +96,50 @@ def compute_loss(
     mtp_weight: float,
     mask_documents: bool = True,
     recompute: bool = False,
+    noise_seed: int = 0,
+    attention: AttentionBatch | None = None,
+    replay: Sequence[Tensor] | None = None,
 ) -> ForwardResult:
-    """Forward one micro-batch and form its share of every loss term."""
-    depth = len(model.mtp)
-    attention = attention_batch(batch, mask_documents=mask_documents)
-    output = model(batch.inputs.flatten(), attention, recompute=recompute)
-    targets = [batch.targets(k).flatten() for k in range(depth + 1)]
-    main_sum, nll, main_choice = ops.linear_cross_entropy(output.hidden, model.head_weight, targets[0])
-    main = main_sum / max(counts.targets[0], 1)
+    """Forward one micro-batch and form its share of every loss term.
 
-    outputs = model.forward_mtp(
-        output.hidden, [tokens_ahead(batch, k) for k in range(1, depth + 1)], attention, recompute=recompute
+    `attention`: which tokens attend to which, where that is known already. `replay`: see `Transformer.forward`.
+    """
+    depth = len(model.mtp)
+    if attention is None:
+        attention = attention_batch(batch, mask_documents=mask_documents)
+    targets = [Targets(batch.targets(k).flatten(), _flat(batch.target_weights(k))) for k in range(depth + 1)]
+    output = model(
+        batch.inputs.flatten(),
+        attention,
+        ahead=[tokens_ahead(batch, k) for k in range(1, depth + 1)],
+        targets=targets,
+        replay=replay,
+        recompute=recompute,
+        noise_seed=noise_seed,
     )
+    assert output.scores is not None
+    main = output.scores.total / max(counts.targets[0], 1)
     mtp, choices = torch.zeros((), device=main.device), []
-    for k, extra in enumerate(outputs, start=1):
-        extra_sum, _, choice = ops.linear_cross_entropy(extra.hidden, model.head_weight, targets[k])
-        mtp = mtp + extra_sum / max(counts.targets[k], 1) / depth
-        choices.append(choice)
+    for extra, count in zip(output.ahead, counts.targets[1:], strict=True):
+        assert extra.scores is not None
+        mtp = mtp + extra.scores.total / max(count, 1) / depth
+        choices.append(extra.scores.argmax)
 
     present = (batch.segments[:, :-1] != PADDING).flatten()
     routed = [Routed(routes, present, counts.tokens) for routes in output.routes]
-    for k, extra in enumerate(outputs, start=1):
-        routed += [Routed(routes, targets[k] >= 0, counts.targets[k]) for routes in extra.routes]
+    for k, extra in enumerate(output.ahead, start=1):
+        routed += [Routed(routes, targets[k].ids >= 0, counts.targets[k]) for routes in extra.routes]
     balance = _balance_loss(model, routed, batch, counts)
     terms = LossTerms(main.detach(), mtp.detach(), balance.detach(), main + mtp_weight * mtp + balance)
-    agreed, compared = _agreement(main_choice, choices, targets, batch.inputs.shape[1])
-    overflow = sum(int(routes.overflow) for routes in (r.routes for r in routed) if routes.overflow is not None)
-    return ForwardResult(terms, _loads(model, routed), overflow, nll, agreed, compared)
+    ids = [target.ids for target in targets]
+    agreed, compared = _agreement(output.scores.argmax, choices, ids, batch.inputs.shape[1])
+    lost = [routes.overflow for routes in (entry.routes for entry in routed) if routes.overflow is not None]
+    overflow = torch.stack(lost).sum() if lost else torch.zeros((), dtype=torch.int64, device=main.device)
+    return ForwardResult(terms, _loads(model, routed, main.device), overflow, output.scores.nll, agreed, compared)
+
+
+def _flat(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.flatten()
 
 
 def _balance_loss(model: Transformer, routed: list[Routed], batch: Batch, counts: Counts) -> Tensor:
@@ -133,16 +152,17 @@ def _balance_loss(model: Transformer, routed: list[Routed], batch: Batch, counts
     return total
 
 
-def _loads(model: Transformer, routed: list[Routed]) -> Tensor:
+def _loads(model: Transformer, routed: list[Routed], device: torch.device) -> Tensor:
     num_experts = model.config.num_experts
     loads = [count_loads(entry.routes.ids, num_experts, entry.valid) for entry in routed]
-    return torch.stack(loads) if loads else torch.zeros(0, num_experts, dtype=torch.int64)
+    return torch.stack(loads) if loads else torch.zeros(0, num_experts, dtype=torch.int64, device=device)
 
 
-def _agreement(main: Tensor, choices: list[Tensor], targets: list[Tensor], length: int) -> tuple[int, int]:
+def _agreement(main: Tensor, choices: list[Tensor], targets: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
     """MTP depth 1 at position i and the main head at i + 1 both name token i + 2: the share that greedy drafts win."""
     if not choices:
-        return 0, 0
+        none = torch.zeros((), dtype=torch.int64, device=main.device)
+        return none, none
     drafted, chosen = choices[0].view(-1, length)[:, :-1], main.view(-1, length)[:, 1:]
     valid = targets[1].view(-1, length)[:, :-1] >= 0
-    return int(((drafted == chosen) & valid).sum()), int(valid.sum())
+    return ((drafted == chosen) & valid).sum(), valid.sum()

@@ -15,6 +15,7 @@ from torch import Tensor
 from moestro import ops
 from moestro.config import Config, ModelConfig
 from moestro.model.layers import MLP
+from moestro.ops.precision import Precision, compute_dtype
 
 ROUNDS = 2
 MAX_TOKENS = 4096  # enough to fill the experts as a step does, little enough to take a second or two
@@ -27,16 +28,16 @@ def resolve_dtype(config: Config) -> str:
     if not ops.multiplies_bf16():
         return "fp32"
     tokens = min(config.train.batch_size * config.train.seq_len, MAX_TOKENS)
-    seconds = {dtype: float("inf") for dtype in ("fp32", "bf16")}
+    seconds: dict[Precision, float] = {"fp32": float("inf"), "bf16": float("inf")}
     for _ in range(1 + ROUNDS):  # the first round warms up; the shortest time counts
         for dtype in seconds:
             seconds[dtype] = min(seconds[dtype], time_hot_path(config.model, tokens, dtype))
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
-def time_hot_path(config: ModelConfig, tokens: int, dtype: str) -> float:
+def time_hot_path(config: ModelConfig, tokens: int, dtype: Precision) -> float:
     """Seconds of all feed-forward layers and heads of one step of `tokens`, extrapolated from one of each."""
-    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    precision = compute_dtype(dtype)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -55,7 +56,7 @@ def time_hot_path(config: ModelConfig, tokens: int, dtype: str) -> float:
         start = time.perf_counter()
         ops.grouped_experts(x, gate_up, down, ids, torch.ones(ids.shape)).sum().backward()
     else:
-        mlp = MLP(config.hidden_dim, config.dense_dim)
+        mlp = MLP(config.hidden_dim, config.dense_dim, dtype)
         start = time.perf_counter()
         mlp(x).sum().backward()
     layers_seconds = (time.perf_counter() - start) * (config.num_layers + config.mtp_depth)

@@ -106,10 +106,14 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Sessio
 
 
 def build_model(config: Config) -> tuple[Transformer, Optimizers]:
-    """A freshly initialised model with fp32 master weights, computing in `train.dtype`, and its optimizers."""
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    model = Transformer(config.model, dtype)
-    init_weights(model, config.train.seed)
+    """A freshly initialised model with fp32 master weights, computing in `train.dtype`, and its optimizers.
+
+    In stages: shapes alone; memory, where and as it is to be; values, by name; optimizers.
+    """
+    with torch.device("meta"):
+        model = Transformer(config.model, "bf16" if config.train.dtype == "bf16" else "fp32")
+    model.to_empty(device="cpu")
+    init_weights(model, config.model, config.train.seed)
     return model, Optimizers(model, config.train)
 
 

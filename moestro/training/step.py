@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moestro import ops
 from moestro.config import TrainConfig
 from moestro.data.batches import Batch
 from moestro.model.transformer import Transformer
+from moestro.parallel.world import ONE, World
 from moestro.routing.balance import updated_bias
-from moestro.training.loss import Counts, compute_loss
+from moestro.routing.router import mix_seed
+from moestro.training.loss import Counts, ForwardResult, compute_loss
 from moestro.training.optim import Optimizers
 
 
@@ -47,19 +49,18 @@ def train_step(
     mtp_weight: float,
     bias_speed: float,
     noise_seed: int = 0,
+    world: World = ONE,
 ) -> StepResult:
-    """One step on the global batch `batches`. `token_bytes` [V] is the text length of each token id.
+    """One step on the global batch, of which `batches` are this process's micro-batches. Every process gets the same.
 
-    Noise of the routers is drawn from `noise_seed` alone, so that a resumed run draws the same.
+    `token_bytes` [V] is the text length of each token id. Noise of the routers is drawn from `noise_seed` alone, so
+    that a resumed run draws the same, and differs for every micro-batch of every process.
     """
     model.train()
-    torch.manual_seed(noise_seed)
-    counts = Counts.of(batches, len(model.mtp))
-    totals = torch.zeros(4, dtype=torch.float64)
-    loads: Tensor | None = None
-    nll, text_bytes, overflow, agreed, compared = 0.0, 0, 0, 0, 0
     optimizers.zero_grad()
-    for batch in batches:
+    counts = Counts.of(batches, len(model.mtp), world)
+    sums: Sums | None = None
+    for number, batch in enumerate(batches):
         result = compute_loss(
             model,
             batch,
@@ -67,25 +68,66 @@ def train_step(
             mtp_weight=mtp_weight,
             mask_documents=config.mask_documents,
             recompute=config.recompute,
+            noise_seed=mix_seed(noise_seed, number * world.size + world.rank),
         )
         result.terms.total.backward()
-        terms = result.terms
-        totals += torch.tensor([float(t.detach()) for t in (terms.total, terms.main, terms.mtp, terms.balance)])
-        loads = result.loads if loads is None else loads + result.loads
-        overflow += result.overflow
-        nll += float(result.nll.sum(dtype=torch.float64))
-        text_bytes += int(token_bytes[batch.targets(0).clamp(min=0)][batch.targets(0) >= 0].sum())
-        agreed, compared = agreed + result.agreed, compared + result.compared
-    assert loads is not None
+        found = Sums.of(result, batch, token_bytes)
+        sums = found if sums is None else sums + found
+    assert sums is not None
+    sums = Sums(world.sum(sums.losses), world.sum(sums.counts), world.sum(sums.loads))
+    world.sum_gradients(model)
 
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    applied = math.isfinite(grad_norm) and math.isfinite(float(totals[0]))
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    applied = is_finite(grad_norm) and is_finite(sums.losses[0])
     if applied:
         optimizers.step(lr)
+        ops.forget()  # casts of the old weights
         rule = model.config.router.bias
         if rule != "none":
-            for (_, router), load in zip(model.routers(), loads, strict=True):
+            for (_, router), load in zip(model.routers(), sums.loads, strict=True):
                 router.bias.copy_(updated_bias(router.bias, load, bias_speed, rule))
-    loss, main, mtp, balance = totals.tolist()
-    agreement = agreed / compared if compared else None
-    return StepResult(loss, main, mtp, balance, grad_norm, loads, overflow, nll, text_bytes, agreement, applied)
+    return sums.read(grad_norm, applied)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a step adds up over micro-batches and processes, as tensors where the model computes.
+
+    losses [5] fp64: total, main, mtp, balance, nll; counts [4] int64: overflow, text bytes, agreed, compared; loads
+    [L, E] int64.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    loads: Tensor
+
+    @staticmethod
+    def of(result: ForwardResult, batch: Batch, token_bytes: Tensor) -> Sums:
+        """Those of one micro-batch."""
+        terms, targets = result.terms, batch.targets(0)
+        losses = [terms.total.detach(), terms.main, terms.mtp, terms.balance]
+        text_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0).sum()
+        nll = result.nll.sum(dtype=torch.float64)
+        return Sums(
+            torch.stack([*(term.double() for term in losses), nll]),
+            torch.stack([result.overflow, text_bytes.long(), result.agreed, result.compared]),
+            result.loads,
+        )
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.losses + other.losses, self.counts + other.counts, self.loads + other.loads)
+
+    def read(self, grad_norm: Tensor, applied: bool) -> StepResult:
+        """The numbers, read back once."""
+        if self.losses.is_meta:  # there are none
+            return StepResult(0.0, 0.0, 0.0, 0.0, 0.0, self.loads, 0, 0.0, 0, None, applied)
+        loss, main, mtp, balance, nll = self.losses.tolist()
+        overflow, text_bytes, agreed, compared = self.counts.tolist()
+        agreement = agreed / compared if compared else None
+        norm, loads = float(grad_norm), self.loads.cpu()
+        return StepResult(loss, main, mtp, balance, norm, loads, overflow, nll, text_bytes, agreement, applied)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a number is finite; one on the meta device, which has no value, counts as such."""
+    return value.is_meta or bool(value.isfinite())

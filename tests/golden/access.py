@@ -69,7 +69,7 @@ def start(tree: dict[str, Any], precision: str, fill: Fill) -> Callable[[Sequenc
     `precision` is `fp32` or `bf16`.
     """
     config = build_config(tree)
-    model = Transformer(config.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    model = Transformer(config.model, "bf16" if precision == "bf16" else "fp32")
     fill_model(model, fill, with_biases=config.model.router.bias != "none")
     optimizers = Optimizers(model, config.train)
     token_bytes = torch.ones(config.model.vocab_size, dtype=torch.int64)

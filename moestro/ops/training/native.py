@@ -1,17 +1,17 @@
-"""The operations of training on the compiled kernels: products, experts, and the head with its cross-entropy.
+"""The large operations of training on the compiled kernels, forward and backward, as functions of tensors.
 
-Where the kernels cannot run, or a call is too small to pay for packing its weights, `fused.py` computes the same.
+`operators.py` calls them where they can run and pay; `fused.py` computes the same in plain torch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moestro.ops import library
-from moestro.ops.training import fused
+from moestro.ops.training.fused import sort_by_expert
 
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
 MIN_ROWS = 32  # of a linear layer, for the same reason
@@ -31,129 +31,80 @@ def matmul(a: Tensor, b: Tensor, *, a_transposed: bool = False, b_transposed: bo
     return out
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See `reference.linear`."""
-    worth_packing = x.numel() >= MIN_ROWS * x.shape[-1]
-    if (
-        not worth_packing
-        or not library.fits(x, weight)
-        or library.load_library() is None
-        or not library.multiplies_faster(x.dtype)
-    ):
-        return fused.linear(x, weight)
-    return run_linear(x, weight)
+def linear_forward(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, K], weight [M, K] -> [N, M]."""
+    return matmul(with_whole_rows(x), weight.contiguous(), b_transposed=True)
 
 
-def run_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The kernels themselves; see `reference.linear`."""
-    out: Tensor = _Linear.apply(x, weight)
-    return out
+def linear_backward(d_out: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight, empty where they are not wanted."""
+    d_out, x = with_whole_rows(d_out), with_whole_rows(x)
+    return (
+        matmul(d_out, weight.contiguous()) if wanted[0] else x.new_empty(0),
+        matmul(d_out, x, a_transposed=True) if wanted[1] else x.new_empty(0),
+    )
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rows, weight = x.reshape(-1, x.shape[-1]), weight.contiguous()
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        ctx.save_for_backward(rows, weight)
-        ctx.shape = x.shape
-        return matmul(rows, weight, b_transposed=True).view(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        d_out = grads[0].reshape(-1, len(weight))
-        d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
-        wanted_x, wanted_weight = ctx.needs_input_grad
-        return (
-            matmul(d_out, weight).view(ctx.shape) if wanted_x else None,
-            matmul(d_out, rows, a_transposed=True) if wanted_weight else None,
-        )
+def with_whole_rows(x: Tensor) -> Tensor:
+    """x [N, K] as it lies, if the values of a row lie next to each other, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.linear_cross_entropy`."""
-    if (
-        not library.fits(hidden, weight)
-        or library.load_library() is None
-        or not library.multiplies_faster(hidden.dtype)
-    ):
-        return fused.linear_cross_entropy(hidden, weight, targets)
-    return run_linear_cross_entropy(hidden, weight, targets)
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor | None, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `fused.cross_entropy`."""
+    hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+    nll = torch.empty(len(hidden), dtype=torch.float32)
+    argmax = torch.empty_like(targets)
+    d_hidden = torch.empty_like(hidden if with_grad else hidden[:0])
+    d_weight = torch.zeros_like(weight if with_grad else weight[:0], dtype=torch.float32)
+    gradients = (d_hidden, d_weight) if with_grad else (None, None)
+    by_row = None if row_weights is None else row_weights.float().contiguous()
+    if by_row is not None and by_row.shape != targets.shape:
+        raise ValueError(f"row weights {list(by_row.shape)} for targets {list(targets.shape)}")
+    sizes = (len(hidden), *weight.shape, library.TYPES[hidden.dtype], torch.get_num_threads())
+    library.call("moestro_cross_entropy", nll, argmax, *gradients, hidden, weight, targets, by_row, *sizes)
+    return nll, argmax, d_hidden, d_weight
 
 
-def run_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels themselves; see `reference.linear_cross_entropy`."""
-    total, nll, argmax = _LinearCrossEntropy.apply(hidden, weight, targets)
-    return total, nll, argmax
+def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """See `fused.experts_forward`."""
+    (n, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
+    x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
+    order, inverse, bounds = sort_by_expert(ids, num_experts)
+    token, by_slot = order // top_k, weights.flatten()[order].float()
+    h, y = x.new_empty(len(order), 2 * width), x.new_empty(len(order), hidden)
+    sizes = (num_experts, n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
+    library.call("moestro_experts_forward", y, h, x, gate_up, down, token, by_slot, bounds, *sizes)
+    return _combine(y, inverse, bounds, top_k), h, order, inverse, bounds
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
-        nll = torch.empty(len(hidden), dtype=torch.float32)
-        argmax = torch.empty_like(targets)
-        d_hidden, d_weight = None, None
-        if any(ctx.needs_input_grad):
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros(weight.shape, dtype=torch.float32)
-        sizes = (len(hidden), *weight.shape, library.TYPES[hidden.dtype], torch.get_num_threads())
-        library.call("moestro_cross_entropy", nll, argmax, d_hidden, d_weight, hidden, weight, targets, *sizes)
-        ctx.mark_non_differentiable(nll, argmax)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
-        return nll.sum(), nll, argmax
-
-    backward = fused._LinearCrossEntropy.backward
-
-
-def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """See `reference.grouped_experts`."""
-    worth_packing = ids.numel() >= MIN_LOAD * len(down)
-    if not worth_packing or library.load_library() is None or not library.fits(x, gate_up, down):
-        return fused.grouped_experts(x, gate_up, down, ids, weights)
-    return run_experts(x, gate_up, down, ids, weights)
+def experts_backward(
+    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, saved: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `fused.experts_backward`."""
+    h, order, inverse, bounds = saved
+    (n, hidden), top_k, (num_experts, _, width) = x.shape, weights.shape[1], down.shape
+    x, gate_up, down, d_out = x.contiguous(), gate_up.contiguous(), down.contiguous(), d_out.contiguous()
+    token, by_slot = order // top_k, weights.flatten()[order].float()
+    dx, d_weights = x.new_empty(len(order), hidden), torch.zeros_like(by_slot)
+    d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+    gradients = (dx, d_weights, d_gate_up, d_down)
+    sizes = (num_experts, n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
+    operands = (d_out, x, h, gate_up, down, token, by_slot, bounds)
+    library.call("moestro_experts_backward", *gradients, *operands, *sizes)
+    by_choice = d_weights[inverse].view(weights.shape).to(weights.dtype)
+    return _combine(dx, inverse, bounds, top_k), d_gate_up, d_down, by_choice
 
 
-def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The kernels themselves, for any number of tokens; see `reference.grouped_experts`."""
-    out: Tensor = _GroupedExperts.apply(x, gate_up, down, ids, weights)
-    return out
+def _combine(slots: Tensor, inverse: Tensor, bounds: Tensor, top_k: int) -> Tensor:
+    """Sum the slots of every token: slots [N·A, D], inverse [N·A] the slot of each choice -> [N, D].
 
-
-class _GroupedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        (n, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
-        x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
-        order, inverse, bounds = fused.sort_by_expert(ids, num_experts)
-        token, by_slot = order // top_k, weights.flatten()[order].float()
-        offsets, slots = torch.tensor(bounds), bounds[-1]
-        h, y = x.new_empty(slots, 2 * width), x.new_empty(slots, hidden)
-        sizes = (num_experts, n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
-        library.call("moestro_experts_forward", y, h, x, gate_up, down, token, by_slot, offsets, *sizes)
-        ctx.save_for_backward(x, gate_up, down, h, token, by_slot, offsets, inverse)
-        ctx.sizes, ctx.shape, ctx.weights_dtype = sizes, ids.shape, weights.dtype
-        return _combine(y, inverse, ids.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up, down, h, token, by_slot, offsets, inverse = ctx.saved_tensors
-        d_out = grads[0].contiguous()
-        dx, d_weights = x.new_empty(len(h), x.shape[1]), by_slot.new_zeros(len(by_slot))
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        gradients = (dx, d_weights, d_gate_up, d_down)
-        library.call(
-            "moestro_experts_backward", *gradients, d_out, x, h, gate_up, down, token, by_slot, offsets, *ctx.sizes
-        )
-        by_choice = d_weights[inverse].view(ctx.shape).to(ctx.weights_dtype)
-        return _combine(dx, inverse, ctx.shape), d_gate_up, d_down, None, by_choice
-
-
-def _combine(slots: Tensor, inverse: Tensor, shape: torch.Size) -> Tensor:
-    """Sum the slots of every token: slots [S, D], inverse [N·A] the slot of each choice -> [N, D]."""
-    (num_tokens, top_k), (num_slots, hidden) = shape, slots.shape
+    Slots from bounds[-1] on are of choices that are not carried out: they are not read.
+    """
+    num_tokens, hidden = len(inverse) // top_k, slots.shape[1]
     out = slots.new_empty(num_tokens, hidden)
-    sizes = (num_tokens, top_k, num_slots, hidden, library.TYPES[slots.dtype], torch.get_num_threads())
+    sizes = (num_tokens, top_k, int(bounds[-1]), hidden, library.TYPES[slots.dtype], torch.get_num_threads())
     library.call("moestro_combine", out, slots, inverse, *sizes)
     return out

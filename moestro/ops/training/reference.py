@@ -7,7 +7,6 @@ F expert width, V vocabulary. `ops/training/fused.py` must agree with this file 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +22,21 @@ def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down[expert])
+        gate, up = F.linear(x[token], gate_up[expert].to(x.dtype)).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down[expert].to(x.dtype))
         out = out.index_add(0, token, y * weights[token, slot, None].to(y.dtype))
     return out
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
     """Causal attention inside each sequence of a packed batch.
 
     q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses key head h · G // H; sequence s is rows
-    starts[s]:starts[s+1] -> [N, H, W].
+    starts[s]:starts[s+1], starts int64 [S + 1] -> [N, H, W].
     """
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     out = [v.new_empty(0, *v.shape[1:])]
-    for start, end in itertools.pairwise(starts):
+    for start, end in itertools.pairwise(starts.tolist()):
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
         scores = (qs @ ks.transpose(1, 2)).float() * scale
@@ -46,20 +45,22 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], sca
     return torch.cat(out)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output head and cross-entropy in one.
 
-    hidden [N, D], weight [V, D], targets [N] int64 (−100: none) -> (sum of nll, differentiable; nll [N] in nats,
-    0 where there is no target; argmax [N] int64), the last two without gradient.
+    hidden [N, D], weight [V, D], targets [N] int64 (−100: none), row_weights w [N] fp32 or None for ones -> (Σ w · nll,
+    differentiable; nll [N] in nats, 0 where there is no target; argmax [N] int64), the last two without gradient.
     """
-    logits = F.linear(hidden, weight).float()
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
-    return nll.sum(), nll.detach(), logits.argmax(-1)
+    return (nll if row_weights is None else nll * row_weights).sum(), nll.detach(), logits.argmax(-1)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., K], weight [M, K] -> x Wᵀ [..., M]."""
-    return F.linear(x, weight)
+    """x [..., K], weight [M, K] -> x Wᵀ [..., M] in the type of x."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,134 @@
+"""The operations of training: one public function each, which says what computes it.
+
+    plain CPU tensors, and FakeTensors of such     `operators.py`: the kernels where they can run and pay, else
+    `fused.py` other devices                                  `devices.py`, or `reference.py` where that reads nothing
+    back DTensors and other subclasses                  `reference.py`: plain torch, which each of them carries out or
+    refuses
+
+`reference.py` is the specification, in plain and obvious torch. `MOESTRO_OPS=reference` computes with it everywhere,
+`MOESTRO_OPS=fused` without the kernels. `precision` is what a product is computed in ("fp32", "bf16"; None: the type of
+its rows); the parameter is given as it is, and its cast form is kept until it changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from moestro import machine
+from moestro.ops import library
+from moestro.ops.precision import Precision, compute_dtype
+from moestro.ops.training import devices, operators, reference
+from moestro.ops.training.forms import forget
+
+
+def linear(x: Tensor, weight: Tensor, precision: Precision | None = None) -> Tensor:
+    """See `reference.linear`."""
+    x = _in(precision, x)
+    if not _takes(x, weight):
+        return reference.linear(x, weight)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out: Tensor = operators.Linear.apply(rows, weight, "")
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(weight))
+
+
+def grouped_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, precision: Precision | None = None
+) -> Tensor:
+    """See `reference.grouped_experts`."""
+    x = _in(precision, x)
+    if _takes(x, gate_up, down):
+        out: Tensor = operators.Experts.apply(x, gate_up, down, ids, weights, "")[0]
+        return out
+    if _is_elsewhere(x):
+        return devices.grouped_experts(x, gate_up.to(x.dtype), down.to(x.dtype), ids, weights)
+    return reference.grouped_experts(x, gate_up, down, ids, weights)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """See `reference.packed_attention`."""
+    if _takes(q, k, v):
+        out: Tensor = operators.Attention.apply(q, k, v, starts, scale, "")[0]
+        return out
+    return (devices if _is_elsewhere(q) else reference).packed_attention(q, k, v, starts, scale)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor | None = None,
+    precision: Precision | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.linear_cross_entropy`."""
+    hidden = _in(precision, hidden)
+    if not _takes(hidden, weight):
+        return reference.linear_cross_entropy(hidden, weight, targets, row_weights)
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total, nll, argmax, *_ = operators.CrossEntropy.apply(hidden, weight, targets, row_weights, with_grad, "")
+    return total, nll, argmax
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    if not _has_kernel(x) or weight.dtype not in library.TYPES:
+        return reference.rms_norm(x, weight, eps)
+    out: Tensor = operators.RMSNorm.apply(x, weight, eps)
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See `reference.swiglu`."""
+    if not _has_kernel(gate_up):
+        return reference.swiglu(gate_up)
+    out: Tensor = operators.SwiGLU.apply(gate_up)
+    return out
+
+
+def join_heads(plain: Tensor, rotary: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """See `reference.join_heads`."""
+    same = plain.dtype == rotary.dtype and {table.dtype for table in tables} == {torch.float32}
+    if not same or not _has_kernel(plain, rotary):
+        return reference.join_heads(plain, rotary, tables)
+    out: Tensor = operators.JoinHeads.apply(plain, rotary, *tables)
+    return out
+
+
+def multiplies_bf16() -> bool:
+    """Whether products in bf16 take about the time of fp32's: by instructions, or by kernels that widen them."""
+    widened = library.is_available() and library.multiplies_faster(torch.bfloat16)
+    return machine.describe_machine().bf16_is_fast or widened
+
+
+def _in(precision: Precision | None, x: Tensor) -> Tensor:
+    return x if precision is None else x.to(compute_dtype(precision))
+
+
+def _takes(*tensors: Tensor) -> bool:
+    """Whether these go to an operator: on the CPU, and nothing that only looks like memory."""
+    if library.WISH == "reference":
+        return False
+    return all(t.device.type == "cpu" and (type(t) in library.PLAIN_TYPES or type(t) is FakeTensor) for t in tensors)
+
+
+def _has_kernel(*tensors: Tensor) -> bool:
+    return library.is_available() and tensors[0].dtype in library.TYPES and _takes(*tensors)
+
+
+def _is_elsewhere(x: Tensor) -> bool:
+    """Whether x lies on another device and may not be read here."""
+    return x.device.type != "cpu" and library.WISH != "reference"
+
+
+__all__ = [
+    "forget",
+    "grouped_experts",
+    "join_heads",
+    "linear",
+    "linear_cross_entropy",
+    "multiplies_bf16",
+    "packed_attention",
+    "rms_norm",
+    "swiglu",
+]

@@ -1,0 +1,35 @@
+"""The operations of training in plain torch for any device, without reading a number back to the host.
+
+What a GPU computes with, and what tells shapes on the meta device. Every function is differentiated by autograd and
+means what its namesake in `reference.py` means; `reference.py` itself looks into its inputs (which tokens went where),
+which makes a GPU wait. Not yet run on hardware.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Tokens sorted by expert, then two grouped products."""
+    top_k, num_experts = ids.shape[1], gate_up.shape[0]
+    expert, order = ids.flatten().sort(stable=True)
+    bounds = torch.searchsorted(expert, torch.arange(num_experts, device=ids.device), right=True).to(torch.int32)
+    carried = (expert < num_experts)[:, None]  # what lies beyond the bounds is never written
+    xs = torch.where(carried, x.index_select(0, order // top_k), 0)
+    gate, up = F.grouped_mm(xs, gate_up.mT, offs=bounds).chunk(2, dim=-1)
+    act = torch.where(carried, F.silu(gate) * up, 0)
+    y = F.grouped_mm(act, down.mT, offs=bounds) * weights.flatten()[order, None].to(x.dtype)
+    return torch.zeros_like(x).index_add(0, order // top_k, torch.where(carried, y, 0))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """Attention of all rows under the mask of documents."""
+    place = torch.arange(q.shape[0], device=q.device)
+    owner = torch.bucketize(place, starts, right=True)
+    visible = (owner[:, None] == owner) & (place[:, None] >= place)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
