@@ -32,14 +32,12 @@ def make_engines(dtype: str) -> dict[int, Any]:
     """An engine without drafts and one with, of one model."""
     from types import SimpleNamespace
 
-    import torch
-
     from moestro.config import ModelConfig
     from moestro.engine.engine import Engine
     from moestro.engine.runtime import Runtime
     from moestro.model.transformer import Transformer, init_weights
 
-    model = Transformer(ModelConfig(**SHAPE), {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
+    model = Transformer(ModelConfig(**SHAPE), dtype).eval()
     init_weights(model, 0)
     # an engine needs a tokenizer only for grammars and stop strings
     served = SimpleNamespace(runtime=Runtime(model), tokenizer=None, stop_ids=frozenset())

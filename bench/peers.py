@@ -111,7 +111,7 @@ def read_size(directory: Path) -> Size:
 
     config = read_config(directory)
     with torch.device("meta"):
-        counts = {name: p.numel() for name, p in Transformer(config, torch.bfloat16).named_parameters()}
+        counts = {name: p.numel() for name, p in Transformer(config, "bf16").named_parameters()}
     routed = sum(count for name, count in counts.items() if ".experts." in name)
     head = config.vocab_size * config.hidden_dim
     other = sum(counts.values()) - routed - (0 if config.tie_embeddings else head)  # embeddings are looked up

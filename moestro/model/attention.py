@@ -57,8 +57,11 @@ class AttentionBatch:
 
 @dataclass(frozen=True)
 class Context:
-    """What every block of a pass reads besides its hidden states: `tokens` [N], `rope` tables (cos, sin) [N, R/2], which
-    tokens attend to which, and the seed from which routers draw their noise, each by its own layer."""
+    """What every block of a pass reads beside its hidden states.
+
+    `tokens` [N]; `rope`, tables (cos, sin) [N, R/2]; `batch`, which tokens attend to which; `noise_seed`, from which
+    each router draws its own noise.
+    """
 
     tokens: Tensor
     rope: RopeTables

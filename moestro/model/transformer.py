@@ -34,7 +34,7 @@ MakeExperts = Callable[[ModelConfig, Precision], nn.Module]
 
 @dataclass(frozen=True)
 class Targets:
-    """What a head is to predict: ids [N] int64 (−100: nothing), and the weight [N] of each in the sum, or None for 1."""
+    """What a head is to predict: ids [N] int64 (−100: nothing), and weights [N] in the sum, None for ones."""
 
     ids: Tensor
     weights: Tensor | None = None
@@ -166,6 +166,9 @@ class Transformer(nn.Module):
         layer.
         """
         context = Context(tokens, rope_tables(self.config, batch.positions), batch, noise_seed)
+        if len(ahead) > len(self.mtp) or len(targets) > 1 + len(ahead):
+            depths = f"{len(self.mtp)} MTP modules"
+            raise ValueError(f"{len(ahead)} sequences ahead and {len(targets)} targets for a model of {depths}")
         given = iter(replay if replay is not None else ())
         goals = [*targets, *[None] * (1 + len(ahead) - len(targets))]
         x, routes = self.embed(tokens).to(self.dtype), []
@@ -209,14 +212,14 @@ def run_block(
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def init_weights(model: Transformer, seed: int) -> None:
     """Give every parameter its initial value, and router biases 0. On any device, in any order.
 
     A value depends on the seed, the name of its parameter and, among experts, the expert alone: the same however a
     model is distributed.
     """
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, config, seed))
+        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
     for buffer in model.buffers():
         buffer.zero_()
 

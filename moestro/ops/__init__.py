@@ -1,5 +1,8 @@
-"""The operations that models are made of: those of training, with gradients, in `training/`; those of serving, on packed
-weights and without, in `serving/`. `from moestro import ops` gives the former by name."""
+"""The operations that models are made of.
+
+Those of training, with gradients, are in `training/`, and `from moestro import ops` gives them by name. Those of
+serving, on packed weights and without gradients, are in `serving/`.
+"""
 
 from moestro.ops.training import (
     forget,

@@ -77,7 +77,7 @@ def score_served(runtime: Runtime, batches: Iterable[Batch], token_bytes: Tensor
     config = runtime.config
     loads = torch.zeros(count_moe_layers(config), config.num_experts, dtype=torch.int64)
     for batch in batches:
-        starts = attention_batch(batch, mask_documents=True).starts
+        starts = attention_batch(batch, mask_documents=True).starts.tolist()
         inputs, targets = batch.inputs.flatten(), batch.targets(0).flatten()
         parts, num_pages = [], 0
         for first, last in itertools.pairwise(starts):

@@ -113,7 +113,7 @@ def build_model(config: Config) -> tuple[Transformer, Optimizers]:
     with torch.device("meta"):
         model = Transformer(config.model, "bf16" if config.train.dtype == "bf16" else "fp32")
     model.to_empty(device="cpu")
-    init_weights(model, config.model, config.train.seed)
+    init_weights(model, config.train.seed)
     return model, Optimizers(model, config.train)
 
 

@@ -32,7 +32,7 @@ def directory(make_config: Make, tmp_path: Path) -> Path:
 def logits_of(model: Transformer) -> torch.Tensor:
     tokens = torch.arange(40) * 7 % 300
     with torch.no_grad():
-        return model.logits(model(tokens, AttentionBatch.causal(1, 40)).hidden)
+        return model(tokens, AttentionBatch.causal(1, 40), logits=True).logits
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

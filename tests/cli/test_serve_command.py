@@ -15,7 +15,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 from moestro.cli import main
 from moestro.cli.serve import parse_bytes
@@ -30,7 +29,7 @@ LONG = {"prompt": "the cat", "max_tokens": 400, "temperature": 0, "logit_bias": 
 
 @pytest.fixture(scope="module")
 def model(make_config: Callable[..., Config], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = Transformer(make_config("model.max_seq_len=512").model, torch.float32)
+    model = Transformer(make_config("model.max_seq_len=512").model)
     init_weights(model, 0)
     directory = tmp_path_factory.mktemp("models") / "tiny"
     directory.mkdir()

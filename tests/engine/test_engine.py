@@ -25,6 +25,7 @@ from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer, init_weights
 from moestro.ops import library
+from moestro.ops.precision import precision_of
 from moestro.training.checkpoint import write_model_directory
 
 Make = Callable[..., Config]
@@ -41,7 +42,9 @@ ODD = (
 def make_model(
     make_config: Make, tokenizer: Tokenizer, *overrides: str, dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    model = Transformer(make_config("model.init_std=0.2", "model.max_seq_len=256", *overrides).model, dtype)
+    model = Transformer(
+        make_config("model.init_std=0.2", "model.max_seq_len=256", *overrides).model, precision_of(dtype)
+    )
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(7)
     for _, router in model.routers():
@@ -181,8 +184,8 @@ def test_logprobs_and_routes_are_those_of_the_whole_text(written: LanguageModel)
     _, found = run_all(engine, [company, Request(prompt, params)])
     text = prompt + found.ids
     with torch.no_grad():
-        output = written.model(torch.tensor(text), AttentionBatch.causal(1, len(text)))
-        expected = written.model.logits(output.hidden).log_softmax(-1)
+        output = written.model(torch.tensor(text), AttentionBatch.causal(1, len(text)), logits=True)
+        expected = output.logits.log_softmax(-1)
     assert found.prompt_logprobs is not None and len(found.prompt_logprobs) == len(prompt) - 1
     for position, scored in enumerate([*found.prompt_logprobs, *found.logprobs]):
         best = expected[position].topk(len(scored.top))

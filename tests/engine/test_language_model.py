@@ -59,8 +59,8 @@ def test_greedy_equals_the_likeliest_token_of_the_whole_text(written: LanguageMo
     ids = [0, 20, 30]
     for token in written.stream_ids([0, 20, 30], max_tokens=10):
         with torch.no_grad():
-            hidden = written.model(torch.tensor(ids), AttentionBatch.causal(1, len(ids))).hidden
-        assert token == int(written.model.logits(hidden[-1]).argmax())
+            logits = written.model(torch.tensor(ids), AttentionBatch.causal(1, len(ids)), logits=True).logits
+        assert token == int(logits[-1].argmax())
         ids.append(token)
 
 
@@ -148,8 +148,8 @@ def test_bits_per_byte_equal_the_slow_sum_over_every_token(tiny_run: Path, tmp_p
         ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
         for i in range(1, len(ids)):
             with torch.no_grad():
-                hidden = model(torch.tensor(ids[:i]), AttentionBatch.causal(1, i)).hidden[-1]
-                bits -= float(model.logits(hidden).log_softmax(-1)[ids[i]]) / math.log(2)
+                logits = model(torch.tensor(ids[:i]), AttentionBatch.causal(1, i), logits=True).logits[-1]
+                bits -= float(logits.log_softmax(-1)[ids[i]]) / math.log(2)
             count += 1
     num_bytes = sum(len(text.encode()) for text in texts)
     assert (record["tokens"], record["bytes"]) == (count, num_bytes)

@@ -24,7 +24,7 @@ from moestro.engine.sequence import Request, SamplingParams
 from moestro.engine.speculative import WINDOW, Drafting, draft_reach, estimate_cost
 from moestro.engine.stats import DraftCounts
 from moestro.errors import ConfigError
-from moestro.model.attention import AttentionBatch
+from moestro.model.attention import AttentionBatch, Context
 from moestro.model.experts import MoE
 from moestro.model.rope import rope_tables
 from moestro.model.transformer import MTPModule, Transformer, init_weights
@@ -93,8 +93,8 @@ def run_module(model: Transformer, index: int, hidden: torch.Tensor, tokens: lis
     assert isinstance(module, MTPModule)
     batch = AttentionBatch.causal(1, len(tokens))
     ids = torch.tensor(tokens)
-    x = module.combine(model.embed(ids), hidden)
-    out: torch.Tensor = module.norm(module.block(x, ids, rope_tables(model.config, batch.positions), batch)[0])
+    context = Context(ids, rope_tables(model.config, batch.positions), batch)
+    out: torch.Tensor = module(model.embed(ids), hidden, context)[0]
     return out
 
 
@@ -108,7 +108,8 @@ def draft_by_definition(model: Transformer, text: list[int], count: int) -> list
         # past the last module, that one again, a position further
         before = hidden if place < depth else torch.cat([before, hidden[-1:]])
         hidden = run_module(model, index, before, known[1 + index : 1 + index + len(before)])
-        known.append(int(model.logits(hidden[-1]).argmax()))
+        assert model.head is not None
+        known.append(int(model.head(hidden[-1]).argmax()))
     return known[len(text) :]
 
 
@@ -229,7 +230,7 @@ def exact_distribution(
         for path, weight in paths.items():
             tokens = torch.tensor([*prompt, *path])
             with torch.no_grad():
-                logits = model.logits(model(tokens, AttentionBatch.causal(1, len(tokens))).hidden[-1])
+                logits = model(tokens, AttentionBatch.causal(1, len(tokens)), logits=True).logits[-1]
             values, ids = (logits / params.temperature).topk(params.top_k)
             for p, id in zip(values.softmax(0).tolist(), ids.tolist(), strict=True):
                 longer[*path, id] = weight * p

@@ -16,7 +16,7 @@ Make = Callable[..., Config]
 def test_packed_positions_start_again_with_each_document_and_row() -> None:
     batch = AttentionBatch.packed(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]]))
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0, 0, 0, 1, 2]
-    assert batch.starts == (0, 2, 5, 6, 7, 10)
+    assert batch.starts.tolist() == [0, 2, 5, 6, 7, 10]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from moestro.checkpoints.files import load_model, model_tensors, write_tensors
 from moestro.checkpoints.hf import config_to_hf, hf_family, hf_to_config, tensor_map
 from moestro.config import ModelConfig, build_config, load_preset, preset_names
 from moestro.errors import ConfigError
-from moestro.model.attention import AttentionBatch
-from moestro.model.experts import MoE
+from moestro.model.attention import AttentionBatch, Context
+from moestro.model.experts import Experts, MoE
 from moestro.model.layers import MLP
+from moestro.model.rope import rope_tables
 from moestro.model.transformer import Transformer, init_weights
 from moestro.routing.router import Routes
 
@@ -76,8 +77,8 @@ def test_every_preset_builds_and_routes_as_it_says(name: str) -> None:
     model = build(config).eval()
     tokens = sample_tokens()
     with torch.no_grad():
-        output = model(tokens, AttentionBatch.causal(1, 24))
-        (extra,) = model.forward_mtp(output.hidden, [tokens], AttentionBatch.causal(1, 24))
+        output = model(tokens, AttentionBatch.causal(1, 24), ahead=[tokens])
+        (extra,) = output.ahead
     routes: list[Routes] = [*output.routes, *extra.routes]
     assert len(routes) == len(model.routers()) == config.num_moe_layers
     assert (config.num_experts == 0) == (name == "dense")
@@ -125,11 +126,12 @@ def test_a_choice_without_room_contributes_nothing_forward_or_backward(factor: f
     """h = Shared(x) + the sum over accepted choices alone, token by token; the other weights are not made larger."""
     router = {"capacity": {"factor": factor}, "bias": "none"}
     config = small(num_experts=4, num_shared_experts=shared, router=router)
-    layer = MoE(config, 1)
+    layer = MoE(config, 1, Experts(config, "fp32"), "fp32")
     for parameter in layer.parameters():
         parameter.data.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(1))
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    out, routes = layer(x, sample_tokens(20), [0, 20])
+    batch = AttentionBatch.causal(1, 20)
+    out, routes = layer(x, Context(sample_tokens(20), rope_tables(config, batch.positions), batch))
     assert routes.accepted is not None and 0 < int(routes.overflow) == int((~routes.accepted).sum())
     rows = []
     for token in range(20):

@@ -15,6 +15,7 @@ from moestro.engine.scheduler import pages_for
 from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer, init_weights
+from moestro.ops.precision import precision_of
 from moestro.ops.serving.formats import LAYOUTS
 
 Make = Callable[..., Config]
@@ -40,7 +41,7 @@ SCHEMES = {
 
 def make_model(make_config: Make, *overrides: str, dtype: torch.dtype = torch.float32) -> Transformer:
     config = make_config("model.init_std=0.2", "model.max_seq_len=4096", *overrides).model
-    model = Transformer(config, dtype).eval()
+    model = Transformer(config, precision_of(dtype)).eval()
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(1)
     for _, router in model.routers():
@@ -69,14 +70,14 @@ def serve(runtime: Runtime, tokens: list[int], cuts: list[int]) -> tuple[torch.T
 @torch.inference_mode()
 def test_every_scheme_computes_what_it_was_trained_as(make_config: Make, overrides: list[str]) -> None:
     model, tokens = make_model(make_config, *overrides), random_tokens(80)
-    expected = model(torch.tensor(tokens), AttentionBatch.causal(1, len(tokens)))
+    expected = model(torch.tensor(tokens), AttentionBatch.causal(1, len(tokens)), logits=True)
     runtime = Runtime(model)
     hidden, ids = serve(runtime, tokens, [60, 61, 62, 66])
     torch.testing.assert_close(hidden, expected.hidden, rtol=1e-4, atol=1e-4)
     assert len(ids) == len(expected.routes)
     for ours, routes in zip(ids, expected.routes, strict=True):
         assert torch.equal(ours.sort(-1).values, routes.ids.sort(-1).values)
-    torch.testing.assert_close(runtime.logits(hidden), model.logits(expected.hidden), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(runtime.logits(hidden), expected.logits, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("cached", [1, 63, 64, 65, 500, 2500])
@@ -94,9 +95,8 @@ def test_mtp_modules_compute_what_they_were_trained_as(make_config: Make) -> Non
     model, tokens = make_model(make_config, "model.mtp_depth=2"), random_tokens(70)
     length = len(tokens) - 2
     batch = AttentionBatch.causal(1, length)
-    main = model(torch.tensor(tokens[:length]), batch)
     ahead = [torch.tensor(tokens[k : k + length]) for k in (1, 2)]
-    expected = model.forward_mtp(main.hidden, ahead, batch)
+    expected = model(torch.tensor(tokens[:length]), batch, ahead=ahead).ahead
     runtime, pages = Runtime(model), list(range(pages_for(length)))
     cache = PagedCache(model.config, len(pages), runtime.dtype)
     hidden = runtime.forward(cache.prepare([(tokens[:length], 0, pages)]), cache).hidden
@@ -112,12 +112,12 @@ def test_how_far_serving_and_training_agree(make_config: Make) -> None:
     tokens = random_tokens(400)
     for dtype, least_share, most in ((torch.float32, 1.0, 1e-4), (torch.bfloat16, 0.95, 0.15)):
         model = make_model(make_config, "model.init_std=0.1", dtype=dtype)
-        expected = model(torch.tensor(tokens), AttentionBatch.causal(1, len(tokens)))
+        expected = model(torch.tensor(tokens), AttentionBatch.causal(1, len(tokens)), logits=True)
         runtime = Runtime(model)
         hidden, ids = serve(runtime, tokens, [333])
         same = [a.sort(-1).values == r.ids.sort(-1).values for a, r in zip(ids, expected.routes, strict=True)]
         assert float(torch.cat(same).float().mean()) >= least_share
-        difference = runtime.logits(hidden).log_softmax(-1) - model.logits(expected.hidden).float().log_softmax(-1)
+        difference = runtime.logits(hidden).log_softmax(-1) - expected.logits.float().log_softmax(-1)
         assert float(difference.abs().mean()) < most
 
 
@@ -126,7 +126,7 @@ def test_how_far_serving_and_training_agree(make_config: Make) -> None:
 def test_weights_of_every_kind_stay_close(make_config: Make, kind: str) -> None:
     """The mean change of a log-probability, beside the 0.9 nats by which these random ones differ from each other."""
     model, tokens = make_model(make_config, "model.init_std=0.1"), random_tokens(200)
-    reference = model.logits(model(torch.tensor(tokens), AttentionBatch.causal(1, 200)).hidden).log_softmax(-1)
+    reference = model(torch.tensor(tokens), AttentionBatch.causal(1, 200), logits=True).logits.log_softmax(-1)
     runtime = Runtime(model, kind)
     logprobs = runtime.logits(serve(runtime, tokens, [])[0]).log_softmax(-1)
     limit = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.05, "int4": 0.4}[kind]

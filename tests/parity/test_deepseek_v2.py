@@ -46,8 +46,8 @@ def test_a_directory_computes_the_same_in_both(changes: dict[str, Any], tmp_path
     tokens = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = theirs(tokens).logits.flatten(0, 1)
-        output = ours(tokens.flatten(), AttentionBatch.causal(*tokens.shape))
-        torch.testing.assert_close(ours.logits(output.hidden), expected, rtol=2e-5, atol=2e-5)
+        output = ours(tokens.flatten(), AttentionBatch.causal(*tokens.shape), logits=True)
+        torch.testing.assert_close(output.logits, expected, rtol=2e-5, atol=2e-5)
     assert len(chosen) == len(output.routes) == 2
     for their_ids, routes in zip(chosen, output.routes, strict=True):
         assert torch.equal(routes.ids.sort(-1).values, their_ids.sort(-1).values)

@@ -106,8 +106,8 @@ def test_logits_routes_and_gradients_match(changes: dict[str, Any]) -> None:
     tokens = sample_tokens(3, 20)
     chosen, _ = hf_routes(theirs)
     expected = theirs(tokens).logits.flatten(0, 1)
-    output = ours(tokens.flatten(), AttentionBatch.causal(*tokens.shape))
-    logits = ours.logits(output.hidden)
+    output = ours(tokens.flatten(), AttentionBatch.causal(*tokens.shape), logits=True)
+    logits = output.logits
     torch.testing.assert_close(logits, expected, rtol=2e-5, atol=2e-5)
     assert len(chosen) == len(output.routes)
     for their_ids, routes in zip(chosen, output.routes, strict=True):
@@ -156,9 +156,9 @@ def test_mtp_logits_match(changes: dict[str, Any]) -> None:
         None,
     )
     batch = AttentionBatch.causal(1, length)
-    hidden = ours(tokens[0, :-1], batch).hidden
-    (output,) = ours.forward_mtp(hidden, [tokens[0, 1:]], batch)
-    torch.testing.assert_close(ours.logits(output.hidden), theirs.lm_head(their_hidden)[0], rtol=2e-5, atol=2e-5)
+    (output,) = ours(tokens[0, :-1], batch, ahead=[tokens[0, 1:]]).ahead
+    assert ours.head is not None
+    torch.testing.assert_close(ours.head(output.hidden), theirs.lm_head(their_hidden)[0], rtol=2e-5, atol=2e-5)
     assert len(output.routes) == 1
 
 
@@ -166,7 +166,7 @@ def test_packed_documents_match_documents_alone() -> None:
     ours, theirs = build_pair(small_config(q_lora_rank=12, num_groups=4, top_k_groups=2))
     tokens = sample_tokens(1, 30)
     segments = torch.tensor([[0] * 7 + [1] * 1 + [2] * 22])
-    packed = ours.logits(ours(tokens.flatten(), AttentionBatch.packed(segments)).hidden)
+    packed = ours(tokens.flatten(), AttentionBatch.packed(segments), logits=True).logits
     alone = torch.cat([theirs(part).logits[0] for part in tokens.split([7, 1, 22], dim=1)])
     torch.testing.assert_close(packed, alone, rtol=2e-5, atol=2e-5)
 
@@ -180,7 +180,7 @@ def test_twenty_training_steps_match() -> None:
         first = sample_tokens(4, 1, seed=step)
         tokens = (first + 5 * torch.arange(17)) % SMALL["vocab_size"]  # learnable: every next token is 5 more
         inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
-        our_logits = ours.logits(ours(inputs.flatten(), AttentionBatch.causal(*inputs.shape)).hidden)
+        our_logits = ours(inputs.flatten(), AttentionBatch.causal(*inputs.shape), logits=True).logits
         their_logits = theirs(inputs).logits.flatten(0, 1)
         pair = []
         for optimizer, logits in zip(optimizers, (our_logits, their_logits), strict=True):

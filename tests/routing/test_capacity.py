@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moestro.config import build_config
 from moestro.routing.capacity import find_overflow
-from moestro.routing.router import Router, Routes, spare_sequences
+from moestro.routing.router import Noise, Router, Routes, spare_sequences
 
 TOP_2 = {"score": "softmax", "normalize": True, "scale": 1.0, "bias": "none", "balance": []}
 TOP_1 = TOP_2 | {"normalize": False}
@@ -172,14 +172,12 @@ def test_devices_drop_the_lowest_affinity_and_spare_sequences() -> None:
     capacity = {"factor": 1.0, "unit": "device", "order": "affinity", "spared_fraction": 0.4}
     settings = TOP_1 | {"group_score": "max", "capacity": capacity}
     router = make_router(settings, top_k=3, num_groups=4, top_k_groups=2)
-    x, starts = logits(50), [0, 9, 21, 22, 35, 50]
+    x, starts = logits(50), torch.tensor([0, 9, 21, 22, 35, 50])
     seen: set[bool] = set()
     for seed in range(6):
-        torch.manual_seed(seed)
-        routes = router(x, None, starts)
-        torch.manual_seed(seed)
-        spared = spare_sequences(50, starts, 0.4)
-        assert spared is not None and routes.accepted is not None and routes.overflow is not None
+        routes = router(x, None, starts, noise_seed=seed)
+        spared = spare_sequences(50, starts, Noise(seed, router.layer).uniform(starts[1:]) < 0.4)
+        assert routes.accepted is not None and routes.overflow is not None
         devices = [[i // 2 for i in row] for row in routes.ids.tolist()]
         assert all(len(set(row)) <= 2 for row in devices)
         room = math.ceil(Fraction(50 * 3, 4))
@@ -193,16 +191,13 @@ def test_devices_drop_the_lowest_affinity_and_spare_sequences() -> None:
 
 
 def test_sequences_are_spared_whole_and_by_chance() -> None:
-    starts = list(range(0, 12001, 3))
-    torch.manual_seed(0)
-    spared = spare_sequences(12000, starts, 0.1)
-    assert spared is not None
+    starts = torch.arange(0, 12001, 3)
+    spared = spare_sequences(12000, starts, Noise(0, 0).uniform(starts[1:]) < 0.1)
     rows = spared.view(4000, 3)
     assert torch.equal(rows.any(-1), rows.all(-1))
     assert int(rows[:, 0].sum()) == pytest.approx(400, abs=5 * math.sqrt(4000 * 0.1 * 0.9))
-    everything = spare_sequences(12, [0, 5, 12], 1.0)
-    assert everything is not None and bool(everything.all())
-    assert spare_sequences(12, [0, 5, 12], 0.0) is None
+    some = spare_sequences(12, torch.tensor([0, 5, 5, 12]), torch.tensor([True, True, False]))
+    assert some.tolist() == [True] * 5 + [False] * 7
 
 
 @pytest.mark.parametrize("weight", [0.02, 0.1, 0.3, 0.45, 0.5])
@@ -211,7 +206,6 @@ def test_a_second_choice_is_followed_with_twice_its_weight(weight: float) -> Non
     count, router = 20000, make_router(TOP_2 | {"random_second": True, "scale": 7.0})
     row = torch.full((8,), -50.0)
     row[2], row[5] = math.log(1 - weight), math.log(weight)
-    torch.manual_seed(0)
     routes = router(row.expand(count, 8))
     assert routes.accepted is not None and routes.overflow is not None
     assert bool(routes.accepted[:, 0].all()) and int(routes.overflow) == 0
@@ -225,8 +219,7 @@ def test_a_first_choice_is_always_followed_and_every_later_one_by_its_weight() -
     router = make_router(TOP_2 | {"random_second": True}, top_k=3)
     row = torch.full((8,), -50.0)
     row[:3] = torch.tensor(shares).log()
-    torch.manual_seed(1)
-    accepted = router(row.expand(count, 8)).accepted
+    accepted = router(row.expand(count, 8), noise_seed=1).accepted
     assert accepted[:, 0].sum().item() == count
     for choice in (1, 2):
         chance = 2 * shares[choice]
@@ -238,8 +231,7 @@ def test_random_choices_follow_the_seed_in_training_only() -> None:
     router, x = make_router(TOP_2 | {"random_second": True}), logits(200)
 
     def accepted(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        routes = router(x)
+        routes = router(x, noise_seed=seed)
         assert routes.accepted is not None
         return routes.accepted
 
@@ -250,10 +242,8 @@ def test_random_choices_follow_the_seed_in_training_only() -> None:
 def test_choices_that_are_not_followed_take_no_room_and_are_no_overflow() -> None:
     settings = TOP_2 | {"random_second": True}
     x = logits(64)
-    torch.manual_seed(4)
-    wanted = make_router(settings)(x).accepted
-    torch.manual_seed(4)
-    routes = make_router(settings | {"capacity": {"factor": 1.0}})(x)
+    wanted = make_router(settings)(x, noise_seed=4).accepted
+    routes = make_router(settings | {"capacity": {"factor": 1.0}})(x, noise_seed=4)
     assert wanted is not None and routes.accepted is not None and routes.overflow is not None
     late = overflow_in_order(routes.ids.tolist(), wanted.tolist(), 16)
     assert routes.accepted.tolist() == (wanted & ~torch.tensor(late)).tolist()

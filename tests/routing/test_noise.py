@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moestro.config import build_config
-from moestro.routing.router import JITTER, Router, Routes
+from moestro.routing.router import JITTER, Noise, Router, Routes
 
 SHAZEER = {"score": "softmax", "normalize": True, "scale": 1.0, "noise": "learned", "bias": "none", "balance": []}
 JITTERED = {"score": "softmax", "normalize": False, "scale": 1.0, "noise": "jitter", "bias": "none", "balance": []}
@@ -30,8 +30,7 @@ def inputs(count: int = 30, width: int = 6) -> Tensor:
 
 
 def route(router: Router, x: Tensor, seed: int) -> Routes:
-    torch.manual_seed(seed)
-    routes: Routes = router(x)
+    routes: Routes = router(x, noise_seed=seed)
     return routes
 
 
@@ -50,8 +49,7 @@ def test_noisy_gates_equal_shazeers_formula() -> None:
     """G = softmax(KeepTopK(H, k)), H_i = (x W_g)_i + N(0, 1) · softplus((x W_noise)_i) (eq. 3–5)."""
     router, x = make_router(SHAZEER), inputs()
     routes = route(router, x, seed=7)
-    torch.manual_seed(7)
-    normal = torch.randn(30, 8).tolist()
+    normal = Noise(7, router.layer).normal(torch.empty(30, 8)).tolist()
     assert router.weight is not None and router.noise is not None
     for token, row in enumerate(x.tolist()):
         clean = [sum(a * b for a, b in zip(w, row, strict=True)) for w in router.weight.tolist()]

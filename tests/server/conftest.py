@@ -19,7 +19,7 @@ from moestro.model.transformer import Transformer, init_weights
 
 @pytest.fixture(scope="session")
 def language_model(make_config: Callable[..., Config], tokenizer: Tokenizer) -> LanguageModel:
-    model = Transformer(make_config("model.init_std=0.2", "model.max_seq_len=1024").model, torch.float32)
+    model = Transformer(make_config("model.init_std=0.2", "model.max_seq_len=1024").model)
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(7)
     for _, router in model.routers():

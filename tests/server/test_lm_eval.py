@@ -25,8 +25,8 @@ from moestro.model.attention import AttentionBatch
 def score(model: LanguageModel, ids: list[int]) -> torch.Tensor:
     """Log-probabilities [N-1, V] by the whole model at once."""
     with torch.no_grad():
-        output = model.model(torch.tensor(ids), AttentionBatch.causal(1, len(ids)))
-        return model.model.logits(output.hidden).log_softmax(-1)[:-1]
+        output = model.model(torch.tensor(ids), AttentionBatch.causal(1, len(ids)), logits=True)
+        return output.logits.log_softmax(-1)[:-1]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])

@@ -16,6 +16,7 @@ from torch import Tensor
 from moestro.config import Config, ModelConfig, build_config
 from moestro.data.batches import Batch
 from moestro.errors import ConfigError
+from moestro.model.attention import Context
 from moestro.model.experts import MoE
 from moestro.model.rope import rope_tables
 from moestro.model.transformer import Block, Transformer, init_weights
@@ -154,14 +155,16 @@ def moe_slowly(moe: MoE, x: Tensor, choose: Choose, shared: bool) -> Tensor:
 def bits_slowly(model: Transformer, batch: Batch, choose: Choose, shared: bool = True) -> float:
     """Bits per byte of one row; `choose` says which experts a token of scores [E] has."""
     attention = attention_batch(batch, mask_documents=True)
-    rope = rope_tables(model.config, attention.positions)
-    x = model.embed(batch.inputs.flatten())
+    tokens = batch.inputs.flatten()
+    context = Context(tokens, rope_tables(model.config, attention.positions), attention)
+    x = model.embed(tokens)
     for block in model.layers:
         assert isinstance(block, Block)
-        x = x + block.attention(block.attention_norm(x), rope, attention)
+        x = x + block.attention(block.attention_norm(x), context.rope, attention)
         normed = block.ffn_norm(x)
         x = x + (moe_slowly(block.ffn, normed, choose, shared) if isinstance(block.ffn, MoE) else block.ffn(normed))
-    logits = model.logits(model.norm(x)).double().log_softmax(-1)
+    assert model.head is not None
+    logits = model.head(model.norm(x)).double().log_softmax(-1)
     targets = batch.targets(0).flatten().tolist()
     return -sum(float(logits[i, t]) for i, t in enumerate(targets)) / math.log(2) / (2 * len(targets))
 

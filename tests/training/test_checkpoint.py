@@ -168,7 +168,7 @@ def test_transformers_loads_a_checkpoint_with_equal_logits(tiny_run: Path) -> No
     tokens = torch.tensor([0, *ours.tokenizer.encode("the cat sat on the big red mat")])
     with torch.no_grad():
         expected = theirs(tokens[None]).logits[0]
-        logits = ours.model.logits(ours.model(tokens, AttentionBatch.causal(1, len(tokens))).hidden)
+        logits = ours.model(tokens, AttentionBatch.causal(1, len(tokens)), logits=True).logits
     torch.testing.assert_close(logits, expected, rtol=2e-5, atol=2e-5)
     their_tokenizer = AutoTokenizer.from_pretrained(path)
     text = "the été dog 345 ran\n"

@@ -156,11 +156,10 @@ def test_a_step_adds_up_the_means_over_all_routers(make_config: Make, kind: Any,
     attention = attention_batch(batch, mask_documents=True)
     with torch.no_grad():
         result = compute_loss(model, batch, Counts.of([batch], depth), mtp_weight=0.3)
-        output = model(batch.inputs.flatten(), attention)
-        extra = model.forward_mtp(output.hidden, [tokens_ahead(batch, 1)][:depth], attention)
+        output = model(batch.inputs.flatten(), attention, ahead=[tokens_ahead(batch, 1)][:depth])
     present, targets = (batch.segments[:, :-1] >= 0).flatten(), (batch.targets(1) >= 0).flatten()
     losses = [mean_loss(term, routes, present, config) for routes in output.routes]
-    losses += [mean_loss(term, routes, targets, config) for further in extra for routes in further.routes]
+    losses += [mean_loss(term, routes, targets, config) for further in output.ahead for routes in further.routes]
     assert len(losses) == 2 + depth
     assert float(result.terms.balance) == pytest.approx(0.25 * sum(losses), rel=1e-5)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from moestro.config import Config
 from moestro.data.batches import Batch
-from moestro.model.attention import AttentionBatch
+from moestro.model.attention import AttentionBatch, Context
 from moestro.model.rope import rope_tables
 from moestro.model.transformer import MTPModule, Transformer, init_weights
 from moestro.training.loss import Counts, compute_loss
@@ -107,7 +107,8 @@ def hidden_of_depths(model: Transformer, document: torch.Tensor) -> list[torch.T
         halves = [module.embed_norm(ahead), module.hidden_norm(hidden[-1][:kept])]
         x = torch.cat(halves, -1) @ module.project.weight.T
         rope = rope_tables(model.config, torch.arange(kept))
-        hidden.append(module.norm(module.block(x, document[k : k + kept], rope, AttentionBatch.causal(1, kept))[0]))
+        context = Context(document[k : k + kept], rope, AttentionBatch.causal(1, kept))
+        hidden.append(module.norm(module.block(x, context)[0]))
     return hidden
 
 
@@ -116,7 +117,8 @@ def losses_slowly(model: Transformer, batch: Batch) -> list[float]:
     sums, counts = [0.0] * (len(model.mtp) + 1), [0] * (len(model.mtp) + 1)
     for document in documents(batch):
         for depth, hidden in enumerate(hidden_of_depths(model, document)):
-            logits = hidden @ model.head_weight.T
+            assert model.head is not None
+            logits = hidden @ model.head.weight.T
             for row, target in zip(logits, document[depth + 1 :], strict=True):
                 sums[depth] -= float(F.log_softmax(row, -1)[target])
                 counts[depth] += 1

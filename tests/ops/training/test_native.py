@@ -11,9 +11,11 @@ import sys
 
 import pytest
 import torch
+from by_form import by_kernels
 from instruction_sets import runnable
 from torch import Tensor
 
+from moestro import ops
 from moestro.ops import library
 from moestro.ops.training import native, reference
 
@@ -101,7 +103,7 @@ def test_experts_equal_the_reference(isa: str, dtype: torch.dtype, shape: tuple[
     inputs = expert_inputs(loads, *shape, dtype)
     exact = forward_backward(reference.grouped_experts, [t.double() if t.is_floating_point() else t for t in inputs])
     close = 1e-5 if dtype == torch.float32 else 0.02
-    for ours, theirs in zip(forward_backward(native.run_experts, inputs), exact, strict=True):
+    for ours, theirs in zip(forward_backward(by_kernels.grouped_experts, inputs), exact, strict=True):
         assert float((ours.double() - theirs).norm()) <= close * float(theirs.norm()) + 1e-30
 
 
@@ -111,22 +113,22 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, dtype: torch.d
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(forward_backward(native.run_experts, inputs))
+        results.append(forward_backward(by_kernels.grouped_experts, inputs))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_a_token_does_not_depend_on_its_batch(isa: str) -> None:
     x, gate_up, down, ids, weights = expert_inputs([1, 1, 1, 1, 0], 32, 16, torch.bfloat16)
-    together = native.run_experts(x, gate_up, down, ids, weights)
+    together = by_kernels.grouped_experts(x, gate_up, down, ids, weights)
     for rows in (slice(0, 1), slice(3, 9)):
-        alone = native.run_experts(x[rows], gate_up, down, ids[rows], weights[rows])
+        alone = by_kernels.grouped_experts(x[rows], gate_up, down, ids[rows], weights[rows])
         assert torch.equal(alone, together[rows])
 
 
 def test_no_tokens(isa: str) -> None:
     x, gate_up, down, ids, weights = expert_inputs([1, 1, 0], 8, 4, torch.float32)
-    out = forward_backward(native.run_experts, [x[:0], gate_up, down, ids[:0], weights[:0]])
+    out = forward_backward(by_kernels.grouped_experts, [x[:0], gate_up, down, ids[:0], weights[:0]])
     assert out[0].shape == (0, 8)
     assert not out[2].any() and not out[3].any()
 
@@ -135,17 +137,17 @@ def test_no_tokens(isa: str) -> None:
 def test_what_the_kernels_do_not_take_goes_another_way(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tokens: int
 ) -> None:
-    monkeypatch.setattr(native, "run_experts", lambda *arguments: pytest.fail("the kernels were called"))
+    monkeypatch.setattr(native, "experts_forward", lambda *arguments: pytest.fail("the kernels were called"))
     x, gate_up, down, ids, weights = expert_inputs([1, 1, 0], 8, 4, torch.float32)
     inputs = [x[:tokens].to(dtype), gate_up.to(dtype), down.to(dtype), ids[:tokens], weights[:tokens].to(dtype)]
     exact = forward_backward(reference.grouped_experts, inputs)
-    for ours, theirs in zip(forward_backward(native.grouped_experts, inputs), exact, strict=True):
+    for ours, theirs in zip(forward_backward(ops.grouped_experts, inputs), exact, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_enough_tokens_go_to_the_kernels() -> None:
     inputs = expert_inputs([1, 1, 0], 8, 4, torch.float32)
-    assert torch.equal(native.grouped_experts(*inputs), native.run_experts(*inputs))
+    assert torch.equal(ops.grouped_experts(*inputs), by_kernels.grouped_experts(*inputs))
 
 
 @pytest.mark.parametrize(

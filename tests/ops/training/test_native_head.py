@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_form import by_kernels
 from torch import Tensor
 
+from moestro import ops
 from moestro.ops import library
 from moestro.ops.training import native, reference
 
@@ -40,7 +42,7 @@ def test_linear_and_its_gradients(isa: str, dtype: torch.dtype, rows: int, inner
     )
     d_out = d_out.to(dtype)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    out = native.run_linear(*leaves)
+    out = by_kernels.linear(*leaves)
     found = [out, *torch.autograd.grad(out, leaves, d_out)]
     a, w, d = x.detach().double(), weight.detach().double(), d_out.double()
     for value, exact, size, length in (
@@ -54,7 +56,7 @@ def test_linear_and_its_gradients(isa: str, dtype: torch.dtype, rows: int, inner
 
 def test_linear_keeps_leading_dimensions_and_takes_strided_rows(isa: str) -> None:
     x, weight = random(3, 5, 20)[:, :, 2:12], random(7, 10, seed=1)
-    torch.testing.assert_close(native.run_linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_kernels.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,7 +68,7 @@ def test_cross_entropy_and_its_gradients(isa: str, dtype: torch.dtype, rows: int
     targets = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(2))
     targets[1::3] = -100
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    total, nll, argmax = native.run_linear_cross_entropy(*leaves, targets)
+    total, nll, argmax = by_kernels.linear_cross_entropy(*leaves, targets)
     found = torch.autograd.grad(total * 3, leaves)
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = exact_leaves[0] @ exact_leaves[1].T
@@ -89,7 +91,7 @@ def test_cross_entropy_is_the_same_for_any_number_of_threads(isa: str, dtype: to
 
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        total, nll, _ = native.run_linear_cross_entropy(hidden, weight, targets)
+        total, nll, _ = by_kernels.linear_cross_entropy(hidden, weight, targets)
         return [nll, *torch.autograd.grad(total, [hidden, weight])]
 
     for threads in (1, 3):
@@ -99,12 +101,12 @@ def test_cross_entropy_is_the_same_for_any_number_of_threads(isa: str, dtype: to
 
 def test_cross_entropy_of_no_rows_and_without_gradients(isa: str) -> None:
     weight = random(5, 4).requires_grad_()
-    total, nll, _ = native.run_linear_cross_entropy(random(0, 4), weight, torch.empty(0, dtype=torch.int64))
+    total, nll, _ = by_kernels.linear_cross_entropy(random(0, 4), weight, torch.empty(0, dtype=torch.int64))
     assert len(nll) == 0
     assert bool((torch.autograd.grad(total, weight)[0] == 0).all())
     hidden, targets = random(7, 4), torch.arange(7) % 5
     with torch.no_grad():
-        _, nll, argmax = native.run_linear_cross_entropy(hidden, weight, targets)
+        _, nll, argmax = by_kernels.linear_cross_entropy(hidden, weight, targets)
     expected = reference.linear_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(nll, expected[1].detach())
     assert torch.equal(argmax, expected[2])
@@ -113,21 +115,21 @@ def test_cross_entropy_of_no_rows_and_without_gradients(isa: str) -> None:
 def test_logits_that_are_not_finite_give_losses_that_are_not(isa: str) -> None:
     hidden, weight = random(40, 8), random(20, 8, seed=1)
     hidden[3, 2] = torch.nan
-    _, nll, _ = native.run_linear_cross_entropy(hidden, weight, torch.zeros(40, dtype=torch.int64))
+    _, nll, _ = by_kernels.linear_cross_entropy(hidden, weight, torch.zeros(40, dtype=torch.int64))
     assert bool(nll[3].isnan())
     assert bool(nll[4:].isfinite().all())
 
 
 def test_hostile_targets_are_refused() -> None:
     with pytest.raises(RuntimeError, match="impossible size"):
-        native.run_linear_cross_entropy(random(4, 3), random(5, 3), torch.tensor([0, 1, 5, 2]))
+        by_kernels.linear_cross_entropy(random(4, 3), random(5, 3), torch.tensor([0, 1, 5, 2]))
 
 
 def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "run_linear", lambda *arguments: pytest.fail("the kernels were called"))
+    monkeypatch.setattr(native, "linear_forward", lambda *arguments: pytest.fail("the kernels were called"))
     monkeypatch.setattr(library, "multiplies_faster", lambda dtype: False)
     x, weight = random(64, 8), random(5, 8)
-    assert torch.equal(native.linear(x, weight), x @ weight.T)
+    assert torch.equal(ops.linear(x, weight), x @ weight.T)
     monkeypatch.setattr(library, "multiplies_faster", lambda dtype: True)
-    assert torch.equal(native.linear(x[:3], weight), x[:3] @ weight.T)  # few rows are not worth packing
-    assert torch.equal(native.linear(x.double(), weight.double()), x.double() @ weight.double().T)
+    assert torch.equal(ops.linear(x[:3], weight), x[:3] @ weight.T)  # few rows are not worth packing
+    assert torch.equal(ops.linear(x.double(), weight.double()), x.double() @ weight.double().T)

@@ -13,8 +13,9 @@ import torch
 from instruction_sets import runnable
 from torch import Tensor
 
+from moestro import ops
 from moestro.ops import library
-from moestro.ops.training import native_rows, reference
+from moestro.ops.training import reference
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -75,7 +76,7 @@ def test_rms_norm(path: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> N
         along = (g * wide[0].abs()).mean(-1, keepdim=True) * wide[0].abs() * r**2
         sums = (d_out.double() * wide[0] * r).abs().sum(0)
         sizes = [exact[0].abs(), r * (g + along), sums * (rows / 64 + 96) / 32]
-        check(run(native_rows.rms_norm, [x, weight], d_out, 1e-6), exact, [slack(path, dtype) * s for s in sizes])
+        check(run(ops.rms_norm, [x, weight], d_out, 1e-6), exact, [slack(path, dtype) * s for s in sizes])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +87,7 @@ def test_swiglu(path: str, dtype: torch.dtype) -> None:
         gate, up = gate_up.double().abs().chunk(2, -1)
         d = d_out.double().abs()
         sizes = [gate * up, torch.cat([d * up * (1 + gate), d * gate], -1)]
-        check(run(native_rows.swiglu, [gate_up], d_out), exact, [slack(path, dtype) * s for s in sizes])
+        check(run(ops.swiglu, [gate_up], d_out), exact, [slack(path, dtype) * s for s in sizes])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,7 +105,7 @@ def test_join_heads(path: str, dtype: torch.dtype, shared: bool) -> None:
         exact = run(reference.join_heads, [plain.double(), rotary.double()], d_out.double(), tables)
         sums = 16 * d_out.double().abs().sum((1, 2))
         sizes = [4.0, 1.0, sums[:, None] if shared else sums[:, None, None]]
-        actual = run(native_rows.join_heads, [plain, rotary], d_out, tables)
+        actual = run(ops.join_heads, [plain, rotary], d_out, tables)
         check(actual, exact, [slack(path, dtype) * s for s in sizes])
         assert torch.equal(actual[0][..., :plain_width], plain)
         assert torch.equal(actual[1], d_out[..., :plain_width])
@@ -120,9 +121,9 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         results.append(
-            run(native_rows.rms_norm, [x, weight], d_out, 1e-6)
-            + run(native_rows.swiglu, [both], d_out)
-            + run(native_rows.join_heads, [heads, rotary], random(3001, 3, 51, seed=5), (angles.cos(), angles.sin()))
+            run(ops.rms_norm, [x, weight], d_out, 1e-6)
+            + run(ops.swiglu, [both], d_out)
+            + run(ops.join_heads, [heads, rotary], random(3001, 3, 51, seed=5), (angles.cos(), angles.sin()))
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -132,12 +133,12 @@ def test_a_row_does_not_depend_on_the_others(path: str) -> None:
     if path == "plain":
         pytest.skip("plain torch chooses its order by the shape")
     x, weight, d_out = random(2000, 65), random(65, seed=1), random(2000, 65, seed=2)
-    whole = run(native_rows.rms_norm, [x, weight], d_out, 1e-6)
-    part = run(native_rows.rms_norm, [x[7:9], weight], d_out[7:9], 1e-6)
+    whole = run(ops.rms_norm, [x, weight], d_out, 1e-6)
+    part = run(ops.rms_norm, [x[7:9], weight], d_out[7:9], 1e-6)
     assert all(torch.equal(a[7:9], b) for a, b in zip(whole[:2], part[:2], strict=True))
     both = random(2000, 130)
-    whole = run(native_rows.swiglu, [both], d_out)
-    part = run(native_rows.swiglu, [both[7:9]], d_out[7:9])
+    whole = run(ops.swiglu, [both], d_out)
+    part = run(ops.swiglu, [both[7:9]], d_out[7:9])
     assert all(torch.equal(a[7:9], b) for a, b in zip(whole, part, strict=True))
 
 
@@ -145,13 +146,13 @@ def test_a_row_does_not_depend_on_the_others(path: str) -> None:
 def test_values_that_are_not_finite_stay_in_their_row() -> None:
     x, weight = random(4, 20), torch.ones(20)
     x[1, 3], x[2] = float("nan"), float("inf")
-    out, dx, _ = run(native_rows.rms_norm, [x, weight], torch.ones(4, 20), 1e-6)
+    out, dx, _ = run(ops.rms_norm, [x, weight], torch.ones(4, 20), 1e-6)
     for t in (out, dx):
         assert t.isfinite().all(-1).tolist() == [True, False, False, True]
-    zeros = run(native_rows.rms_norm, [torch.zeros(2, 20), weight], torch.ones(2, 20), 1e-6)
+    zeros = run(ops.rms_norm, [torch.zeros(2, 20), weight], torch.ones(2, 20), 1e-6)
     assert all(bool(t.isfinite().all()) for t in zeros)
     large = torch.tensor([[100.0, -100.0, 1e30, -1e30, 1.0, 1.0, 1.0, 1.0]])
-    assert all(bool(t.isfinite().all()) for t in run(native_rows.swiglu, [large], torch.ones(1, 4)))
+    assert all(bool(t.isfinite().all()) for t in run(ops.swiglu, [large], torch.ones(1, 4)))
 
 
 @needs_kernels
@@ -159,7 +160,7 @@ def test_what_does_not_fit_is_refused() -> None:
     angles = torch.zeros(3, 2)
     for plain, rotary in [((3, 2, 4), (2, 4)), ((3, 2, 4), (3, 3, 4)), ((3, 2, 4), (3, 6)), ((3, 2, 4), (3, 5))]:
         with pytest.raises(ValueError, match="cannot join heads"):
-            native_rows.join_heads(torch.zeros(plain), torch.zeros(rotary), (angles, angles))
+            ops.join_heads(torch.zeros(plain), torch.zeros(rotary), (angles, angles))
     some = torch.zeros(4)
     for arguments in [(-1, 4, 1e-6, 0, 0, 1), (2**41, 4, 1e-6, 0, 0, 1), (1, 4, 1e-6, 0, 0, 0), (1, 4, 1e-6, 0, 7, 1)]:
         with pytest.raises(RuntimeError, match="moestro_rms_norm_backward"):

@@ -1,0 +1,37 @@
+"""The operations of training computed by one form whatever the sizes: the kernels, or plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moestro.ops.training import operators
+
+
+class Form:
+    """`native` or `torch`; the functions of `reference.py` that have both."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = operators.Linear.apply(x.reshape(-1, x.shape[-1]), weight, self.name)
+        return out.view(*x.shape[:-1], len(weight))
+
+    def grouped_experts(self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = operators.Experts.apply(x, gate_up, down, ids, weights, self.name)[0]
+        return out
+
+    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
+        out: Tensor = operators.Attention.apply(q, k, v, starts, scale, self.name)[0]
+        return out
+
+    def linear_cross_entropy(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        found = operators.CrossEntropy.apply(hidden, weight, targets, row_weights, with_grad, self.name)
+        return found[0], found[1], found[2]
+
+
+by_kernels, by_torch = Form("native"), Form("torch")
