@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_note
+from moestro.cli.process import use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def ablate(
     seeds: int = 3,
     experts_per_layer: int | None = None,
     dtype: str = "auto",
+    threads: int = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Bits per byte with experts masked, without retraining, against the intact model, per domain.
@@ -57,6 +59,8 @@ def ablate(
         How many experts to mask for a domain; by default as many as a token uses.
     dtype
         auto (as stored), fp32 or bf16.
+    threads
+        Threads to compute with; every core this process may use without it.
     json_output
         Print {"intact", "ablations": [{"name", "masked", "bits_per_byte", "difference", "domains": {…}}], "tokens"}
         on one line.
@@ -65,6 +69,7 @@ def ablate(
 
     if max_tokens < 1:
         raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
+    use_threads(threads)
     names = None if what is None else [name.strip() for name in what.split(",") if name.strip()]
     result = run_ablations(
         load(model, dtype),

@@ -35,6 +35,7 @@ def compare(
     settings: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     expansion: int = 8,
     jobs: int = 1,
+    threads: int = 0,
     out: Path = Path("runs/compare"),
     dry_run: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -64,6 +65,8 @@ def compare(
         All experts over the active ones.
     jobs
         Runs at a time; each gets its share of the cores.
+    threads
+        Threads of each run; its share of the cores without it.
     out
         The directory of the comparison.
     dry_run
@@ -74,6 +77,7 @@ def compare(
     from moestro.compare.plan import make_plan
 
     overrides = [*([f"data.source={json.dumps(data)}"] if data is not None else []), *settings]
+    overrides += [f"train.threads={threads}"] if threads else []
     options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
     plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)
     print_table(cells_table(plan), error=not dry_run)

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
+from moestro.cli.process import use_threads
 from moestro.errors import ConfigError, DataError
 
 
@@ -21,6 +22,7 @@ def evaluate(
     seq_len: int = 512,
     dtype: str = "auto",
     weights: str | None = None,
+    threads: int = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Bits per byte and loss on text, overall and per domain.
@@ -42,6 +44,8 @@ def evaluate(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    threads
+        Threads to compute with; every core this process may use without it.
     json_output
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """
@@ -54,6 +58,7 @@ def evaluate(
         raise ConfigError(f"--seq-len must be at least 2, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
+    use_threads(threads)
     language_model = load(model, dtype, weights=weights)
     seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:

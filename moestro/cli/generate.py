@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, read_input
+from moestro.cli.process import use_threads
 
 
 def generate(
@@ -22,6 +23,7 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
     weights: str | None = None,
+    threads: int = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Continue a prompt; greedy unless a temperature is given.
@@ -44,6 +46,8 @@ def generate(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    threads
+        Threads to compute with; every core this process may use without it.
     json_output
         Print one JSON object: text, tokens, finish_reason, tokens_per_second.
     """
@@ -51,6 +55,7 @@ def generate(
 
     if prompt == "-":
         prompt = read_input(sys.stdin.read)
+    use_threads(threads)
     language_model = load(model, dtype, weights=weights)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

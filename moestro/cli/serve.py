@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moestro.cli.process import use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def serve(
     drain_seconds: float = 30.0,
     dtype: str = "auto",
     weights: str | None = None,
+    threads: int = 0,
 ) -> int:
     """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
 
@@ -58,6 +60,8 @@ def serve(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    threads
+        Threads to compute with; every core this process may use without it.
     """
     from moestro.engine.language_model import load
 
@@ -71,6 +75,7 @@ def serve(
     if not 0 <= drain_seconds < float("inf"):
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
+    use_threads(threads)
     with bind(host, port) as listener:
         language_model = load(model, dtype, weights=weights)
         service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
