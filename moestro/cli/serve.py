@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,6 @@ from moestro.errors import ConfigError
 if TYPE_CHECKING:
     from moestro.engine.language_model import LanguageModel
     from moestro.server.service import Service
-
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def serve(
@@ -67,6 +66,7 @@ def serve(
 
     num_bytes = parse_bytes(memory)
     try:
+        import_module("llguidance")  # which requests with a grammar need
         from moestro.server.run import bind, check_host, read_key, run_service
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
@@ -96,10 +96,12 @@ def make_service(language_model: LanguageModel, path: Path, served_name: str | N
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """`512MiB`, `4GiB`, `4G`, `1000000` to bytes. ConfigError for anything else."""
+    """`4GiB`, `4G` and `4g` (of 1024), `512MB` (of 1000), `1000000`, `7B` to bytes. ConfigError for anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"(?P<number>\d{1,15}(\.\d{1,9})?) ?((?P<unit>[KMGT]?)(iB)?|B)", text.strip())
-    if not found or not float(found["number"]):
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    number, prefix, suffix = found.groups() if found else ("0", None, None)
+    size = int(float(number) * (1000 if suffix == "b" else 1024) ** " kmgt".index(prefix or " "))
+    if not size:
         raise ConfigError(f"memory is a size such as 4GiB, not '{text}'")
-    return int(float(found["number"]) * UNITS[found["unit"] or ""])
+    return size
