@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_note
-from moestro.cli.process import use_threads
+from moestro.cli.process import Threads, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def ablate(
     seeds: int = 3,
     experts_per_layer: int | None = None,
     dtype: str = "auto",
-    threads: int = 0,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Bits per byte with experts masked, without retraining, against the intact model, per domain.
@@ -59,8 +59,6 @@ def ablate(
         How many experts to mask for a domain; by default as many as a token uses.
     dtype
         auto (as stored), fp32 or bf16.
-    threads
-        Threads to compute with; every core this process may use without it.
     json_output
         Print {"intact", "ablations": [{"name", "masked", "bits_per_byte", "difference", "domains": {…}}], "tokens"}
         on one line.

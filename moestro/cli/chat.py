@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from moestro.cli.output import print_note, read_input
-from moestro.cli.process import use_threads
+from moestro.cli.process import Threads, use_threads
 
 
 def chat(
@@ -19,7 +19,7 @@ def chat(
     seed: int = 0,
     dtype: str = "auto",
     weights: str | None = None,
-    threads: int = 0,
+    threads: Threads = 0,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
 
@@ -41,8 +41,6 @@ def chat(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
-    threads
-        Threads to compute with; every core this process may use without it.
     """
     from moestro.engine.conversation import Conversation
     from moestro.engine.language_model import load

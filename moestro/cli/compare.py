@@ -80,14 +80,17 @@ def compare(
     overrides += [f"train.threads={threads}"] if threads else []
     options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
     plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)
+    print_cells(plan, dry_run=dry_run, json_output=json_output)
+    return 0 if dry_run else run_and_show(plan, json_output=json_output)
+
+
+def print_cells(plan: Plan, *, dry_run: bool, json_output: bool) -> None:
+    """What every cell costs, which is all that a dry run prints, and on standard error what may mislead."""
     print_table(cells_table(plan), error=not dry_run)
     for warning in deviations(plan):
         print_note(warning)
-    if dry_run:
-        if json_output:
-            print_json({"cells": [describe_cell(plan, index) for index in range(len(plan.cells))]})
-        return 0
-    return run_and_show(plan, json_output=json_output)
+    if dry_run and json_output:
+        print_json({"cells": [describe_cell(plan, index) for index in range(len(plan.cells))]})
 
 
 def run_and_show(plan: Plan, *, json_output: bool) -> int:

@@ -8,13 +8,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import use_threads
+from moestro.cli.process import Threads, use_threads
 
 
 def doctor(
     *,
     seconds: float = 3.0,
-    threads: int = 0,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Instruction sets, threads, torch; memory bandwidth and matrix products measured in seconds; advice.
@@ -23,8 +23,6 @@ def doctor(
     ----------
     seconds
         How long to measure.
-    threads
-        Threads to measure with; every core this process may use without it.
     json_output
         Print everything as one JSON object.
     """

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, read_input
-from moestro.cli.process import use_threads
+from moestro.cli.process import Threads, use_threads
 
 
 def generate(
@@ -23,7 +23,7 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
     weights: str | None = None,
-    threads: int = 0,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Continue a prompt; greedy unless a temperature is given.
@@ -46,8 +46,6 @@ def generate(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
-    threads
-        Threads to compute with; every core this process may use without it.
     json_output
         Print one JSON object: text, tokens, finish_reason, tokens_per_second.
     """

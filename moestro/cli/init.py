@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import use_threads
+from moestro.cli.process import Threads, use_threads
 from moestro.config import build_config, load_preset
 
 
@@ -18,7 +18,7 @@ def init(
     out: Path,
     seed: int = 0,
     dtype: str = "bf16",
-    threads: int = 0,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Write a model directory with random weights, streamed in shards, so that memory stays bounded.
@@ -35,8 +35,6 @@ def init(
         The same seed gives the same weights.
     dtype
         bf16 or fp32.
-    threads
-        Threads to compute with; every core this process may use without it.
     json_output
         Print {"model", "bytes", "parameters"}.
     """

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import use_threads
+from moestro.cli.process import Threads, use_threads
 
 
 def pack(
@@ -17,7 +17,7 @@ def pack(
     out: Path,
     weights: str | None = None,
     dtype: str = "auto",
-    threads: int = 0,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Write a directory of packed weights, which generate, chat, serve and eval start from without loading.
@@ -32,8 +32,6 @@ def pack(
         How matrices are kept: int8 or int4 quantise them, bf16 or fp32 convert them. As stored without it.
     dtype
         What activations are computed in: auto (as stored), fp32 or bf16.
-    threads
-        Threads to compute with; every core this process may use without it.
     json_output
         Print {"model", "weights", "dtype", "bytes"}.
     """

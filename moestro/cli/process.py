@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from cyclopts import Parameter
+
 from moestro.errors import ConfigError
 
 MAX_THREADS = 1024
+Threads = Annotated[int, Parameter(help="Threads to compute with; every core this process may use without it.")]
 
 
 def use_threads(threads: int) -> None:

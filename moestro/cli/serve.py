@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.process import use_threads
+from moestro.cli.process import Threads, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def serve(
     drain_seconds: float = 30.0,
     dtype: str = "auto",
     weights: str | None = None,
-    threads: int = 0,
+    threads: Threads = 0,
 ) -> int:
     """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
 
@@ -59,19 +59,14 @@ def serve(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
-    threads
-        Threads to compute with; every core this process may use without it.
     """
     from moestro.engine.language_model import load
 
     num_bytes = parse_bytes(memory)
-    try:
-        import_module("llguidance")  # which requests with a grammar need
-        from moestro.server.run import bind, check_host, read_key, run_service
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
-    key = read_key(api_key_file)
-    check_host(host, key is not None)
+    require_extra()
+    from moestro.server.run import bind, run_service
+
+    key = check_access(host, api_key_file)
     if not 0 <= drain_seconds < float("inf"):
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
@@ -80,6 +75,24 @@ def serve(
         language_model = load(model, dtype, weights=weights)
         service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
+
+
+def require_extra() -> None:
+    """ConfigError, which says what to install, where a package that serving needs is missing."""
+    try:
+        import_module("llguidance")  # for requests with a grammar
+        import_module("moestro.server.run")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
+
+
+def check_access(host: str, api_key_file: Path | None) -> str | None:
+    """The key that clients must send. ConfigError for a bad one, or for none where others can reach the server."""
+    from moestro.server.run import check_host, read_key
+
+    key = read_key(api_key_file)
+    check_host(host, key is not None)
+    return key
 
 
 def make_service(language_model: LanguageModel, path: Path, served_name: str | None, **limits: int | None) -> Service:
