@@ -19,7 +19,7 @@ import numpy as np
 from moestro.config import build_config, load_preset
 from moestro.data.shards import ShardSet, open_shards
 from moestro.data.tokenizer import Tokenizer
-from moestro.machine import describe_machine
+from moestro.machine import describe_machine, keep_freed_memory, use_threads
 from moestro.model.size import measure_size
 from moestro.training.loop import train
 from moestro.training.metrics import read_evals, read_metrics
@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench-demo"))
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
+    use_threads()
+    keep_freed_memory()
     tree = load_preset("demo")
     scores: dict[str, dict[str, float]] = {}
     for name, variant in (("moe", tree), ("dense", dense_twin(tree))):

@@ -222,7 +222,7 @@ class TrainConfig(Frozen):
     keep_checkpoints: int = Field(2, gt=0)
     eval_every: int = Field(100, gt=0)
     eval_tokens: int = Field(65536, gt=0, description="validation tokens per domain while training")
-    threads: int = Field(0, ge=0, le=1024, description="0: every core this process may use")
+    threads: int = Field(0, ge=0, le=1024, description="set by commands; 0: every core they may use")
     mirror: Literal["none", "tensorboard", "trackio"] = "none"
 
 

@@ -290,8 +290,13 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_
 def sync_directory(directory: Path) -> None:
     """Force a directory's files to disk, so that a rename never outlives the data."""
     for path in [*(path for path in directory.rglob("*") if path.is_file()), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -28,6 +28,7 @@ from moestro.checkpoints.files import (
     open_tensors,
     read_config,
     read_json,
+    sync,
     sync_directory,
 )
 from moestro.errors import CheckpointError, ConfigError
@@ -116,6 +117,7 @@ def write_packed(out: Path, source: Path, kind: str, dtype: torch.dtype) -> Iter
         raise CheckpointError(f"cannot write {out}: {error.strerror or error}; nothing is left of it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # not there any more where all went well
+    sync(out.parent)
 
 
 def claim(out: Path) -> None:

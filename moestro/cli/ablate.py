@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_note
+from moestro.cli.process import Threads, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def ablate(
     seeds: int = 3,
     experts_per_layer: int | None = None,
     dtype: str = "auto",
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Bits per byte with experts masked, without retraining, against the intact model, per domain.
@@ -65,6 +67,7 @@ def ablate(
 
     if max_tokens < 1:
         raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
+    use_threads(threads)
     names = None if what is None else [name.strip() for name in what.split(",") if name.strip()]
     result = run_ablations(
         load(model, dtype),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from moestro.cli.output import print_note, read_input
+from moestro.cli.process import Threads, use_threads
 
 
 def chat(
@@ -18,6 +19,7 @@ def chat(
     seed: int = 0,
     dtype: str = "auto",
     weights: str | None = None,
+    threads: Threads = 0,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
 
@@ -43,6 +45,7 @@ def chat(
     from moestro.engine.conversation import Conversation
     from moestro.engine.language_model import load
 
+    use_threads(threads)
     beginning = [{"role": "system", "content": system}] if system else []
     conversation = Conversation(
         load(model, dtype, weights=weights), max_tokens, temperature, top_p, seed, list(beginning)

@@ -35,6 +35,7 @@ def compare(
     settings: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     expansion: int = 8,
     jobs: int = 1,
+    threads: int = 0,
     out: Path = Path("runs/compare"),
     dry_run: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -64,6 +65,8 @@ def compare(
         All experts over the active ones.
     jobs
         Runs at a time; each gets its share of the cores.
+    threads
+        Threads of each run; its share of the cores without it.
     out
         The directory of the comparison.
     dry_run
@@ -74,16 +77,20 @@ def compare(
     from moestro.compare.plan import make_plan
 
     overrides = [*([f"data.source={json.dumps(data)}"] if data is not None else []), *settings]
+    overrides += [f"train.threads={threads}"] if threads else []
     options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
     plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)
+    print_cells(plan, dry_run=dry_run, json_output=json_output)
+    return 0 if dry_run else run_and_show(plan, json_output=json_output)
+
+
+def print_cells(plan: Plan, *, dry_run: bool, json_output: bool) -> None:
+    """What every cell costs, which is all that a dry run prints, and on standard error what may mislead."""
     print_table(cells_table(plan), error=not dry_run)
     for warning in deviations(plan):
         print_note(warning)
-    if dry_run:
-        if json_output:
-            print_json({"cells": [describe_cell(plan, index) for index in range(len(plan.cells))]})
-        return 0
-    return run_and_show(plan, json_output=json_output)
+    if dry_run and json_output:
+        print_json({"cells": [describe_cell(plan, index) for index in range(len(plan.cells))]})
 
 
 def run_and_show(plan: Plan, *, json_output: bool) -> int:

@@ -8,10 +8,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
+from moestro.cli.process import Threads, use_threads
 
 
 def doctor(
-    *, seconds: float = 3.0, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False
+    *,
+    seconds: float = 3.0,
+    threads: Threads = 0,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Instruction sets, threads, torch; memory bandwidth and matrix products measured in seconds; advice.
 
@@ -28,10 +32,11 @@ def doctor(
 
     if not 0.5 <= seconds <= 60:
         raise ConfigError(f"--seconds must lie between 0.5 and 60, not {seconds:g}")
+    use_threads(threads)
+    isa = library.current_isa()  # first of all, because the kernels may bring an OpenMP runtime with them
     machine = machines.describe_machine()
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
-    isa = library.current_isa()
     if not isa and "avx2" in machine.instruction_sets:
         problems.append("native kernels are not built; install a C++ compiler, then moestro again, for faster experts")
     if json_output:

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
+from moestro.cli.process import Threads, use_threads
 from moestro.errors import ConfigError, DataError
 
 
@@ -21,6 +22,7 @@ def evaluate(
     seq_len: int = 512,
     dtype: str = "auto",
     weights: str | None = None,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Bits per byte and loss on text, overall and per domain.
@@ -50,10 +52,10 @@ def evaluate(
 
     if split not in ("auto", "all", "valid"):
         raise DataError(f"--split must be auto, all or valid, not '{split}'")
-    if seq_len < 2:
-        raise ConfigError(f"--seq-len must be at least 2, not {seq_len}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"--max-tokens must be at least 1, not {max_tokens}")
+    for name, number, least in (("--seq-len", seq_len, 2), ("--max-tokens", max_tokens, 1)):
+        if number is not None and number < least:
+            raise ConfigError(f"{name} must be at least {least}, not {number}")
+    use_threads(threads)
     language_model = load(model, dtype, weights=weights)
     seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:

@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, read_input
+from moestro.cli.process import Threads, use_threads
 
 
 def generate(
@@ -22,6 +23,7 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
     weights: str | None = None,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Continue a prompt; greedy unless a temperature is given.
@@ -51,6 +53,7 @@ def generate(
 
     if prompt == "-":
         prompt = read_input(sys.stdin.read)
+    use_threads(threads)
     language_model = load(model, dtype, weights=weights)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
+from moestro.cli.process import Threads, use_threads
 from moestro.config import build_config, load_preset
 
 
@@ -17,6 +18,7 @@ def init(
     out: Path,
     seed: int = 0,
     dtype: str = "bf16",
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Write a model directory with random weights, streamed in shards, so that memory stays bounded.
@@ -39,6 +41,7 @@ def init(
     from moestro.checkpoints.random_weights import write_random_model
 
     config = build_config(load_preset(preset), overrides).model
+    use_threads(threads)
     written = write_random_model(config, out, seed=seed, dtype=dtype)
     if json_output:
         print_json({"model": str(out), **written})

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
+from moestro.cli.process import Threads, use_threads
 
 
 def pack(
@@ -16,6 +17,7 @@ def pack(
     out: Path,
     weights: str | None = None,
     dtype: str = "auto",
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Write a directory of packed weights, which generate, chat, serve and eval start from without loading.
@@ -36,6 +38,7 @@ def pack(
     from moestro.checkpoints.packed import dtype_name
     from moestro.engine import language_model
 
+    use_threads(threads)
     runtime = language_model.pack(model, out, dtype, weights=weights)
     num_bytes = sum(tensor.nbytes for tensor in runtime.tensors.values())
     if json_output:

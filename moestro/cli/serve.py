@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moestro.cli.process import Threads, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
     from moestro.engine.language_model import LanguageModel
     from moestro.server.service import Service
-
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def serve(
@@ -29,6 +29,7 @@ def serve(
     drain_seconds: float = 30.0,
     dtype: str = "auto",
     weights: str | None = None,
+    threads: Threads = 0,
 ) -> int:
     """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
 
@@ -62,19 +63,36 @@ def serve(
     from moestro.engine.language_model import load
 
     num_bytes = parse_bytes(memory)
-    try:
-        from moestro.server.run import bind, check_host, read_key, run_service
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
-    key = read_key(api_key_file)
-    check_host(host, key is not None)
+    require_extra()
+    from moestro.server.run import bind, run_service
+
+    key = check_access(host, api_key_file)
     if not 0 <= drain_seconds < float("inf"):
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
+    use_threads(threads)
     with bind(host, port) as listener:
         language_model = load(model, dtype, weights=weights)
         service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
+
+
+def require_extra() -> None:
+    """ConfigError, which says what to install, where a package that serving needs is missing."""
+    try:
+        import_module("llguidance")  # for requests with a grammar
+        import_module("moestro.server.run")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
+
+
+def check_access(host: str, api_key_file: Path | None) -> str | None:
+    """The key that clients must send. ConfigError for a bad one, or for none where others can reach the server."""
+    from moestro.server.run import check_host, read_key
+
+    key = read_key(api_key_file)
+    check_host(host, key is not None)
+    return key
 
 
 def make_service(language_model: LanguageModel, path: Path, served_name: str | None, **limits: int | None) -> Service:
@@ -91,10 +109,12 @@ def make_service(language_model: LanguageModel, path: Path, served_name: str | N
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """`512MiB`, `4GiB`, `4G`, `1000000` to bytes. ConfigError for anything else."""
+    """`4GiB`, `4G` and `4g` (of 1024), `512MB` (of 1000), `1000000`, `7B` to bytes. ConfigError for anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"(?P<number>\d{1,15}(\.\d{1,9})?) ?((?P<unit>[KMGT]?)(iB)?|B)", text.strip())
-    if not found or not float(found["number"]):
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    number, prefix, suffix = found.groups() if found else ("0", None, None)
+    size = int(float(number) * (1000 if suffix == "b" else 1024) ** " kmgt".index(prefix or " "))
+    if not size:
         raise ConfigError(f"memory is a size such as 4GiB, not '{text}'")
-    return int(float(found["number"]) * UNITS[found["unit"] or ""])
+    return size

@@ -22,6 +22,7 @@ def train(
     depth: int | None = None,
     data: str | None = None,
     out: Path | None = None,
+    threads: int | None = None,
     resume: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
@@ -45,6 +46,8 @@ def train(
         A file or folder (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
     out
         The run directory; runs/NAME by default.
+    threads
+        The same as train.threads=N: threads to compute with, 0 for every core this process may use.
     resume
         Continue the run in --out if there is one.
     dry_run
@@ -59,6 +62,8 @@ def train(
         tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
         name = Path(os.path.abspath(data)).stem or name  # .. is a name of no folder
     run = out or free_directory(Path("runs"), name, resume)
+    if threads is not None:
+        overrides = (*overrides, f"train.threads={threads}")
     settings = resume_config(tree, overrides, run, given=bool(preset or config or depth or data), resume=resume)
     if dry_run:
         from moestro.model.size import describe_size
@@ -70,9 +75,12 @@ def train(
 
 def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, json_output: bool) -> int:
     """Train, write the report, print the ending; returns the exit code."""
+    from moestro import machine
     from moestro.report import write_report
     from moestro.training.loop import train as run_training
 
+    machine.use_threads(settings.train.threads)
+    machine.keep_freed_memory()
     outcome = run_training(settings, run, resume=resume, quiet=quiet)
     report = write_report(run)
     if not quiet:

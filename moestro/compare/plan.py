@@ -25,13 +25,12 @@ import moestro
 from moestro import machine
 from moestro.compare.budget import Budget, parse_budget
 from moestro.compare.cells import SizedCell, base_config, parse_cells, size_cell
-from moestro.compare.results import REQUEST, run_path
+from moestro.compare.results import REQUEST, REQUEST_VERSION, run_path
 from moestro.config import SETTINGS, Config, build_config, load_file
 from moestro.errors import ConfigError
 from moestro.training.metrics import write_atomic
 from moestro.training.prepare import open_data
 
-VERSION = 1
 FIXED = ("version", "budget", "settings", "expansion", "threads", "jobs")  # of the request, by its keys
 
 
@@ -131,7 +130,7 @@ def describe_request(plan: Plan, command: str) -> dict[str, Any]:
     """What compare.json holds."""
     budget = plan.budget
     return {
-        "version": VERSION,
+        "version": REQUEST_VERSION,
         "routers": plan.routers,
         "cells": [cell.cell.label for cell in plan.cells],
         "seeds": list(plan.seeds),

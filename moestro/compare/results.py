@@ -28,6 +28,7 @@ from moestro.training.metrics import read_domain_loads, read_evals, read_metrics
 
 RESULTS = "results.jsonl"
 REQUEST = "compare.json"
+REQUEST_VERSION = 1
 
 Record = dict[str, Any]
 Value = Callable[[Mapping[str, Any]], float | None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from moestro import machine
 from moestro.config import build_config, load_file
 from moestro.errors import MoestroError
 from moestro.training.loop import train
@@ -16,7 +17,10 @@ from moestro.training.loop import train
 def main(config: Path, run: Path) -> int:
     """Train to the end or to a signal; returns the exit code."""
     try:
-        outcome = train(build_config(load_file(config)), run, resume=True, quiet=True)
+        settings = build_config(load_file(config))
+        machine.use_threads(settings.train.threads)
+        machine.keep_freed_memory()
+        outcome = train(settings, run, resume=True, quiet=True)
     except MoestroError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, cast
 
 from moestro.data.documents import Document, decode, iterate_lines, split_text
@@ -123,13 +124,21 @@ def _open_binary(path: Path) -> Iterator[IO[bytes]]:
         with gzip.open(path) as stream:
             yield cast(IO[bytes], stream)
     elif path.suffix.lower() == ".zst":
-        import pyarrow  # unlike zstandard's reader, its stream refuses a frame that ends early
-
+        pyarrow = _load_pyarrow(path)  # unlike zstandard's reader, its stream refuses a frame that ends early
         with pyarrow.CompressedInputStream(str(path), "zstd") as stream:
             yield cast(IO[bytes], stream)
     else:
         with path.open("rb") as stream:
             yield stream
+
+
+def _load_pyarrow(path: Path) -> ModuleType:
+    """The library that reads a file; DataError where it is not installed."""
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise DataError(f"reading {path} needs pyarrow: pip install 'moestro[data]'") from error
+    return cast(ModuleType, pyarrow)
 
 
 def _read_json(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
@@ -164,9 +173,7 @@ def _parse_json(data: bytes, place: str) -> Any:
 
 
 def _read_parquet(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = _load_pyarrow(path)
     try:
         with tempfile.TemporaryFile() as spool:
             if path.suffix.lower() in _COMPRESSED:  # Parquet is read from its end

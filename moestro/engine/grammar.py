@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import llguidance
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,16 +23,19 @@ from torch import Tensor
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import ConfigError, MoestroError
 
+if TYPE_CHECKING:
+    import llguidance
+
 MAX_CHARS = 32768
 MAX_LINES = 1000  # so also rules: a chain of 3000 overflows the stack of the compiler, and ends the process
-LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # 20 ms
-    step_lexer_fuel=200_000,  # 15 ms
-    step_max_items=50_000,
-    max_lexer_states=20_000,  # 40 MB
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
+LIMITS = {
+    "initial_lexer_fuel": 1_000_000,  # 20 ms
+    "step_lexer_fuel": 200_000,  # 15 ms
+    "step_max_items": 50_000,
+    "max_lexer_states": 20_000,  # 40 MB
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
 # White space between the parts of JSON: enough to indent, not enough to fill a page with it.
 SPACES = r"[ \n\r\t]{0,32}"
 
@@ -53,7 +56,8 @@ def from_json_schema(schema: Mapping[str, Any] | bool | str) -> str:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the JSON schema is not valid JSON: {error}") from error
     try:
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(_bounded(text), defaults={"whitespace_pattern": SPACES})
+        matcher = _load_llguidance().LLMatcher
+        grammar: str = matcher.grammar_from_json_schema(_bounded(text), defaults={"whitespace_pattern": SPACES})
     except ValueError as error:
         raise ConfigError(f"the JSON schema cannot be used: {_first_line(str(error))}") from error
     return _bounded(grammar)
@@ -61,12 +65,12 @@ def from_json_schema(schema: Mapping[str, Any] | bool | str) -> str:
 
 def from_regex(pattern: str) -> str:
     """The grammar of the texts that a regular expression matches as a whole."""
-    return _bounded(llguidance.LLMatcher.grammar_from_regex(pattern))
+    return _bounded(_load_llguidance().LLMatcher.grammar_from_regex(pattern))
 
 
 def from_lark(text: str) -> str:
     """A context-free grammar in llguidance's kind of Lark; the rule `start` is the whole text."""
-    return _bounded(llguidance.LLMatcher.grammar_from_lark(text))
+    return _bounded(_load_llguidance().LLMatcher.grammar_from_lark(text))
 
 
 class Matcher:
@@ -114,12 +118,14 @@ class GrammarCompiler:
         control = {id for id in tokenizer.specials.values() if not tokenizer.decode([id])}
         self._forbidden = torch.tensor(sorted(id for id in control - ends if id < vocab_size), dtype=torch.long)
         self._vocab_size = vocab_size
-        wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
-        self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=sorted(ends))
+        self._library = _load_llguidance()
+        self._limits = self._library.LLParserLimits(**LIMITS)
+        wrapper = self._library.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
+        self._tokenizer = self._library.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=sorted(ends))
 
     def compile(self, grammar: str) -> Matcher:
         """ConfigError, in one line, for a grammar that is wrong or too large."""
-        matcher = llguidance.LLMatcher(self._tokenizer, _bounded(grammar), log_level=0, limits=LIMITS)
+        matcher = self._library.LLMatcher(self._tokenizer, _bounded(grammar), log_level=0, limits=self._limits)
         if matcher.is_error():
             raise ConfigError(f"the grammar cannot be used: {_first_line(matcher.get_error())}")
         found = Matcher(matcher, self._forbidden, self._vocab_size)
@@ -142,6 +148,15 @@ class _Vocabulary:
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+def _load_llguidance() -> ModuleType:
+    """The library, which nothing but grammars needs. ConfigError where it is not installed."""
+    try:
+        import llguidance
+    except ModuleNotFoundError as error:
+        raise ConfigError("a grammar needs llguidance: pip install 'moestro[server]'") from error
+    return llguidance
 
 
 def _bounded(grammar: str) -> str:

@@ -7,14 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moestro.compare.results import FAILED, FINISHED, REQUEST, Summary, Verdict, read_results, summarise, verdicts
+from moestro.compare.results import (
+    FAILED,
+    FINISHED,
+    REQUEST,
+    REQUEST_VERSION,
+    Summary,
+    Verdict,
+    read_results,
+    summarise,
+    verdicts,
+)
 from moestro.errors import MoestroError
 from moestro.report import cell_figures, cell_tables
 from moestro.report.cell_tables import duration, signed
 from moestro.report.page import render_page, write_page
 from moestro.report.tiles import Tile, format_count
 
-VERSION = 1
 STYLES = ("uPlot.min.css", "report.css", "comparison.css")
 SCRIPTS = ("uPlot.iife.min.js", "charts.js", "maps.js", "comparison.js")
 EQUAL = {"tokens": "tokens", "seconds": "training time", "flops": "training FLOPs"}
@@ -70,8 +79,8 @@ def read_request(directory: Path) -> Record:
         raise MoestroError(f"{directory} holds no comparison: it has no {REQUEST}") from error
     except (OSError, ValueError) as error:
         raise MoestroError(f"{path} is damaged: {error}") from error
-    if not isinstance(request, dict) or request.get("version") != VERSION:
-        raise MoestroError(f"{path} is not a comparison of version {VERSION}")
+    if not isinstance(request, dict) or request.get("version") != REQUEST_VERSION:
+        raise MoestroError(f"{path} is not a comparison of version {REQUEST_VERSION}")
     return request
 
 

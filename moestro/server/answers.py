@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -137,6 +138,7 @@ class EventStream(Response):
 
     def __init__(self, service: Service, plan: Plan, stream: Stream) -> None:
         self._service, self._plan, self._stream = service, plan, stream
+        weakref.finalize(self, stream.close)  # where nobody calls it
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
 

@@ -24,7 +24,15 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moestro.checkpoints.files import ModelFiles, fill_model, model_tensors, read_json, sync_directory, write_tensors
+from moestro.checkpoints.files import (
+    ModelFiles,
+    fill_model,
+    model_tensors,
+    read_json,
+    sync,
+    sync_directory,
+    write_tensors,
+)
 from moestro.checkpoints.hf import config_to_hf
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import CheckpointError
@@ -97,6 +105,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write checkpoint {final}: {reason}; the previous one is intact") from error
+    sync(folder)  # the new name, before old checkpoints go
     kept = _checkpoints(run)
     newest = kept.index(final)  # later ones were damaged: the run went back behind them
     for old in [*kept[: max(newest + 1 - keep, 0)], *kept[newest + 1 :]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from moestro import machine
 from moestro.checkpoints.files import read_json
 from moestro.config import SETTINGS, Config, build_config
 from moestro.data.batches import Batch, Packer, evaluation_batches
@@ -67,8 +66,6 @@ class Session:
 
 def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Session:
     """Start a run in an empty directory, or continue the one that is there."""
-    torch.set_num_threads(config.train.threads or machine.usable_threads())
-    machine.keep_freed_memory()
     saved = run / SETTINGS
     then: Config | None = None
     if saved.exists():

@@ -269,6 +269,15 @@ def test_a_full_disk_leaves_nothing(directory: Path, tmp_path: Path) -> None:
     assert not list(out.glob("*.tmp"))
 
 
+def test_a_packed_directory_is_on_disk_by_name(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(packed_directory, "sync", lambda path: synced.append((path, (tmp_path / "out").is_dir())))
+    pack(directory, tmp_path / "out")
+    assert synced == [(tmp_path, True)]
+
+
 def test_what_exists_is_not_touched(directory: Path, tmp_path: Path) -> None:
     for name, make in (("folder", Path.mkdir), ("file", Path.touch), ("link", lambda p: p.symlink_to("nowhere"))):
         make(tmp_path / name)

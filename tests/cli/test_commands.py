@@ -229,14 +229,14 @@ def test_help_does_not_wait_for_torch() -> None:
     program = """
 import sys
 from moestro.cli import main
-commands = "train eval generate chat report inspect init pack doctor compare ablate"
+commands = "train eval generate chat report inspect init pack doctor compare ablate serve"
 for command in ("", *commands.split()):
     sys.argv = ["moestro", *command.split(), "--help"]
     try:
         main()
     except SystemExit as end:
         assert end.code == 0, command
-heavy = {"torch", "pyarrow", "transformers", "datasets"} & set(sys.modules)
+heavy = {"torch", "numpy", "pyarrow", "transformers", "datasets", "llguidance", "fastapi"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -152,7 +152,8 @@ def test_without_the_extra_one_line_says_what_to_install(
 
 def test_sizes() -> None:
     sizes = {"4GiB": 4 * 2**30, "512 MiB": 2**29, "1.5G": 3 * 2**29, "1000": 1000, "7B": 7, "2K": 2048, None: None}
+    sizes |= {"4g": 4 * 2**30, "4gib": 4 * 2**30, "4GB": 4 * 10**9, "512MB": 512 * 10**6, "1.5 kb": 1500, "1T": 2**40}
     assert {text: parse_bytes(text) for text in sizes} == sizes
-    for text in ("", "-1", "0", "4GB", "4 GiB GiB", "nan", "1e9"):
+    for text in ("", "-1", "0", "0.1", "4 GiB GiB", "4,5GiB", "4iB", "4Gbit", "4E", "nan", "1e9"):
         with pytest.raises(ConfigError, match="4GiB"):
             parse_bytes(text)

@@ -14,6 +14,7 @@ from moestro.engine.engine import Completion, Engine, Event
 from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
+from moestro.server.answers import EventStream
 from moestro.server.worker import ClosedError, EngineError, EngineWorker, Stream
 
 REQUESTS = [
@@ -88,6 +89,17 @@ def test_streams_bring_what_the_engine_gives_alone(worker: EngineWorker, expecte
     (together,) = run(ask(worker, *REQUESTS))
     assert together == [ids for completions in expected for ids in ids_of(completions)]
     assert is_empty(worker.engine) and worker.num_choices == 0
+
+
+def test_an_answer_that_is_never_sent_gives_its_room_back(worker: EngineWorker) -> None:
+    async def drop() -> int:
+        stream = await worker.open([Request([5, 6, 7], SamplingParams(max_tokens=400, n=2))])
+        answer = EventStream(None, None, stream)  # type: ignore[arg-type]
+        held = worker.num_choices
+        del answer
+        return held
+
+    assert run(drop()) == [2] and worker.num_choices == 0
 
 
 def test_a_closed_stream_is_dropped_before_the_next_step(worker: EngineWorker) -> None:

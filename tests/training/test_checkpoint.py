@@ -93,6 +93,16 @@ def test_damaged_later_checkpoints_do_not_push_out_a_new_one(save: Saver, tmp_pa
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000003"
 
 
+def test_a_checkpoint_is_on_disk_by_name_before_old_ones_go(
+    save: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(1)
+    synced: list[tuple[Path, list[int]]] = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append((path, steps(tmp_path))))
+    save(2, keep=1)
+    assert synced == [(tmp_path / "checkpoints", [1, 2])] and steps(tmp_path) == [2]
+
+
 def test_no_checkpoints_is_no_error(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
 

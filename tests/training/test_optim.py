@@ -11,7 +11,7 @@ import torch
 from moestro.config import Config, TrainConfig
 from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer, init_weights
-from moestro.training.optim import Optimizers, bias_speed, lr_factor, mtp_weight, orthogonalize
+from moestro.training.optim import Muon, Optimizers, bias_speed, lr_factor, mtp_weight, orthogonalize
 
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:
@@ -79,6 +79,27 @@ def test_muon_moves_matrices_of_blocks_by_rms_of_adamw(make_config: Callable[...
     for name, parameter in model.named_parameters():
         rms = float((parameter.detach() - before[name]).pow(2).mean().sqrt()) / 0.01
         assert 0.1 < rms < 1.2, name
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+@pytest.mark.parametrize("halves", [False, True])
+def test_muon_on_stacks_is_torchs_on_each_matrix(halves: bool) -> None:
+    """torch's takes single matrices and computes in bf16; ours takes stacks of them, and two matrices in one."""
+    generator = torch.Generator().manual_seed(2)
+    stack = torch.nn.Parameter(torch.randn(3, 24, 16, generator=generator))
+    pieces = stack.detach().unflatten(1, (2, 12)).flatten(0, 1) if halves else stack.detach()
+    single = [torch.nn.Parameter(matrix.clone()) for matrix in pieces]
+    ours = Muon([{"params": [stack], "halves": halves}], lr=0.1, weight_decay=0.3, dtype=torch.bfloat16)
+    theirs = torch.optim.Muon(single, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        gradient = torch.randn(stack.shape, generator=generator)
+        stack.grad = gradient
+        for parameter, part in zip(single, gradient.reshape(pieces.shape), strict=True):
+            parameter.grad = part.clone()
+        ours.step()
+        theirs.step()
+    expected = torch.stack([parameter.detach() for parameter in single]).reshape(stack.shape)
+    torch.testing.assert_close(stack.detach(), expected, atol=4e-3, rtol=0)  # three updates of 0.1, each within bf16
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

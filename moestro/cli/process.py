@@ -1,0 +1,21 @@
+"""What a command sets for its own process. The library leaves such settings to the program that calls it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moestro.errors import ConfigError
+
+MAX_THREADS = 1024
+Threads = Annotated[int, Parameter(help="Threads to compute with; every core this process may use without it.")]
+
+
+def use_threads(threads: int) -> None:
+    """Compute with this many threads, 0 for every core this process may use. ConfigError outside 0…1024."""
+    if not 0 <= threads <= MAX_THREADS:
+        raise ConfigError(f"--threads must lie between 0 and {MAX_THREADS}, not {threads}")
+    from moestro import machine
+
+    machine.use_threads(threads)

@@ -1,0 +1,23 @@
+"""The machine at hand: what it has, what it reaches when measured, its memory and threads. `moestro doctor` shows it.
+
+`describe_machine` only reads, which takes a few milliseconds beside importing torch; `measure_machine` computes for
+some seconds. Two functions set something for the whole process: `use_threads` and `keep_freed_memory`. Only commands
+call them; `moestro.train` and `moestro.load` leave the program that calls them as it was.
+"""
+
+from moestro.machine.describe import Machine as Machine
+from moestro.machine.describe import describe_machine as describe_machine
+from moestro.machine.describe import instruction_sets as instruction_sets
+from moestro.machine.measure import Measurement as Measurement
+from moestro.machine.measure import measure_machine as measure_machine
+from moestro.machine.memory import GIB as GIB
+from moestro.machine.memory import keep_freed_memory as keep_freed_memory
+from moestro.machine.memory import memory_limit as memory_limit
+from moestro.machine.memory import peak_memory_gib as peak_memory_gib
+from moestro.machine.memory import process_memory_gib as process_memory_gib
+from moestro.machine.memory import return_freed_memory as return_freed_memory
+from moestro.machine.threads import cpu_quota as cpu_quota
+from moestro.machine.threads import loaded_openmp as loaded_openmp
+from moestro.machine.threads import usable_cores as usable_cores
+from moestro.machine.threads import usable_threads as usable_threads
+from moestro.machine.threads import use_threads as use_threads
