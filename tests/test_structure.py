@@ -25,6 +25,7 @@ LAYERS = (
     ("ops",),
     ("model",),
     ("checkpoints",),
+    ("parallel",),
     ("engine",),
     ("training",),
     ("compare",),

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moestro.checkpoints.hf import Slot, duplicate_names, fused_slots, hf_to_config, tensor_map
 from moestro.config import ModelConfig
@@ -242,10 +243,21 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of a whole model, views of its parameters."""
+    """(Hugging Face name, tensor) of a whole model, views of its parameters.
+
+    Sharded parameters are gathered: every process must then go through all of them.
+    """
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    gathered: dict[str, Tensor] = {}
     for name, slot in tensor_map(model.config).items():
-        yield name, _slice(parameters[slot.parameter].detach(), slot)
+        if slot.parameter not in gathered:
+            gathered[slot.parameter] = gather(parameters[slot.parameter].detach())
+        yield name, _slice(gathered[slot.parameter], slot)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process holds a shard; itself where it is whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

@@ -22,6 +22,7 @@ def train(
     depth: int | None = None,
     data: str | None = None,
     out: Path | None = None,
+    start: Annotated[str | None, Parameter(name="--from")] = None,
     threads: int | None = None,
     resume: bool = False,
     dry_run: bool = False,
@@ -46,6 +47,8 @@ def train(
         A file or folder (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
     out
         The run directory; runs/NAME by default.
+    start
+        A run, checkpoint or Hugging Face directory whose weights, sizes and tokenizer training starts from.
     threads
         The same as train.threads=N: threads to compute with, 0 for every core this process may use.
     resume
@@ -61,10 +64,14 @@ def train(
     if data is not None:
         tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
         name = Path(os.path.abspath(data)).stem or name  # .. is a name of no folder
+    if start is not None:
+        tree, name = start_from(tree, Path(start)), Path(os.path.abspath(start)).name
     run = out or free_directory(Path("runs"), name, resume)
     if threads is not None:
         overrides = (*overrides, f"train.threads={threads}")
-    settings = resume_config(tree, overrides, run, given=bool(preset or config or depth or data), resume=resume)
+    settings = resume_config(
+        tree, overrides, run, given=bool(preset or config or depth or data or start), resume=resume
+    )
     if dry_run:
         from moestro.model.size import describe_size
 
@@ -76,12 +83,16 @@ def train(
 def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, json_output: bool) -> int:
     """Train, write the report, print the ending; returns the exit code."""
     from moestro import machine
+    from moestro.parallel import world
     from moestro.report import write_report
     from moestro.training.loop import train as run_training
 
     machine.use_threads(settings.train.threads)
     machine.keep_freed_memory()
-    outcome = run_training(settings, run, resume=resume, quiet=quiet)
+    with world.join() as processes:
+        outcome = run_training(settings, run, resume=resume, quiet=quiet, world=processes)
+        if not processes.is_main:
+            return 128 + outcome.stopped_by if outcome.stopped_by else 0
     report = write_report(run)
     if not quiet:
         print_ending(outcome, report)
@@ -92,6 +103,18 @@ def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, js
              "bits_per_byte": evaluation.get("bits_per_byte"), "finished": outcome.stopped_by is None}
         )  # fmt: skip
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
+
+
+def start_from(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The raw configuration with the model of a directory: its sizes, its weights to begin with, its tokenizer."""
+    from moestro.checkpoints.files import ModelFiles
+    from moestro.engine.language_model import find_model_directory
+
+    directory = find_model_directory(path)
+    model = ModelFiles(directory).config.model_dump(mode="json")
+    train = {**tree.get("train", {}), "start_from": str(directory)}
+    data = {**tree.get("data", {}), "tokenizer": str(directory / "tokenizer.json")}
+    return {**tree, "model": model, "train": train, "data": data}
 
 
 def choose_tree(preset: str | None, config: Path | None, depth: int | None) -> tuple[dict[str, Any], str]:

@@ -43,6 +43,15 @@ class Batch:
     segments: torch.Tensor
     weights: torch.Tensor | None = None
 
+    def rows(self, part: slice) -> Batch:
+        """Some of the rows."""
+        return Batch(self.tokens[part], self.segments[part], None if self.weights is None else self.weights[part])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        weights = None if self.weights is None else self.weights.to(device)
+        return Batch(self.tokens.to(device), self.segments.to(device), weights)
+
     @property
     def inputs(self) -> torch.Tensor:
         """What the model reads, [B, seq_len]."""

@@ -7,16 +7,13 @@ through `torch.distributed`, whose process group is made by `join` from the vari
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,10 @@ class World:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of what is dealt out in turns."""
-        return items[self.rank :: self.size]
+    @property
+    def share(self) -> slice:
+        """This process's part of what is dealt out in turns, rows of a batch for one."""
+        return slice(self.rank, None, self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors that all processes hold, in all of them."""
@@ -55,6 +53,14 @@ class World:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
+
+    def agree(self, number: int) -> int:
+        """The main process's number, in all of them."""
+        if self.size == 1:
+            return number
+        value = torch.tensor([number], dtype=torch.int64)
+        dist.broadcast(value, 0)
+        return int(value)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -16,13 +16,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from moestro.checkpoints.files import (
     ModelFiles,
@@ -37,6 +38,7 @@ from moestro.checkpoints.hf import config_to_hf
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
+from moestro.parallel.world import ONE, World
 from moestro.training.optim import Optimizers
 
 
@@ -52,10 +54,15 @@ class TrainState:
     pack: dict[str, Any]
 
 
-def write_model_directory(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """The Hugging Face half: weights in their stored precision, config, tokenizer, generation defaults."""
+def write_model_directory(
+    directory: Path, model: Transformer, tokenizer: Tokenizer, tensors: Iterator[tuple[str, Tensor]] | None = None
+) -> None:
+    """The Hugging Face half: weights in their stored precision, config, tokenizer, generation defaults.
+
+    `tensors`: the weights, where they are not simply the model's own.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory, model_tensors(model))
+    write_tensors(directory, model_tensors(model) if tensors is None else tensors)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_config_files(directory, model, tokenizer, dtype)
 
@@ -81,21 +88,42 @@ def save_checkpoint(
     state: TrainState,
     *,
     keep: int,
+    world: World = ONE,
 ) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`; returns its directory. One that is whole is kept."""
-    folder = run / "checkpoints"
-    final = folder / f"step-{state.step:08d}"
-    partial = final.with_suffix(".tmp")
+    """Write a checkpoint and drop all but the newest `keep`; returns its directory. One that is whole is kept.
+
+    Every process of the world calls this, and returns when the main one has written.
+    """
+    final = run / "checkpoints" / f"step-{state.step:08d}"
+    tensors, moments = model_tensors(model), optimizers.state_tensors()
+    if world.is_main:
+        if not final.exists() or find_fault(final) is not None:
+            _write_checkpoint(final, model, tokenizer, tensors, moments, state)
+            _drop_old(run, final, keep)
+    else:
+        for _ in tensors:  # shards are gathered as they are asked for
+            pass
+    world.wait()
+    return final
+
+
+def _write_checkpoint(
+    final: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tensors: Iterator[tuple[str, Tensor]],
+    moments: dict[str, Tensor],
+    state: TrainState,
+) -> None:
+    folder, partial = final.parent, final.with_suffix(".tmp")
     if final.exists():
-        if find_fault(final) is None:
-            return final
         shutil.rmtree(final)
     for stale in folder.glob("*.tmp"):
         shutil.rmtree(stale)
     try:
-        write_model_directory(partial, model, tokenizer)
+        write_model_directory(partial, model, tokenizer, tensors)
         (partial / "train_state").mkdir()
-        save_file(optimizers.state_tensors(), partial / "train_state" / "optimizer.safetensors")
+        save_file(moments, partial / "train_state" / "optimizer.safetensors")
         _write_json(partial / "train_state" / "state.json", asdict(state))
         manifest = {name: _fingerprint(partial / name) for name in _file_names(partial)}
         _write_json(partial / "manifest.json", manifest)
@@ -106,11 +134,13 @@ def save_checkpoint(
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write checkpoint {final}: {reason}; the previous one is intact") from error
     sync(folder)  # the new name, before old checkpoints go
+
+
+def _drop_old(run: Path, final: Path, keep: int) -> None:
     kept = _checkpoints(run)
     newest = kept.index(final)  # later ones were damaged: the run went back behind them
     for old in [*kept[: max(newest + 1 - keep, 0)], *kept[newest + 1 :]]:
         shutil.rmtree(old)
-    return final
 
 
 def latest_checkpoint(run: Path, log: Callable[[str], None] | None = None) -> Path | None:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from moestro.data.batches import PackState
 from moestro.engine.language_model import LanguageModel
 from moestro.errors import MoestroError
 from moestro.model.size import measure_size
+from moestro.parallel.world import ONE, World
 from moestro.routing import stats
 from moestro.training import optim
 from moestro.training.checkpoint import save_checkpoint
@@ -50,15 +51,25 @@ class Outcome:
     stopped_by: int | None
 
 
-def train(config: Config, out: str | Path = "runs/model", *, resume: bool = False, quiet: bool = False) -> Outcome:
-    """Train `config` into the run directory `out`. Raises MoestroError for what the user can mend."""
-    run = Path(out)
+def train(
+    config: Config,
+    out: str | Path = "runs/model",
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    world: World = ONE,
+) -> Outcome:
+    """Train `config` into the run directory `out`. Raises MoestroError for what the user can mend.
+
+    Every process of a `world` calls this; the main one alone writes and speaks.
+    """
+    run, quiet = Path(out), quiet or not world.is_main
     try:
-        session = open_session(config, run, resume=resume, log=_say_nothing if quiet else _say)
+        session = open_session(config, run, resume=resume, log=_say_nothing if quiet else _say, world=world)
         layers = [name for name, _ in session.model.routers()]
-        log = RunLog.open(run, layers, session.config.model.num_experts, session.state.step)
+        log = RunLog.open(run, layers, session.config.model.num_experts, session.state.step) if world.is_main else None
         progress = Progress(session.state.total_steps, layers, quiet=quiet)
-        with closing(log), stop_on_signal() as stop, progress:
+        with closing(log) if log else nullcontext(), stop_on_signal() as stop, progress:
             return Loop(session, log, progress, stop).run()
     except OSError as error:
         raise MoestroError(
@@ -111,7 +122,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 class Loop:
     """One pass from the session's state to the end of the run."""
 
-    def __init__(self, session: Session, log: RunLog, progress: Progress, stop: StopRequest) -> None:
+    def __init__(self, session: Session, log: RunLog | None, progress: Progress, stop: StopRequest) -> None:
         self.session = session
         self.log = log
         self.progress = progress
@@ -122,13 +133,14 @@ class Loop:
         self.evaluation: dict[str, Any] | None = next(reversed(read_evals(session.run)), None)
         self.skipped_in_a_row = 0
         self.step_seconds: list[float] = []
-        self.mirror = open_mirror(session)
+        self.mirror = open_mirror(session) if session.world.is_main else None
 
     def run(self) -> Outcome:
         """Train until the planned step or a signal, then save, evaluate and sample."""
         session, config = self.session, self.session.config.train
-        write_run_info(session, finished=False)
-        while session.state.step < session.state.total_steps and self.stop.signal is None:
+        if session.world.is_main:
+            write_run_info(session, finished=False)
+        while session.state.step < session.state.total_steps and not self.is_stopped():
             self.one_step()
             step = session.state.step
             if config.minutes and len(self.step_seconds) == MEASURED_STEPS:
@@ -136,34 +148,40 @@ class Loop:
             at_end = step == session.state.total_steps
             if step % config.checkpoint_every == 0 or at_end:
                 self.save()
-            if step % config.eval_every == 0 and not at_end and self.stop.signal is None:
+            if step % config.eval_every == 0 and not at_end and not self.is_stopped():
                 self.evaluate(config.eval_tokens)
-        finished = session.state.step == session.state.total_steps
+        finished, is_main = session.state.step == session.state.total_steps, session.world.is_main
         if not finished:  # a signal, which may have come in the middle of an evaluation
             self.save()
         if finished and (self.evaluation or {}).get("step") != session.state.step:
             self.evaluate(None)
-        samples = self.sample() if finished and self.step_seconds else []
-        write_run_info(session, finished=finished)
+        samples = self.sample() if finished and self.step_seconds and is_main else []
+        if is_main:
+            write_run_info(session, finished=finished)
         if self.mirror:
             self.mirror.close()
         state = session.state
         stopped_by = None if finished else self.stop.signal
         return Outcome(session.run, state.step, state.total_steps, self.evaluation, samples, stopped_by)
 
+    def is_stopped(self) -> bool:
+        """Whether any process was asked to stop."""
+        return self.session.world.sum_numbers([self.stop.signal is not None])[0] > 0
+
     def one_step(self) -> None:
-        """Fetch the global batch, train on it, log it, move the state forward."""
+        """Fetch the global batch, train on this process's rows of it, log it, move the state forward."""
         session, state, config = self.session, self.session.state, self.session.config
         begun = time.perf_counter()
         batches, pack = [], self.pack
         for _ in range(config.train.accumulate):
             batch, pack = session.packer.next(pack)
             batches.append(batch)
+        tokens, share = sum(batch.inputs.numel() for batch in batches), session.world.share
         lr = config.train.lr * optim.lr_factor(state.step, state.total_steps, config.train)
         result = train_step(
             session.model,
             session.optimizers,
-            batches,
+            [batch.rows(share) for batch in batches],
             config.train,
             token_bytes=self.token_bytes,
             lr=lr,
@@ -175,10 +193,10 @@ class Loop:
                 config.train.bias_frozen_fraction,
             ),
             noise_seed=config.train.seed * 1_000_003 + state.step,
+            world=session.world,
         )
         self.check_divergence(result)
         now = time.perf_counter()
-        tokens = sum(batch.inputs.numel() for batch in batches)
         self.pack = pack
         session.state = replace(
             state,
@@ -204,7 +222,7 @@ class Loop:
         """Write and show one step."""
         state, loads = self.session.state, result.loads.numpy()
         routers = self.session.model.routers()
-        biases = np.stack([router.bias.numpy() for _, router in routers]) if routers else None
+        biases = np.stack([router.bias.cpu().numpy() for _, router in routers]) if routers else None
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -227,7 +245,8 @@ class Loop:
             "memory_gib": machine.process_memory_gib(),
             "skipped": state.skipped,
         }
-        self.log.step(record, loads if routers else None, biases)
+        if self.log is not None:
+            self.log.step(record, loads if routers else None, biases)
         self.progress.step(record, loads if routers else None)
         if self.mirror:
             self.mirror.write(record, "train")
@@ -243,7 +262,7 @@ class Loop:
         eval_tokens = config.eval_tokens * len(session.validation(None))
         per_step = step_seconds * (1 + eval_tokens / tokens_per_step / 3 / config.eval_every)
         left = config.minutes * 60 - session.state.seconds
-        total = min(session.state.step + max(int(left / per_step), 1), config.steps)
+        total = session.world.agree(min(session.state.step + max(int(left / per_step), 1), config.steps))
         session.state = replace(session.state, total_steps=total)
         self.progress.set_total(total)
         self.progress.message(f"{step_seconds:.2f} s a step: {total} steps fill {config.minutes:g} minutes")
@@ -251,7 +270,8 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint; the log reaches the disk first, so that it never lags behind."""
         session = self.session
-        self.log.sync()
+        if self.log is not None:
+            self.log.sync()
         save_checkpoint(
             session.run,
             session.model,
@@ -259,12 +279,13 @@ class Loop:
             session.optimizers,
             session.state,
             keep=session.config.train.keep_checkpoints,
+            world=session.world,
         )
 
     def evaluate(self, max_tokens: int | None) -> None:
         """Bits per byte on held-out documents, per domain, and the experts each domain chose."""
         domains = self.session.validation(max_tokens)
-        if not domains:
+        if not domains or self.log is None:
             return
         scores, loads = score_domains(self.session.model, domains, self.token_bytes)
         state = self.session.state
@@ -287,7 +308,8 @@ class Loop:
             length = min(SAMPLE_TOKENS, session.config.model.max_seq_len - len(prompt))
             written = writer.generate(prompt, max_tokens=length, temperature=0.7, top_p=0.9, seed=0)
             sample = {"domain": domain, "prompt": session.tokenizer.decode(prompt), "text": written.text}
-            self.log.sample(session.state.step, **sample)
+            if self.log is not None:
+                self.log.sample(session.state.step, **sample)
             samples.append(sample)
         return samples
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moestro import machine
+from moestro.checkpoints.files import gather
 from moestro.config import TrainConfig
 from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
@@ -116,7 +117,7 @@ class Optimizers:
     def state_tensors(self) -> dict[str, Tensor]:
         """`parameter/key` -> tensor, for a checkpoint."""
         return {
-            f"{self.names[parameter]}/{key}": value
+            f"{self.names[parameter]}/{key}": gather(value)
             for optimizer in self.all
             for parameter, state in optimizer.state.items()
             for key, value in state.items()

@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 
-from moestro.checkpoints.files import read_json
+from moestro.checkpoints.files import ModelFiles, fill_model, read_json
 from moestro.config import SETTINGS, Config, build_config
 from moestro.data.batches import Batch, Packer, evaluation_batches
 from moestro.data.corpus import iterate_documents
 from moestro.data.documents import Document
 from moestro.data.shards import ShardSet, open_shards, prepare
 from moestro.data.tokenizer import Tokenizer
+from moestro.engine.language_model import find_model_directory
 from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights
+from moestro.parallel.world import ONE, World
 from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from moestro.training.metrics import write_atomic
 from moestro.training.optim import Optimizers
@@ -30,7 +32,7 @@ from moestro.training.precision import resolve_dtype
 
 TOKENIZER_SAMPLE = 20_000  # documents of a domain that a tokenizer is trained on
 # changing these would make a resumed run another run
-FIXED_TRAIN_KEYS = ("seed", "seq_len", "batch_size", "accumulate", "optimizer", "dtype", "mask_documents")
+FIXED_TRAIN_KEYS = ("start_from", "seed", "seq_len", "batch_size", "accumulate", "optimizer", "dtype", "mask_documents")
 Log = Callable[[str], None]
 
 
@@ -46,6 +48,7 @@ class Session:
     model: Transformer
     optimizers: Optimizers
     state: TrainState
+    world: World = ONE
 
     def validation(self, max_tokens: int | None) -> dict[str, Callable[[], Iterator[Batch]]]:
         """Per domain with held-out documents: a function that starts its evaluation batches."""
@@ -64,7 +67,7 @@ class Session:
         }
 
 
-def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Session:
+def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: World = ONE) -> Session:
     """Start a run in an empty directory, or continue the one that is there."""
     saved = run / SETTINGS
     then: Config | None = None
@@ -80,7 +83,12 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Sessio
             raise ConfigError(f"train.seq_len={length} exceeds model.max_seq_len={longest}")
         dtype = resolve_dtype(config)
         config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
-    tokenizer, shards = open_data(config, run, log, fresh=then is None)
+    if config.train.batch_size % world.size:
+        raise ConfigError(f"train.batch_size={config.train.batch_size} cannot be dealt out to {world.size} processes")
+    if world.is_main:
+        open_data(config, run, log, fresh=then is None)
+    world.wait()
+    tokenizer, shards = open_data(config, run, log, fresh=False)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size} or more"
@@ -94,12 +102,18 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log) -> Sessio
         seed=config.train.seed,
     )
     state = TrainState(0, config.train.steps, 0, 0.0, 0, packer.start().to_json())
-    save_config(config, run)  # what cannot be trained leaves no run behind
+    if world.is_main:
+        save_config(config, run)  # what cannot be trained leaves no run behind
+    world.wait()
     checkpoint = latest_checkpoint(run, log)
     if checkpoint is not None:
         state = replan(load_checkpoint(checkpoint, model, optimizers), config, then)
         log(f"Resuming after step {state.step} from {checkpoint}")
-    return Session(config, run, tokenizer, shards, packer, model, optimizers, state)
+    elif config.train.start_from:
+        files = ModelFiles(find_model_directory(Path(config.train.start_from)))
+        fill_model(model, files)
+        log(f"Starting from the weights of {files.directory}")
+    return Session(config, run, tokenizer, shards, packer, model, optimizers, state, world)
 
 
 def build_model(config: Config) -> tuple[Transformer, Optimizers]:

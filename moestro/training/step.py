@@ -15,7 +15,7 @@ from moestro.model.transformer import Transformer
 from moestro.parallel.world import ONE, World
 from moestro.routing.balance import updated_bias
 from moestro.routing.router import mix_seed
-from moestro.training.loss import Counts, ForwardResult, compute_loss
+from moestro.training.loss import Counts, ForwardResult, attention_batch, compute_loss
 from moestro.training.optim import Optimizers
 
 
@@ -53,28 +53,31 @@ def train_step(
 ) -> StepResult:
     """One step on the global batch, of which `batches` are this process's micro-batches. Every process gets the same.
 
-    `token_bytes` [V] is the text length of each token id. Noise of the routers is drawn from `noise_seed` alone, so
+    Batches lie on the host; the model computes where its parameters are. `token_bytes` [V] is the text length of each
+    token id. Noise of the routers is drawn from `noise_seed` alone, so
     that a resumed run draws the same, and differs for every micro-batch of every process.
     """
     model.train()
     optimizers.zero_grad()
     counts = Counts.of(batches, len(model.mtp), world)
+    device = next(model.parameters()).device
     sums: Sums | None = None
     for number, batch in enumerate(batches):
         result = compute_loss(
             model,
-            batch,
+            batch.to(device),
             counts,
             mtp_weight=mtp_weight,
-            mask_documents=config.mask_documents,
+            attention=attention_batch(batch, mask_documents=config.mask_documents).to(device),
             recompute=config.recompute,
             noise_seed=mix_seed(noise_seed, number * world.size + world.rank),
         )
         result.terms.total.backward()
-        found = Sums.of(result, batch, token_bytes)
+        found = Sums.of(result)
         sums = found if sums is None else sums + found
     assert sums is not None
     sums = Sums(world.sum(sums.losses), world.sum(sums.counts), world.sum(sums.loads))
+    (text_bytes,) = world.sum_numbers([sum(count_bytes(batch.targets(0), token_bytes) for batch in batches)])
     world.sum_gradients(model)
 
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -86,15 +89,14 @@ def train_step(
         if rule != "none":
             for (_, router), load in zip(model.routers(), sums.loads, strict=True):
                 router.bias.copy_(updated_bias(router.bias, load, bias_speed, rule))
-    return sums.read(grad_norm, applied)
+    return sums.read(grad_norm, applied, text_bytes)
 
 
 @dataclass(frozen=True)
 class Sums:
     """What a step adds up over micro-batches and processes, as tensors where the model computes.
 
-    losses [5] fp64: total, main, mtp, balance, nll; counts [4] int64: overflow, text bytes, agreed, compared; loads
-    [L, E] int64.
+    losses [5] fp64: total, main, mtp, balance, nll; counts [3] int64: overflow, agreed, compared; loads [L, E] int64.
     """
 
     losses: Tensor
@@ -102,30 +104,34 @@ class Sums:
     loads: Tensor
 
     @staticmethod
-    def of(result: ForwardResult, batch: Batch, token_bytes: Tensor) -> Sums:
+    def of(result: ForwardResult) -> Sums:
         """Those of one micro-batch."""
-        terms, targets = result.terms, batch.targets(0)
+        terms = result.terms
         losses = [terms.total.detach(), terms.main, terms.mtp, terms.balance]
-        text_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0).sum()
         nll = result.nll.sum(dtype=torch.float64)
         return Sums(
             torch.stack([*(term.double() for term in losses), nll]),
-            torch.stack([result.overflow, text_bytes.long(), result.agreed, result.compared]),
+            torch.stack([result.overflow, result.agreed, result.compared]),
             result.loads,
         )
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.losses + other.losses, self.counts + other.counts, self.loads + other.loads)
 
-    def read(self, grad_norm: Tensor, applied: bool) -> StepResult:
+    def read(self, grad_norm: Tensor, applied: bool, text_bytes: int) -> StepResult:
         """The numbers, read back once."""
         if self.losses.is_meta:  # there are none
-            return StepResult(0.0, 0.0, 0.0, 0.0, 0.0, self.loads, 0, 0.0, 0, None, applied)
+            return StepResult(0.0, 0.0, 0.0, 0.0, 0.0, self.loads, 0, 0.0, text_bytes, None, applied)
         loss, main, mtp, balance, nll = self.losses.tolist()
-        overflow, text_bytes, agreed, compared = self.counts.tolist()
+        overflow, agreed, compared = self.counts.tolist()
         agreement = agreed / compared if compared else None
         norm, loads = float(grad_norm), self.loads.cpu()
         return StepResult(loss, main, mtp, balance, norm, loads, overflow, nll, text_bytes, agreement, applied)
+
+
+def count_bytes(targets: Tensor, token_bytes: Tensor) -> int:
+    """Bytes of text that the targets stand for."""
+    return int(token_bytes[targets[targets >= 0]].sum())
 
 
 def is_finite(value: Tensor) -> bool:
