@@ -18,7 +18,7 @@ def main(config: Path, run: Path) -> int:
     try:
         outcome = train(build_config(load_file(config)), run, resume=True, quiet=True)
     except MoestroError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(error.command_line_text, file=sys.stderr)
         return 2
     if outcome.stopped_by is not None:
         print(f"stopped by signal {outcome.stopped_by} at step {outcome.step}", file=sys.stderr)

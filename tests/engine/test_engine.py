@@ -15,7 +15,8 @@ from transformers import DeepseekV3ForCausalLM
 
 from moestro.config import Config
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Completion, Engine
+from moestro.engine.engine import Engine
+from moestro.engine.events import Completion, Failure
 from moestro.engine.grammar import from_lark, from_regex
 from moestro.engine.language_model import LanguageModel, load
 from moestro.engine.paged_cache import count_pages, page_bytes
@@ -56,7 +57,7 @@ def written(make_config: Make, tokenizer: Tokenizer) -> LanguageModel:
 
 def engine_of(model: LanguageModel, num_pages: int = 64, **limits: int) -> Engine:
     size = page_bytes(model.model.config, model.model.dtype)
-    return Engine(model, memory_bytes=num_pages * size, **limits)
+    return Engine(model.runtime, model.tokenizer, model.stop_ids, memory_bytes=num_pages * size, **limits)
 
 
 def random_ids(count: int, seed: int) -> list[int]:
@@ -235,6 +236,20 @@ def test_stops_end_a_text(written: LanguageModel) -> None:
     assert run_all(engine_of(ending), [Request([5, 6])])[0].ids == ids[: ids.index(ids[2]) + 1]
 
 
+def test_a_stop_string_is_found_between_tokens_that_are_not_spelled(
+    written: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = written.tokenizer
+    hidden = tokenizer.bos_id
+    a, b, c, d = (tokenizer.pieces.index(letter.encode()) for letter in "abcd")
+    script = iter([hidden, a, *[hidden] * 9, b, c, hidden, hidden, d, a, a, a, a])
+    monkeypatch.setattr(written.runtime, "logits", lambda _: torch.eye(tokenizer.vocab_size)[[next(script)]])
+    request = Request([5, 6], SamplingParams(max_tokens=20, stop=("abcd",)))
+    found = run_all(engine_of(written, draft_tokens=0), [request])[0]
+    assert tokenizer.decode(found.ids) == "abcd"
+    assert (len(found.ids), found.finish_reason, found.stop_string) == (16, "stop", "abcd")
+
+
 def test_n_continuations_are_those_of_n_seeds(written: LanguageModel) -> None:
     prompt = random_ids(70, 1)
     settings = {"max_tokens": 8, "temperature": 1.0, "top_k": 50, "min_p": 0.001, "repetition_penalty": 1.1}
@@ -268,23 +283,25 @@ def test_numbers_that_are_not_finite_end_one_request_alone(
     monkeypatch.setattr(written.runtime, "logits", lambda h: logits(h).index_fill(0, torch.tensor([1]), math.nan))
     good, bad = run_all(engine, [Request([5, 6], SamplingParams(max_tokens=1)), Request([7], SamplingParams())])
     assert (len(good.ids), good.finish_reason) == (1, "length")
-    assert (bad.ids, bad.finish_reason, bad.error) == ([], "error", "the model's numbers are not finite")
+    assert (bad.ids, bad.finish_reason) == ([], "error")
+    assert bad.error == Failure("engine", "the model's numbers are not finite")
     assert not engine.has_work
 
 
 @pytest.mark.parametrize(
-    ("params", "named"),
+    ("params", "kind", "named"),
     [
-        ({"temperature": 1.0, "repetition_penalty": 1e-300}, "infinite"),
-        ({"grammar": from_lark('start: "a" <｜User｜>')}, "no token"),  # a control token, which is never allowed
+        ({"temperature": 1.0, "repetition_penalty": 1e-300}, "request", "infinite"),
+        ({"grammar": from_lark('start: "a" <｜User｜>')}, "grammar", "no token"),  # a control token: never allowed
         (
             {"grammar": from_lark("start: " + " | ".join(f'"a" "b{i}"' for i in range(2300)))},
+            "grammar",
             "items",
         ),  # more work in a step than allowed
     ],
 )
 def test_a_request_that_raises_in_a_step_fails_alone(
-    written: LanguageModel, params: dict[str, object], named: str
+    written: LanguageModel, params: dict[str, object], kind: str, named: str
 ) -> None:
     good = Request(random_ids(20, 1), SamplingParams(max_tokens=9, logprobs=1, return_routes=True))
     alone = run_all(engine_of(written), [good])[0]
@@ -293,7 +310,8 @@ def test_a_request_that_raises_in_a_step_fails_alone(
     first, failed, last = run_all(engine, [good, bad, good])
     assert_same(first, alone)
     assert_same(last, alone)
-    assert failed.finish_reason == "error" and failed.error is not None and named in failed.error
+    assert failed.finish_reason == "error" and failed.error is not None
+    assert failed.error.kind == kind and named in failed.error.message
     assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_pages
 
 

@@ -16,7 +16,7 @@ import pytest
 from live import Live, MakeEngine, run_live
 
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Event
+from moestro.engine.events import Event
 from moestro.server import guard
 from moestro.server.schema import MAX_BODY_BYTES, MAX_HEADERS, MAX_SCHEMA_DEPTH
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Event
+from moestro.engine.events import Event
 from moestro.server.choices import Details, name_token
 from moestro.server.stream import Detokenizer, Splitter, StopFilter, count_beginning, spell
 from moestro.server.tools import Call, CallReader, read_call

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from live import MakeEngine
 
-from moestro.engine.engine import Completion, Engine, Event
+from moestro.engine.engine import Engine
+from moestro.engine.events import Completion, Event
 from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
