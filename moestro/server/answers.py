@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from moestro.engine.events import Failure
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, MoestroError
 from moestro.server.choices import Tree
 from moestro.server.guard import error_tree
 from moestro.server.metrics import Metrics
@@ -168,8 +168,8 @@ class EventStream(Response):
                     yield sse(chunk_tree(top, chunk))
             if prepared.body.wants_usage:
                 yield sse({**top, "choices": [], "usage": usage(prepared)})
-        except (EngineError, ClosedError, ConfigError) as error:
-            kind = "invalid_request_error" if isinstance(error, ConfigError) else "server_error"
+        except (EngineError, ClosedError, MoestroError) as error:
+            kind = "invalid_request_error" if isinstance(error, MoestroError) else "server_error"
             yield sse(error_tree(str(error), kind))
         yield DONE
 

@@ -5,7 +5,8 @@ two steps (add, abort, ask for counters) and gets events back through one asynci
 
 When a step raises, no output is lost and as few requests as possible fail. All running requests leave the engine and
 come back one at a time; since a request's tokens depend on that request alone, one that comes back computes again what
-it had, and its stream goes on where it was. The request with which the engine raises again is the one that fails.
+it had, and its stream goes on where it was. The request with which the engine raises again is the one that fails. New
+requests wait until all have come back, so that nobody else is blamed for what they do.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ class EngineWorker:
         self._jobs: dict[int, Job] = {}  # in the engine, by its id
         self._returning: deque[Job] = deque()  # taken out after a failure
         self._trial: Job | None = None  # the one of them that has come back and has not passed yet
+        self._new: deque[Job] = deque()  # came meanwhile
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -181,7 +183,7 @@ class EngineWorker:
         self.num_choices += num_choices
         self._streams.add(stream)
         try:
-            await self.call(lambda: self._add_all(stream.jobs))
+            await self.call(lambda: self._admit(stream.jobs))
         except BaseException:
             self.release(stream)
             raise
@@ -192,7 +194,9 @@ class EngineWorker:
         if stream in self._streams:
             self._streams.remove(stream)
             self.num_choices -= stream.num_choices
-            self._send(Command(lambda: self._drop_all(stream.jobs)))
+            command = Command(lambda: self._drop_all(stream.jobs))
+            command.future.add_done_callback(_log_failure)
+            self._send(command)
 
     async def call(self, function: Callable[[], T]) -> T:
         """What a function returns or raises that the engine's thread calls between two steps.
@@ -238,14 +242,14 @@ class EngineWorker:
                 if self.engine.has_work:
                     self._step()
         finally:
-            for job in [*self._jobs.values(), *self._returning]:
+            for job in [*self._jobs.values(), *self._returning, *self._new]:
                 job.stream.put(ClosedError("the server is shutting down"))
             self._has_ended = True
             self._refuse_all()
 
     def _obey(self) -> bool:
         """Carry out what is asked for, waiting for it if there is nothing else to do; False to end."""
-        is_idle = not self.engine.has_work and not self._returning
+        is_idle = not (self.engine.has_work or self._returning or self._new)
         while is_idle or not self._inbox.empty():
             command = self._inbox.get()
             if command is None:
@@ -253,6 +257,15 @@ class EngineWorker:
             command.carry_out()
             is_idle = False
         return True
+
+    def _admit(self, jobs: list[Job]) -> None:
+        """Take up new requests, or let them wait while others are coming back."""
+        if not self._returning and self._trial is None:
+            self._add_all(jobs)
+            return
+        for job in jobs:
+            self.engine.check(job.request)
+        self._new.extend(jobs)
 
     def _add_all(self, jobs: list[Job]) -> None:
         """All of them or none."""
@@ -268,6 +281,7 @@ class EngineWorker:
             self.engine.abort(request_id)
             del self._jobs[request_id]
         self._returning = deque(job for job in self._returning if job not in jobs)
+        self._new = deque(job for job in self._new if job not in jobs)
         if self._trial in jobs:
             self._trial = None
 
@@ -330,13 +344,28 @@ class EngineWorker:
             self.engine = self._make_engine()
 
     def _bring_back(self) -> None:
-        """Let the next one return once the one before has got further than it was."""
-        if not self._returning or self._trial is not None:
+        """Let the next one return once the one before has got further than it was, and new ones after the last."""
+        if self._trial is not None:
             return
-        job = self._returning.popleft()
+        if self._returning:
+            job = self._returning.popleft()
+            if self._take_up(job):
+                self._trial = job
+            return
+        while self._new:
+            self._take_up(self._new.popleft())
+
+    def _take_up(self, job: Job) -> bool:
+        """Put a job into the engine; where that cannot be, its stream ends with the reason."""
         try:
             self._add_all([job])
         except MoestroError as error:
-            job.stream.put(EngineError(str(error)))
-        else:
-            self._trial = job
+            job.stream.put(error)
+            return False
+        return True
+
+
+def _log_failure(future: Future[Any]) -> None:
+    error = future.exception()
+    if error is not None and not isinstance(error, ClosedError):
+        log.error("a request could not be dropped", exc_info=error)
