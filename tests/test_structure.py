@@ -7,6 +7,7 @@ offenders, tried on made-up sources first, so that a rule which finds nothing ha
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -64,6 +65,10 @@ def test_no_modules_import_each_other() -> None:
 def test_no_two_classes_share_a_name() -> None:
     sources = {name: source for name, source in package_sources().items() if f"{name}: class names" not in ALLOWED}
     assert shared_class_names(sources) == []
+
+
+def test_messages_of_the_library_name_no_flags() -> None:
+    check("flags", PACKAGE, lambda path, source: [] if "cli" in path.parts else flags_in_messages(source))
 
 
 def test_files_are_short() -> None:
@@ -167,6 +172,13 @@ def test_classes_that_share_a_name_are_found() -> None:
     sources = {"a.py": "class Plan: pass\nclass _Own: pass", "b.py": "def f():\n    class Plan: pass\nclass _Own: pass"}
     assert shared_class_names(sources) == ["Plan is in a.py, b.py"]
     assert shared_class_names({"a.py": "class Plan: pass\nclass Plans: pass"}) == []
+
+
+def test_flags_in_messages_are_found() -> None:
+    assert flags_in_messages("raise ConfigError('choose another --out')")
+    assert flags_in_messages("raise ConfigError(f'{a}: 1' + f'{b} needs --jobs') from error")
+    assert flags_in_messages("raise ConfigError('a -- b', hint=f'{a}: choose another --out')") == []
+    assert flags_in_messages("text = 'see --out'\nraise ValueError(text)") == []
 
 
 def test_shapes_are_measured() -> None:
@@ -296,6 +308,14 @@ def shared_class_names(sources: Mapping[str, str]) -> list[str]:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(path)
     return [f"{name} is in {', '.join(found)}" for name, found in sorted(places.items()) if len(found) > 1]
+
+
+def flags_in_messages(source: str) -> list[str]:
+    """Flags of the command line in the messages of exceptions that are raised; a `hint=` may name them."""
+    calls = [node.exc for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
+    messages = [argument for call in calls if isinstance(call, ast.Call) for argument in call.args]
+    texts = [(node.lineno, node.value) for m in messages for node in ast.walk(m) if isinstance(node, ast.Constant)]
+    return [f"line {line} says {text!r}" for line, text in texts if re.search(r"(^|\W)--[a-z]", str(text))]
 
 
 def long_file(source: str) -> list[str]:

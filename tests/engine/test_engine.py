@@ -20,6 +20,7 @@ from moestro.engine.events import Completion, Failure
 from moestro.engine.grammar import from_lark, from_regex
 from moestro.engine.language_model import LanguageModel, load
 from moestro.engine.paged_cache import count_pages, page_bytes
+from moestro.engine.sampler import Sampler
 from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
@@ -248,6 +249,64 @@ def test_a_stop_string_is_found_between_tokens_that_are_not_spelled(
     found = run_all(engine_of(written, draft_tokens=0), [request])[0]
     assert tokenizer.decode(found.ids) == "abcd"
     assert (len(found.ids), found.finish_reason, found.stop_string) == (16, "stop", "abcd")
+
+
+def test_events_bring_the_text_of_those_who_want_it(written: LanguageModel) -> None:
+    tokenizer, params = written.tokenizer, SamplingParams(max_tokens=40, temperature=1.5, seed=3)
+    control = frozenset(tokenizer.specials.values())
+    bias = dict.fromkeys(control, 6.0)
+    wanted = [
+        params,
+        replace(params, return_text=True),
+        replace(params, return_text=True, logit_bias=bias),
+        replace(params, return_text=True, logit_bias=bias, spelled_ids=control),
+    ]
+    silent, plain, hidden, spelled = run_all(engine_of(written), [Request([5, 6], p) for p in wanted])
+    assert silent.text == "" and silent.ids == plain.ids
+    assert plain.text == tokenizer.decode(plain.ids)
+    assert hidden.ids == spelled.ids and control & set(hidden.ids)
+    assert hidden.text == tokenizer.decode(hidden.ids)
+    assert spelled.text == tokenizer.decode(spelled.ids, skip_special=False)
+    stop = plain.text[12:15]
+    cut = run_all(engine_of(written), [Request([5, 6], replace(params, return_text=True, stop=(stop,)))])[0]
+    assert (cut.text, cut.stop_string) == (plain.text[: plain.text.find(stop)], stop)
+
+
+def test_what_is_raised_while_sampling_is_logged_and_fails_one_request_alone(
+    written: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise ZeroDivisionError("a bug in the sampler")
+
+    monkeypatch.setattr(Sampler, "choose", fail)
+    sampled, greedy = Request([5], SamplingParams(temperature=1.0)), Request([6], SamplingParams(max_tokens=3))
+    failed, other = run_all(engine_of(written), [sampled, greedy])
+    assert failed.error == Failure("engine", "a bug in the sampler") and other.finish_reason == "length"
+    (record,) = caplog.records
+    assert record.name == "moestro.engine" and record.exc_info and record.exc_info[0] is ZeroDivisionError
+
+
+def test_streams_run_and_step_do_not_take_each_others_events(written: LanguageModel) -> None:
+    requests = [Request([5 + i, 6], SamplingParams(max_tokens=9 + i, n=1 + i % 2)) for i in range(3)]
+    alone = [engine_of(written).run([request])[0] for request in requests]
+    engine = engine_of(written)
+    added = engine.add(requests[0])
+    stream = engine.stream(requests[1])
+    found = [[Completion()], [Completion(), Completion()]]
+    for event in stream:
+        found[1][event.index].add(event)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.request_id == added
+            found[0][event.index].add(event)
+    open_stream = engine.stream(requests[1])
+    next(open_stream)
+    found.append(engine.run([requests[2]])[0])
+    open_stream.close()
+    for one, other in zip(found, alone, strict=True):
+        for completion, expected in zip(one, other, strict=True):
+            assert_same(completion, expected)
+    assert engine.is_empty and not engine.running_ids
 
 
 def test_n_continuations_are_those_of_n_seeds(written: LanguageModel) -> None:
