@@ -86,7 +86,7 @@ def make_plan(
             raise ConfigError(f"{name} must be at least 1, not {number}")
     cores = machine.usable_threads()
     if jobs > cores:
-        raise ConfigError(f"{jobs} jobs need as many cores, and {cores} may be used")
+        raise ConfigError(f"{jobs} jobs need as many cores, and {cores} may be used", hint="give fewer --jobs")
     base = base_config(tree, overrides)
     return Plan(
         directory=directory,

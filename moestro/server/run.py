@@ -48,7 +48,7 @@ def check_host(host: str, has_key: bool) -> None:
         is_loopback = False
     if not is_loopback and not has_key:
         raise ConfigError(
-            f"{host} can be reached by others, who need a key", hint="give --api-key-file, or stay on 127.0.0.1"
+            f"{host} can be reached by others, so it needs a key", hint="give --api-key-file, or stay on 127.0.0.1"
         )
 
 
