@@ -179,6 +179,27 @@ class Engine:
         self._num_sequences += len(sequences)
         return request_id
 
+    def check(self, request: Request) -> None:
+        """ConfigError for a request that can never run."""
+        config, params, prompt = self.runtime.config, request.params, request.prompt
+        total = len(prompt) + params.max_tokens
+        if not prompt:
+            raise ConfigError("the prompt is empty")
+        if total > config.max_seq_len:
+            raise ConfigError(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
+                f"the model's {config.max_seq_len}"
+            )
+        if params.n > self.scheduler.max_waiting:
+            raise ConfigError(f"n={params.n} continuations exceed the queue of {self.scheduler.max_waiting}")
+        if pages_for(total) > self.scheduler.pool.num_pages:
+            raise ConfigError(f"{total} tokens do not fit the cache of {self.scheduler.pool.num_pages} pages")
+        if (params.draft_tokens or 0) > self.draft_tokens:
+            raise ConfigError(f"draft_tokens={params.draft_tokens} exceeds the engine's {self.draft_tokens}")
+        ids = [*prompt, *params.logit_bias]
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            raise ConfigError(f"prompt or logit_bias name token ids outside the vocabulary of {config.vocab_size}")
+
     def abort(self, request_id: int) -> bool:
         """Drop a request between two steps, without an event; False if it has ended already."""
         self._unclaimed = [event for event in self._unclaimed if event.request_id != request_id]
@@ -354,27 +375,6 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[sequence.request_id]
-
-    def check(self, request: Request) -> None:
-        """ConfigError for a request that can never run."""
-        config, params, prompt = self.runtime.config, request.params, request.prompt
-        total = len(prompt) + params.max_tokens
-        if not prompt:
-            raise ConfigError("the prompt is empty")
-        if total > config.max_seq_len:
-            raise ConfigError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
-                f"the model's {config.max_seq_len}"
-            )
-        if params.n > self.scheduler.max_waiting:
-            raise ConfigError(f"n={params.n} continuations exceed the queue of {self.scheduler.max_waiting}")
-        if pages_for(total) > self.scheduler.pool.num_pages:
-            raise ConfigError(f"{total} tokens do not fit the cache of {self.scheduler.pool.num_pages} pages")
-        if (params.draft_tokens or 0) > self.draft_tokens:
-            raise ConfigError(f"draft_tokens={params.draft_tokens} exceeds the engine's {self.draft_tokens}")
-        ids = [*prompt, *params.logit_bias]
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise ConfigError(f"prompt or logit_bias name token ids outside the vocabulary of {config.vocab_size}")
 
 
 def check_model(config: ModelConfig, draft_tokens: int) -> None:
