@@ -30,18 +30,18 @@ PARTS = {"forward": "runtime", "logits": "runtime", "prepare": "cache", "_choose
 
 def make_engines(dtype: str) -> dict[int, Any]:
     """An engine without drafts and one with, of one model."""
-    from types import SimpleNamespace
-
     from moestro.config import ModelConfig
+    from moestro.data.tokenizer import Tokenizer
     from moestro.engine.engine import Engine
     from moestro.engine.runtime import Runtime
     from moestro.model.transformer import Transformer, init_weights
 
     model = Transformer(ModelConfig(**SHAPE), dtype).eval()
     init_weights(model, 0)
-    # an engine needs a tokenizer only for grammars and stop strings
-    served = SimpleNamespace(runtime=Runtime(model), tokenizer=None, stop_ids=frozenset())
-    return {k: Engine(served, memory_bytes=2**27, draft_tokens=k, draft_cost=0.0) for k in (0, 1)}
+    runtime, tokenizer = Runtime(model), Tokenizer.builtin()  # which is for grammars and stop strings only
+    return {
+        k: Engine(runtime, tokenizer, frozenset(), memory_bytes=2**27, draft_tokens=k, draft_cost=0.0) for k in (0, 1)
+    }
 
 
 def decode(engine: Any, streams: int, count: int) -> float:

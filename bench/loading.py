@@ -67,7 +67,7 @@ def measure(directory: str, tiny: str, kind: str, out: str) -> None:
     from moestro.engine.language_model import load, pack
     from moestro.engine.sequence import Request, SamplingParams
 
-    Engine(load(tiny, weights=kind), memory_bytes=2**24).run([Request([1, 2], SamplingParams(max_tokens=2))])
+    list(load(tiny, weights=kind).stream_ids([1, 2], max_tokens=2))
     times: list[float] = []
     start = time.perf_counter()
     with Peaks() as peaks:
@@ -78,7 +78,7 @@ def measure(directory: str, tiny: str, kind: str, out: str) -> None:
             runtime = language_model.runtime
     seconds = time.perf_counter() - start
     if not out:
-        engine = Engine(language_model, memory_bytes=2**28, draft_tokens=0)
+        engine = Engine(runtime, language_model.tokenizer, language_model.stop_ids, memory_bytes=2**28, draft_tokens=0)
         engine.add(Request(list(range(16)), SamplingParams(max_tokens=9)))
         while engine.has_work:
             start = time.perf_counter()

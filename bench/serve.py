@@ -39,7 +39,8 @@ def serve_ours(directory: str, weights: str) -> None:
     from moestro.engine.language_model import load
     from moestro.engine.sequence import Request, SamplingParams
 
-    engine = Engine(load(directory, weights=weights), memory_bytes=2**30, draft_tokens=0)
+    m = load(directory, weights=weights)
+    engine = Engine(m.runtime, m.tokenizer, m.stop_ids, memory_bytes=2**30, draft_tokens=0)
     vocabulary = engine.runtime.config.vocab_size
     answer({"routed_bytes": engine.runtime.routed_bytes, "other_bytes": engine.runtime.other_bytes})
     for line in sys.stdin:
@@ -146,9 +147,9 @@ def measure_speculation(directory: Path, rounds: int, count: int) -> None:
     from moestro.engine.language_model import load
     from moestro.engine.sequence import Request, SamplingParams
 
-    language_model = load(directory)
-    prompts = real_prompts(language_model.tokenizer)
-    engines = {k: Engine(language_model, memory_bytes=2**28, draft_tokens=k) for k in range(4)}
+    m = load(directory)
+    prompts = real_prompts(m.tokenizer)
+    engines = {k: Engine(m.runtime, m.tokenizer, m.stop_ids, memory_bytes=2**28, draft_tokens=k) for k in range(4)}
     speeds: dict[int, list[float]] = {k: [] for k in engines}
     for _ in range(rounds):
         for k, engine in engines.items():
@@ -159,7 +160,7 @@ def measure_speculation(directory: Path, rounds: int, count: int) -> None:
                 seconds += time.perf_counter() - start
                 tokens += len(completion.ids)
             speeds[k].append(tokens / seconds)
-    config = language_model.config
+    config = m.config
     plain = statistics.median(speeds[0])
     runtime = engines[0].runtime
     print(f"{len(prompts)} prompts of real text, {count} tokens each, greedy, one stream")

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moestro.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from moestro.config import Config as Config
     from moestro.engine.language_model import LanguageModel as LanguageModel
     from moestro.engine.language_model import load as load
     from moestro.errors import MoestroError as MoestroError
     from moestro.training.loop import train as train
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Config": "moestro.config",

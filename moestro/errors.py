@@ -2,7 +2,16 @@
 
 
 class MoestroError(Exception):
-    """Bad input: the message says what is wrong and what to do."""
+    """Bad input. The message says what is wrong, in terms of arguments; `hint` says what to do on the command line."""
+
+    def __init__(self, message: str = "", *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    @property
+    def command_line_text(self) -> str:
+        """The message and its hint, on one line."""
+        return " ".join((f"{self}; {self.hint}" if self.hint else str(self)).split())
 
 
 class ConfigError(MoestroError):

@@ -18,7 +18,7 @@ TOKENS_PER_PARAMETER = 8
 def tree_of_depth(depth: int) -> dict[str, Any]:
     """The raw configuration of `depth` layers; ConfigError outside 2…48."""
     if not MIN_DEPTH <= depth <= MAX_DEPTH:
-        raise ConfigError(f"--depth must lie between {MIN_DEPTH} and {MAX_DEPTH}, not {depth}")
+        raise ConfigError(f"depth must lie between {MIN_DEPTH} and {MAX_DEPTH}, not {depth}")
     hidden = 64 * depth
     large = depth >= 8
     model = {

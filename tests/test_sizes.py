@@ -21,5 +21,5 @@ def test_every_depth_is_valid_and_larger_than_the_one_before() -> None:
 
 @pytest.mark.parametrize("depth", [MIN_DEPTH - 1, MAX_DEPTH + 1, -3])
 def test_a_depth_out_of_range_is_refused(depth: int) -> None:
-    with pytest.raises(ConfigError, match="--depth must lie between"):
+    with pytest.raises(ConfigError, match="depth must lie between"):
         tree_of_depth(depth)

@@ -1,4 +1,4 @@
-"""The rules of the code's shape, held over syntax trees: import direction, sizes, and what never appears.
+"""The rules of the code's shape, held over syntax trees: imports, names, sizes, and what never appears.
 
 `ALLOWED` names exceptions as "path: rule", and should stay empty. Each rule is a function from source to
 offenders, tried on made-up sources first, so that a rule which finds nothing has been seen to find something.
@@ -7,8 +7,11 @@ offenders, tried on made-up sources first, so that a rule which finds nothing ha
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ PACKAGE = ROOT / "moestro"
 
 # Imports go down this list only. Sub-packages in one row are independent of each other.
 LAYERS = (
-    ("errors",),
+    ("errors", "version"),
     ("config",),
     ("machine", "sizes"),
     ("data", "routing"),
@@ -43,7 +46,7 @@ MAX_POSITIONAL = 6
 MAX_PRESET_LINES = 40
 MAX_README_LINES = 200
 
-ALLOWED: frozenset[str] = frozenset()
+ALLOWED: frozenset[str] = frozenset({"moestro/checkpoints/packing.py: class names"})
 
 FORBIDDEN_MODULES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"})
 FORBIDDEN_ATTRIBUTES = frozenset({"torch.load", "torch.save", "os.system", "os.popen"})
@@ -53,6 +56,20 @@ BLOCKS = (ast.For, ast.AsyncFor, ast.While, ast.If, ast.With, ast.AsyncWith, ast
 
 def test_imports_go_down() -> None:
     check("import direction", PACKAGE, import_offenders)
+
+
+def test_no_modules_import_each_other() -> None:
+    circle = find_circle(package_sources())
+    assert not circle, "these import each other: " + " -> ".join(circle)
+
+
+def test_no_two_classes_share_a_name() -> None:
+    sources = {name: source for name, source in package_sources().items() if f"{name}: class names" not in ALLOWED}
+    assert shared_class_names(sources) == []
+
+
+def test_messages_of_the_library_name_no_flags() -> None:
+    check("flags", PACKAGE, lambda path, source: [] if "cli" in path.parts else flags_in_messages(source))
 
 
 def test_files_are_short() -> None:
@@ -105,6 +122,8 @@ def test_exceptions_are_still_needed() -> None:
         ("training/loop.py", "from moestro import load", "moestro.load"),
         ("training/loop.py", "import moestro\nmoestro.load(x)", "moestro.load"),
         ("training/loop.py", "import moestro as m", "moestro"),
+        ("training/loop.py", "from moestro import __version__", "moestro.__version__"),
+        ("data/shards.py", "if TYPE_CHECKING:\n    from moestro.engine.engine import Engine", "moestro.engine.engine"),
         ("novelty/thing.py", "import math", "novelty"),
     ],
 )
@@ -118,14 +137,49 @@ def test_an_import_upwards_is_found(module: str, source: str, imported: str) -> 
     [
         ("training/loop.py", "from moestro.engine import engine\nfrom .loss import terms\nfrom . import step"),
         ("model/block.py", "import math, torch\nfrom moestro.ops.training.reference import experts"),
-        ("training/loop.py", "from moestro import __version__, config"),
-        ("training/loop.py", "import moestro\nprint(moestro.__version__)"),
+        ("training/loop.py", "from moestro import config\nfrom moestro.version import __version__"),
         ("routing/__init__.py", "from .router import route"),
         ("__init__.py", "def load(path):\n    from moestro.cli import main"),
     ],
 )
 def test_an_import_downwards_passes(module: str, source: str) -> None:
     assert import_offenders(PACKAGE / module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "circle"),
+    [
+        ({"a/x.py": "from moestro.a import y", "a/y.py": "from moestro.a.x import X"}, "a/x.py a/y.py"),
+        ({"a/x.py": "from .y import Y", "a/y.py": "from . import x"}, "a/x.py a/y.py"),
+        ({"a/x.py": "if TYPE_CHECKING:\n    from .y import Y", "a/y.py": "import moestro.a.x"}, "a/x.py a/y.py"),
+        ({"a/x.py": "from .y import Y", "a/y.py": "def f():\n    from moestro.a.x import X"}, "a/x.py a/y.py"),
+        ({"__init__.py": "from moestro.a import x", "a/x.py": "import moestro\nmoestro.f()"}, "__init__.py a/x.py"),
+        (
+            {"a/x.py": "import moestro.b.y", "b/y.py": "from .z import Z", "b/z.py": "import moestro.a.x"},
+            "a/x.py b/y.py b/z.py",
+        ),
+        ({"a/x.py": "from .y import Y\nfrom .z import Z", "a/y.py": "from .z import Z", "a/z.py": "import math"}, ""),
+        ({"__init__.py": "from moestro.a import x", "a/x.py": "from moestro.a import a_function"}, ""),
+    ],
+)
+def test_modules_that_import_each_other_are_found(sources: dict[str, str], circle: str) -> None:
+    named = {f"moestro/{name}": source for name, source in sources.items()}
+    named.setdefault("moestro/__init__.py", "")
+    named |= {f"moestro/{name.split('/')[0]}/__init__.py": "" for name in sources if "/" in name}
+    assert set(find_circle(named)) == {f"moestro/{name}" for name in circle.split()}
+
+
+def test_classes_that_share_a_name_are_found() -> None:
+    sources = {"a.py": "class Plan: pass\nclass _Own: pass", "b.py": "def f():\n    class Plan: pass\nclass _Own: pass"}
+    assert shared_class_names(sources) == ["Plan is in a.py, b.py"]
+    assert shared_class_names({"a.py": "class Plan: pass\nclass Plans: pass"}) == []
+
+
+def test_flags_in_messages_are_found() -> None:
+    assert flags_in_messages("raise ConfigError('choose another --out')")
+    assert flags_in_messages("raise ConfigError(f'{a}: 1' + f'{b} needs --jobs') from error")
+    assert flags_in_messages("raise ConfigError('a -- b', hint=f'{a}: choose another --out')") == []
+    assert flags_in_messages("text = 'see --out'\nraise ValueError(text)") == []
 
 
 def test_shapes_are_measured() -> None:
@@ -195,7 +249,7 @@ def import_offenders(path: Path, source: str) -> list[str]:
     for line, name in imported_names(parts, source):
         target = name.split(".")[1] if "." in name else "__init__"
         down = RANK.get(target, len(LAYERS)) < RANK.get(own, len(LAYERS))
-        if own not in TOP and target not in (own, "__version__") and not down:
+        if own not in TOP and target != own and not down:
             offences.append(f"line {line} imports {name}")
     return offences
 
@@ -217,6 +271,52 @@ def imported_names(parts: tuple[str, ...], source: str) -> Iterator[tuple[int, s
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "moestro":
             names = [f"moestro.{node.attr}"]
         yield from ((getattr(node, "lineno", 0), name) for name in names if name.split(".")[0] == "moestro")
+
+
+def package_sources() -> dict[str, str]:
+    """The source of every module of the package, by its path."""
+    return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in python_files(PACKAGE)}
+
+
+def find_circle(sources: Mapping[str, str]) -> list[str]:
+    """Paths of modules that import each other in turn, the first one also last; empty if there are none.
+
+    Every import counts: those inside a package, inside a function, and those for type checking alone.
+    """
+    paths = {dotted_name(path): path for path in sources}
+    graph: dict[str, set[str]] = {path: set() for path in sources}
+    for path, source in sources.items():
+        for _, name in imported_names(Path(path).relative_to("moestro").with_suffix("").parts, source):
+            while name not in paths:  # a function, a class or a constant of the module before it
+                name = name.rpartition(".")[0]
+            graph[path] |= {paths[name]} - {path}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def dotted_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def shared_class_names(sources: Mapping[str, str]) -> list[str]:
+    """Public classes that have the name of another one, and where they are."""
+    places = defaultdict(list)
+    for path, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(path)
+    return [f"{name} is in {', '.join(found)}" for name, found in sorted(places.items()) if len(found) > 1]
+
+
+def flags_in_messages(source: str) -> list[str]:
+    """Flags of the command line in the messages of exceptions that are raised; a `hint=` may name them."""
+    calls = [node.exc for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
+    messages = [argument for call in calls if isinstance(call, ast.Call) for argument in call.args]
+    texts = [(node.lineno, node.value) for m in messages for node in ast.walk(m) if isinstance(node, ast.Constant)]
+    return [f"line {line} says {text!r}" for line, text in texts if re.search(r"(^|\W)--[a-z]", str(text))]
 
 
 def long_file(source: str) -> list[str]:

@@ -123,7 +123,7 @@ def write_packed(out: Path, source: Path, kind: str, dtype: torch.dtype) -> Iter
 def claim(out: Path) -> None:
     """Make the folder that a directory is to be written in; ConfigError if there is something in its place."""
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists; choose another --out")
+        raise ConfigError(f"{out} exists", hint="choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -31,7 +31,7 @@ def write_random_model(config: ModelConfig, directory: Path, *, seed: int, dtype
     if not 0 <= seed < 2**63:
         raise ConfigError(f"the seed must be 0 or more and below 2⁶³, not {seed}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not empty; choose another --out")
+        raise ConfigError(f"{directory} exists and is not empty", hint="choose another --out")
     counted = {"parameters": 0, "bytes": 0}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

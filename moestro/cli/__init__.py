@@ -9,13 +9,13 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-import moestro
 from moestro.errors import MoestroError
+from moestro.version import __version__
 
 app = App(
     name="moestro",
     help="Train, watch and talk to DeepSeek-style mixture-of-experts language models on the machine at hand.",
-    version=f"moestro {moestro.__version__}",
+    version=f"moestro {__version__}",
 )
 app.command("moestro.cli.train:train", name="train")
 app.command("moestro.cli.evaluate:evaluate", name="eval")
@@ -35,9 +35,11 @@ def main() -> None:
     """Entry point of the `moestro` script."""
     try:
         result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
-    except (MoestroError, CycloptsError) as error:
-        message = " ".join(str(error).split())
-        print(f"moestro: {message}", file=sys.stderr)
+    except MoestroError as error:
+        print(f"moestro: {error.command_line_text}", file=sys.stderr)
+        sys.exit(2)
+    except CycloptsError as error:
+        print(f"moestro: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()

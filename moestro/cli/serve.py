@@ -102,7 +102,8 @@ def make_service(language_model: LanguageModel, path: Path, served_name: str | N
     from moestro.server.service import Service
 
     def make_engine() -> Engine:
-        return Engine(language_model, **limits)  # type: ignore[arg-type]
+        m = language_model
+        return Engine(m.runtime, m.tokenizer, m.stop_ids, **limits)  # type: ignore[arg-type]
 
     tokenizer_path = find_model_directory(path) / "tokenizer.json"
     return Service(make_engine, tokenizer_path, served_name or path.resolve().name)

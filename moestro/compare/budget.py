@@ -47,17 +47,17 @@ class Budget:
 
 
 def parse_budget(text: str, equal: str | None, base: Config) -> Budget:
-    """The budget that `--budget` and `--equal` name. Equal FLOPs are those of `base` over the tokens given.
+    """The budget that `text` and `equal` name. Equal FLOPs are those of `base` over the tokens given.
 
     Raises `ConfigError` for another form and for tokens that should be equal seconds or the other way round.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text.strip())
     number, unit = (float(match[1]), match[2]) if match else (0.0, "")
     if number <= 0 or (unit not in SECONDS and unit not in TOKENS):
-        raise ConfigError(f"--budget '{text}' is none of {FORMS}")
+        raise ConfigError(f"budget '{text}' is none of {FORMS}")
     if unit in SECONDS:
         if equal not in (None, "seconds"):
-            raise ConfigError(f"--equal {equal} needs a budget in tokens, such as 20Mtok, not {text}")
+            raise ConfigError(f"equal {equal} needs a budget in tokens, such as 20Mtok, not {text}")
         return Budget("seconds", number * SECONDS[unit], text.strip())
     tokens = number * TOKENS[unit]
     match equal:
@@ -66,5 +66,5 @@ def parse_budget(text: str, equal: str | None, base: Config) -> Budget:
         case "flops":
             return Budget("flops", tokens * training_cost(base), text.strip())
         case "seconds":
-            raise ConfigError(f"--equal seconds needs a budget of time, such as 10m, not {text}")
-    raise ConfigError(f"--equal '{equal}' is none of tokens, seconds, flops")
+            raise ConfigError(f"equal seconds needs a budget of time, such as 10m, not {text}")
+    raise ConfigError(f"equal '{equal}' is none of tokens, seconds, flops")

@@ -116,18 +116,19 @@ def load_scheme(name: str) -> dict[str, Any]:
 
 
 def base_config(tree: Mapping[str, Any], overrides: Iterable[str]) -> Config:
-    """The base as a dense model: a preset's tree without its routing, changed by `--set` for all cells.
+    """The base as a dense model: a preset's tree without its routing, changed by `overrides` for all cells.
 
-    Raises `ConfigError` for what cells, `--seeds` or `--budget` decide.
+    Raises `ConfigError` for what cells, the number of seeds or the budget decide.
     """
     pairs = list(overrides)
     for pair in pairs:
         key = pair.partition("=")[0].strip()
         section, _, name = key.partition(".")
         if section == "model" and name.partition(".")[0] in ROUTING:
-            raise ConfigError(f"--set {key}: this belongs to a cell, as in --routers switch:{name}=…")
+            raise ConfigError(f"{key} belongs to a cell", hint=f"give it there, as in --routers switch:{name}=…")
         if key in ("train.seed", "train.steps", "train.minutes"):
-            raise ConfigError(f"--set {key}: give {'--seeds' if name == 'seed' else '--budget'} instead")
+            decided_by = "seeds" if name == "seed" else "budget"
+            raise ConfigError(f"{key} follows from the {decided_by}", hint=f"give --{decided_by} instead")
     model = {key: value for key, value in tree.get("model", {}).items() if key not in ROUTING}
     return build_config({**tree, "model": model | {"num_experts": 0}}, pairs)
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-import moestro
 from moestro import machine
 from moestro.compare.budget import Budget, parse_budget
 from moestro.compare.cells import SizedCell, base_config, parse_cells, size_cell
@@ -30,6 +29,7 @@ from moestro.config import SETTINGS, Config, build_config, load_file
 from moestro.errors import ConfigError
 from moestro.training.metrics import write_atomic
 from moestro.training.prepare import open_data
+from moestro.version import __version__
 
 FIXED = ("version", "budget", "settings", "expansion", "threads", "jobs")  # of the request, by its keys
 
@@ -56,7 +56,7 @@ class Plan:
             yield from ((cell, seed) for cell in self.cells)
 
     def config(self, cell: SizedCell, seed: int) -> Config:
-        """What the run of a cell and seed trains. What `--set` says of `train` holds over what follows from budgets."""
+        """What the run of a cell and seed trains. Overrides of `train` hold over what follows from the budget."""
         tree = cell.config.model_dump(mode="json")
         tree["train"] |= self.budget.train_keys(cell.config) | {"seed": seed, "threads": self.threads}
         return build_config(tree, [pair for pair in self.overrides if pair.strip().startswith("train.")])
@@ -80,12 +80,12 @@ def make_plan(
     jobs: int,
 ) -> Plan:
     """Read a request; `tree` is the preset's. Raises `ConfigError` for whatever cannot be run."""
-    for name, number in (("--seeds", seeds), ("--expansion", expansion), ("--jobs", jobs)):
+    for name, number in (("seeds", seeds), ("expansion", expansion), ("jobs", jobs)):
         if number < 1:
             raise ConfigError(f"{name} must be at least 1, not {number}")
     cores = machine.usable_threads()
     if jobs > cores:
-        raise ConfigError(f"--jobs {jobs} needs as many cores, and {cores} may be used")
+        raise ConfigError(f"{jobs} jobs need as many cores, and {cores} may be used", hint="give fewer --jobs")
     base = base_config(tree, overrides)
     return Plan(
         directory=directory,
@@ -113,7 +113,7 @@ def prepare_directory(plan: Plan, command: str, log: Callable[[str], None]) -> N
     if not fresh:
         check_request(load_file(directory / REQUEST), request, directory)
     elif directory.is_file() or (directory.is_dir() and any(entry.name != "data" for entry in directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not a comparison; choose another --out")
+        raise ConfigError(f"{directory} exists and is not a comparison", hint="choose another --out")
     for cell, seed in plan.runs():
         check_run(plan.run(cell, seed), plan.config(cell, seed))
     open_data(plan.base, directory, log, fresh=fresh)
@@ -141,7 +141,7 @@ def describe_request(plan: Plan, command: str) -> dict[str, Any]:
         "threads": plan.threads,
         "jobs": plan.jobs,
         "versions": {
-            "moestro": moestro.__version__,
+            "moestro": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
@@ -156,8 +156,8 @@ def check_request(old: dict[str, Any], new: dict[str, Any], directory: Path) -> 
     different = [name for name in FIXED if old.get(name) != new[name]]
     if different:
         raise ConfigError(
-            f"{directory} holds a comparison with another {', '.join(different)}; ask for the same "
-            "(cells and seeds may be added), or choose another --out"
+            f"{directory} holds a comparison with another {', '.join(different)}",
+            hint="ask for the same (cells and seeds may be added), or choose another --out",
         )
     wanted = set(parse_cells(new["routers"]))
     missing = [cell.label for cell in parse_cells(old["routers"]) if cell not in wanted]
@@ -165,7 +165,8 @@ def check_request(old: dict[str, Any], new: dict[str, Any], directory: Path) -> 
     if missing:
         raise ConfigError(
             f"{directory} holds {', '.join(missing)}, which this request changes or leaves out; cells and seeds may "
-            "only be added, or choose another --out"
+            "only be added",
+            hint="or choose another --out",
         )
 
 
@@ -179,7 +180,8 @@ def check_run(run: Path, config: Config) -> None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": then.train.dtype})})
     if then != config:
         raise ConfigError(
-            f"{run} was started with other settings; remove it to train it again, or choose another --out"
+            f"{run} was started with other settings",
+            hint="remove it to train it again, or choose another --out",
         )
 
 

@@ -22,7 +22,7 @@ def main(config: Path, run: Path) -> int:
         machine.keep_freed_memory()
         outcome = train(settings, run, resume=True, quiet=True)
     except MoestroError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(error.command_line_text, file=sys.stderr)
         return 2
     if outcome.stopped_by is not None:
         print(f"stopped by signal {outcome.stopped_by} at step {outcome.step}", file=sys.stderr)

@@ -41,8 +41,8 @@ _BATCH_DOCUMENTS = 1024
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Size of one split of one domain; `bytes` are those of the text, special tokens not counted."""
+class SplitSize:
+    """How large one split of one domain is; `bytes` are those of the text, special tokens not counted."""
 
     tokens: int
     documents: int
@@ -55,7 +55,7 @@ class ShardSet:
 
     directory: Path
     domains: tuple[str, ...]
-    counts: dict[tuple[str, Split], Counts]
+    counts: dict[tuple[str, Split], SplitSize]
     dtype: np.dtype[Any]
     vocab_size: int
     tokenizer_fingerprint: str
@@ -114,7 +114,7 @@ def open_shards(directory: str | Path) -> ShardSet:
         tree = json.loads((directory / "index.json").read_text("utf-8"))
         if tree["format"] != FORMAT:
             raise DataError(f"{directory} holds shards of format {tree['format']}; this is format {FORMAT}")
-        counts = {(entry["name"], split): Counts(**entry[split]) for entry in tree["domains"] for split in SPLITS}
+        counts = {(entry["name"], split): SplitSize(**entry[split]) for entry in tree["domains"] for split in SPLITS}
         shards = ShardSet(
             directory,
             tuple(entry["name"] for entry in tree["domains"]),

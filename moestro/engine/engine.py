@@ -12,107 +12,30 @@ is preempted. An engine belongs to one thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from math import isfinite
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from moestro.config import ModelConfig
-from moestro.engine.grammar import GrammarCompiler, Matcher
+from moestro.data.tokenizer import Tokenizer
+from moestro.engine.continuation import Continuation, begin_continuation, score_token
+from moestro.engine.events import Completion, Event
+from moestro.engine.grammar import GrammarCompiler
 from moestro.engine.paged_cache import PagedCache, count_moe_layers, count_pages
 from moestro.engine.pages import PagePool
-from moestro.engine.sampler import Draft, Sampler
+from moestro.engine.runtime import Runtime
 from moestro.engine.scheduler import Row, Scheduler, pages_for
-from moestro.engine.sequence import MAX_DRAFT_TOKENS, Request, SamplingParams, Sequence
-from moestro.engine.speculative import Drafter, Drafting, draft_reach, estimate_cost
-from moestro.engine.stats import Counters, DraftCounts, EngineStats
+from moestro.engine.sequence import MAX_DRAFT_TOKENS, Request, Sequence
+from moestro.engine.speculative import Drafter, draft_reach, estimate_cost
+from moestro.engine.stats import Counters, EngineStats
 from moestro.errors import ConfigError
 
-if TYPE_CHECKING:
-    from moestro.engine.language_model import LanguageModel
-
-FinishReason = Literal["stop", "length", "error"]
 SCORED_ROWS = 64  # of a prompt at a time: their logits over the whole vocabulary are large
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token's log-probability by the model alone, in nats, and the likeliest tokens (id, logprob) in its place."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Event:
-    """One more token of a continuation, and with the last one why it ends.
-
-    A step may bring several of one continuation, in order. `token` is None where a prompt was only computed, or where
-    the request failed: `error` says how. `stop_string` is the one found in the text. `token_routes` [MoE layers, top_k]
-    int16 are the experts of the token before this one, from which it follows; only if the request wants routes.
-
-    With the first event come `prompt_logprobs`, of every prompt token but the first. With the last one come `drafts`,
-    if the sequence was to draft, and `routes` [tokens, MoE layers, top_k] int16, of every token that was computed: the
-    last one of the continuation was not.
-    """
-
-    request_id: int
-    index: int
-    token: int | None
-    logprob: TokenLogprob | None = None
-    finish_reason: FinishReason | None = None
-    stop_string: str | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    routes: Tensor | None = None
-    token_routes: Tensor | None = None
-    drafts: DraftCounts | None = None
-    error: str | None = None
-
-
-@dataclass
-class Completion:
-    """The events of one continuation, put together."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_string: str | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    routes: Tensor | None = None
-    drafts: DraftCounts | None = None
-    error: str | None = None
-
-    def add(self, event: Event) -> None:
-        """Take over what an event brings."""
-        self.ids += [] if event.token is None else [event.token]
-        self.logprobs += [] if event.logprob is None else [event.logprob]
-        self.finish_reason, self.stop_string, self.routes = event.finish_reason, event.stop_string, event.routes
-        self.drafts, self.error = event.drafts, event.error
-        self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for a place: no token where the request wants none, or where `error` says why not."""
-
-    token: int | None
-    logprob: TokenLogprob | None = None
-    error: str | None = None
-
-
-@dataclass
-class Progress:
-    """What the engine keeps of a sequence beside its tokens."""
-
-    sampler: Sampler
-    drafting: Drafting
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,8 +64,9 @@ class Computed:
 
 
 class Engine:
-    """Serves the requests of one model. The cache takes `memory_bytes`, by default half of the free memory.
+    """Serves the requests of one model; `stop_ids` end every text. Drive it by `run`, `stream`, or `add` and `step`.
 
+    The cache takes `memory_bytes`, by default half of the free memory.
     A step computes at most `token_budget` tokens of at most `max_running` sequences; `max_waiting` more may queue.
     `draft_tokens`: how many the model's MTP modules draft a step for each sequence, 0 for none; None: one, if it has
     such modules. A sequence whose drafts do not pay stops drafting; `draft_cost` is what a draft costs in steps without
@@ -153,7 +77,9 @@ class Engine:
 
     def __init__(
         self,
-        language_model: LanguageModel,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        stop_ids: frozenset[int],
         *,
         memory_bytes: int | None = None,
         token_budget: int = 512,
@@ -162,17 +88,16 @@ class Engine:
         draft_tokens: int | None = None,
         draft_cost: float | None = None,
     ) -> None:
-        self.runtime, self.tokenizer = language_model.runtime, language_model.tokenizer
-        self.stop_ids = language_model.stop_ids
-        config = self.runtime.config
+        self.runtime, self.tokenizer, self.stop_ids = runtime, tokenizer, stop_ids
+        config = runtime.config
         self.draft_tokens = min(1, config.mtp_depth) if draft_tokens is None else draft_tokens
         check_model(config, self.draft_tokens)
-        num_pages = count_pages(config, self.runtime.dtype, max_running, memory_bytes)
-        self.cache = PagedCache(config, num_pages, self.runtime.dtype)
+        num_pages = count_pages(config, runtime.dtype, max_running, memory_bytes)
+        self.cache = PagedCache(config, num_pages, runtime.dtype)
         self.drafter: Drafter | None = None
         if self.draft_tokens:
             cost = estimate_cost(config) if draft_cost is None else draft_cost
-            self.drafter = Drafter(self.runtime, self.cache, cost)
+            self.drafter = Drafter(runtime, self.cache, cost)
         self.scheduler = Scheduler(
             PagePool(num_pages, lookahead=config.mtp_depth if self.draft_tokens else 0),
             token_budget=token_budget,
@@ -182,14 +107,32 @@ class Engine:
         )
         loads = torch.zeros(count_moe_layers(config), config.num_experts, dtype=torch.int64)
         self._counters = Counters(loads, [0] * self.draft_tokens, [0] * self.draft_tokens)
-        self._progress: dict[Sequence, Progress] = {}
+        self._continuations: dict[Sequence, Continuation] = {}
         self._requests: dict[int, list[Sequence]] = {}
+        self._streams: dict[int, deque[Event]] = {}  # what `stream` has still to give, by request
+        self._unclaimed: list[Event] = []  # computed for a stream's sake, to be returned by the next `step`
         self._num_requests = self._num_sequences = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute anything."""
-        return self.scheduler.has_work
+        """Whether a step would give anything."""
+        return bool(self._unclaimed) or self.scheduler.has_work
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs or waits, and no page of the cache is held."""
+        pool = self.scheduler.pool
+        return not self.has_work and pool.num_available == pool.num_pages
+
+    @property
+    def capacity(self) -> int:
+        """How many sequences may run and wait."""
+        return self.scheduler.max_running + self.scheduler.max_waiting
+
+    @property
+    def running_ids(self) -> frozenset[int]:
+        """The requests of which a sequence runs."""
+        return frozenset(sequence.request_id for sequence in self.scheduler.running)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -217,7 +160,7 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id. ConfigError if it can never run, QueueFullError if too many wait."""
-        self._check(request)
+        self.check(request)
         params, prompt, request_id = request.params, list(request.prompt), self._num_requests
         self.scheduler.require_room(params.n)
         grammar = None if params.grammar is None else self.grammars.compile(params.grammar)
@@ -229,22 +172,85 @@ class Engine:
         ]
         self.scheduler.add(sequences)
         for sequence in sequences:
-            sampler = make_sampler(params, sequence.index, grammar)
-            self._progress[sequence] = Progress(sampler, Drafting(sampler, limit))
+            begun = begin_continuation(sequence, self.tokenizer, self.stop_ids, grammar, limit)
+            self._continuations[sequence] = begun
         self._requests[request_id] = sequences
         self._num_requests += 1
         self._num_sequences += len(sequences)
         return request_id
 
+    def check(self, request: Request) -> None:
+        """ConfigError for a request that can never run."""
+        config, params, prompt = self.runtime.config, request.params, request.prompt
+        total = len(prompt) + params.max_tokens
+        if not prompt:
+            raise ConfigError("the prompt is empty")
+        if total > config.max_seq_len:
+            raise ConfigError(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
+                f"the model's {config.max_seq_len}"
+            )
+        if params.n > self.scheduler.max_waiting:
+            raise ConfigError(f"n={params.n} continuations exceed the queue of {self.scheduler.max_waiting}")
+        if pages_for(total) > self.scheduler.pool.num_pages:
+            raise ConfigError(f"{total} tokens do not fit the cache of {self.scheduler.pool.num_pages} pages")
+        if (params.draft_tokens or 0) > self.draft_tokens:
+            raise ConfigError(f"draft_tokens={params.draft_tokens} exceeds the engine's {self.draft_tokens}")
+        ids = [*prompt, *params.logit_bias]
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            raise ConfigError(f"prompt or logit_bias name token ids outside the vocabulary of {config.vocab_size}")
+
     def abort(self, request_id: int) -> bool:
         """Drop a request between two steps, without an event; False if it has ended already."""
+        self._unclaimed = [event for event in self._unclaimed if event.request_id != request_id]
         sequences = list(self._requests.get(request_id, ()))
         for sequence in sequences:
             self._forget(sequence)
         return bool(sequences)
 
     def step(self) -> list[Event]:
-        """Compute one batch; returns the tokens it gave, in the order of arrival among decoding sequences."""
+        """Compute one batch; returns the tokens it gave, in the order of arrival among decoding sequences.
+
+        Those of requests that are streamed go to their streams.
+        """
+        computed = self._step()
+        events, self._unclaimed = self._unclaimed, []
+        for event in computed:
+            self._streams.get(event.request_id, events).append(event)
+        return events
+
+    def stream(self, request: Request) -> Generator[Event, None, None]:
+        """Yield the events of one request; the engine steps whenever none is at hand.
+
+        Several streams may be read in turn: a step serves all of them. Closing one drops its request.
+        """
+        request_id, left = self.add(request), request.params.n
+        events = self._streams[request_id] = deque()
+        try:
+            while left:
+                while not events:
+                    self._unclaimed = self.step()
+                event = events.popleft()
+                left -= event.finish_reason is not None
+                yield event
+        finally:
+            del self._streams[request_id]
+            self.abort(request_id)
+
+    def run(self, requests: Iterable[Request]) -> list[list[Completion]]:
+        """Serve requests to the end: for each, in order, its n completions."""
+        waiting, ids = deque(requests), []
+        completions: dict[int, list[Completion]] = {}
+        while waiting or self.has_work:
+            while waiting and len(self.scheduler.waiting) + waiting[0].params.n <= self.scheduler.max_waiting:
+                request = waiting.popleft()
+                ids.append(self.add(request))
+                completions[ids[-1]] = [Completion() for _ in range(request.params.n)]
+            for event in self.step():
+                completions[event.request_id][event.index].add(event)
+        return [completions[request_id] for request_id in ids]
+
+    def _step(self) -> list[Event]:
         rows = self.scheduler.schedule()
         if not rows:
             return []
@@ -262,19 +268,6 @@ class Engine:
         for sequence in ended:
             self._forget(sequence)
         return events
-
-    def run(self, requests: Iterable[Request]) -> list[list[Completion]]:
-        """Serve requests to the end: for each, in order, its n completions."""
-        waiting, ids = deque(requests), []
-        completions: dict[int, list[Completion]] = {}
-        while waiting or self.has_work:
-            while waiting and len(self.scheduler.waiting) + waiting[0].params.n <= self.scheduler.max_waiting:
-                request = waiting.popleft()
-                ids.append(self.add(request))
-                completions[ids[-1]] = [Completion() for _ in range(request.params.n)]
-            for event in self.step():
-                completions[event.request_id][event.index].add(event)
-        return [completions[request_id] for request_id in ids]
 
     def _run(self, rows: list[Row]) -> list[Computed]:
         """Compute the rows' tokens and drafts, and the logits of the last ones; scores prompts on the way."""
@@ -303,7 +296,7 @@ class Engine:
     def _score_prompt(self, part: Computed) -> None:
         """Log-probabilities of the prompt tokens that follow the row's tokens, once each even after preemption."""
         sequence = part.row.sequence
-        scores, count = self._progress[sequence].prompt_logprobs, sequence.params.prompt_logprobs
+        scores, count = self._continuations[sequence].prompt_logprobs, sequence.params.prompt_logprobs
         assert count is not None
         stop = min(part.row.count, sequence.num_prompt - 1 - part.first)
         # rows before the first were scored when they were computed first
@@ -321,65 +314,29 @@ class Engine:
             return []
         if not sequence.num_generated:
             self._counters.prompt_tokens += sequence.num_prompt
-        drafts = self._progress[sequence].drafting.take(sequence)
+        continuation = self._continuations[sequence]
+        drafts = continuation.drafting.take(sequence)
         wants = sequence.params.return_routes
         routes = part.routes[-len(part.likeliest) :] if wants else [None] * len(part.likeliest)
         events: list[Event] = []
         for i, (draft, ids) in enumerate(zip([*drafts, None], routes, strict=True)):
-            choice = self._choose(sequence, part.logits[i], part.likeliest[i], draft)
-            events.append(self._advance(sequence, choice, ids))
-            if events[-1].finish_reason or draft is None or choice.token != draft[0]:
+            event = continuation.extend(part.logits[i], part.likeliest[i], draft, ids)
+            events.append(event)
+            self._counters.generated_tokens += event.token is not None
+            if event.finish_reason or draft is None or event.token != draft[0]:
                 break
             sequence.num_computed += 1
         num_right = sum(draft[0] == event.token for draft, event in zip(drafts, events, strict=False))
-        return [*events[:-1], self._count_drafts(sequence, events[-1], len(drafts), num_right)]
+        self._count_drafts(continuation, len(drafts), num_right)
+        if events[-1].finish_reason:
+            events[-1] = self._report(continuation, events[-1])
+        return events
 
-    def _choose(self, sequence: Sequence, logits: Tensor, likeliest: int | None, draft: Draft | None) -> Choice:
-        params, sampler = sequence.params, self._progress[sequence].sampler
-        if likeliest is None:
-            return Choice(None, error="the model's numbers are not finite")
-        if params.max_tokens == 0:
-            return Choice(None)
-        try:
-            prompt = sequence.tokens[: sequence.num_prompt]
-            token = likeliest if sampler.is_plain else sampler.choose(logits, prompt, sequence.generated, draft)
-        except Exception as error:  # whatever it is, it is of this sequence alone, and its last event says it
-            return Choice(None, error=str(error) or type(error).__name__)
-        return Choice(token, None if params.logprobs is None else score_token(logits, token, params.logprobs))
-
-    def _advance(self, sequence: Sequence, choice: Choice, routes: Tensor | None) -> Event:
-        """Append a token and find out whether the text ends with it."""
-        params, progress = sequence.params, self._progress[sequence]
-        is_first = not sequence.num_generated
-        sequence.tokens += [] if choice.token is None else [choice.token]
-        self._counters.generated_tokens += choice.token is not None
-        stop_string = self._find_stop(sequence)
-        reason: FinishReason | None = None
-        if choice.error:
-            reason = "error"
-        elif stop_string is not None or self._is_stop(choice.token, params) or progress.sampler.is_finished:
-            reason = "stop"
-        elif sequence.num_generated >= params.max_tokens:
-            reason = "length"
-        wants = params.return_routes
-        return Event(
-            sequence.request_id,
-            sequence.index,
-            choice.token,
-            choice.logprob,
-            reason,
-            stop_string,
-            prompt_logprobs=progress.prompt_logprobs if is_first and params.prompt_logprobs is not None else None,
-            routes=self.cache.read_routes(sequence.pages, sequence.num_computed) if wants and reason else None,
-            token_routes=None if choice.token is None else routes,
-            error=choice.error,
-        )
-
-    def _count_drafts(self, sequence: Sequence, event: Event, drafted: int, accepted: int) -> Event:
-        """Note a check, and whether drafting still pays; the last event gets the report."""
-        drafting = self._progress[sequence].drafting
+    def _count_drafts(self, continuation: Continuation, drafted: int, accepted: int) -> None:
+        """Note a check, and whether drafting still pays."""
+        drafting, sequence = continuation.drafting, continuation.sequence
         if self.drafter is None or not drafting.limit:
-            return event
+            return
         if drafted:
             drafting.count(drafted, accepted)
             self._counters.add_drafts(drafted, accepted)
@@ -387,7 +344,16 @@ class Engine:
             drafting.off_after = sequence.num_generated
             sequence.ahead = 0
             self._counters.speculation_off += 1
-        return replace(event, drafts=drafting.report()) if event.finish_reason else event
+
+    def _report(self, continuation: Continuation, event: Event) -> Event:
+        """The last event of a continuation, with what is told of all of it."""
+        sequence, drafting = continuation.sequence, continuation.drafting
+        wants_routes, drafts = sequence.params.return_routes, self.drafter is not None and drafting.limit > 0
+        return replace(
+            event,
+            routes=self.cache.read_routes(sequence.pages, sequence.num_computed) if wants_routes else None,
+            drafts=drafting.report() if drafts else None,
+        )
 
     def _make_ready(self, parts: list[Computed], going_on: set[Sequence]) -> None:
         """Let the MTP modules follow the text and draft for sequences that go on; make full pages findable."""
@@ -395,52 +361,20 @@ class Engine:
         if self.drafter is not None:
             work = []
             for part in parts:
-                sequence, drafting = part.row.sequence, self._progress[part.row.sequence].drafting
+                sequence, drafting = part.row.sequence, self._continuations[part.row.sequence].drafting
                 self.drafter.keep(sequence, drafting, part.first, part.hidden[: sequence.num_computed - part.first])
                 work.append((sequence, drafting, sequence in going_on))
             ready = self.drafter.run(work)
         for sequence, count in ready:
             self.scheduler.mark_ready(sequence, count)
 
-    def _is_stop(self, token: int | None, params: SamplingParams) -> bool:
-        return token in self.stop_ids or token in params.stop_ids
-
-    def _find_stop(self, sequence: Sequence) -> str | None:
-        """The first of the stop strings in the text that the last token may have completed."""
-        if not sequence.params.stop:
-            return None
-        longest = max(len(stop.encode()) for stop in sequence.params.stop)
-        text = self.tokenizer.decode(sequence.generated[-longest:])  # a token spells a byte at least
-        found = [(text.find(stop), stop) for stop in sequence.params.stop if stop in text]
-        return min(found)[1] if found else None
-
     def _forget(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
-        del self._progress[sequence]
+        del self._continuations[sequence]
         left = self._requests[sequence.request_id]
         left.remove(sequence)
         if not left:
             del self._requests[sequence.request_id]
-
-    def _check(self, request: Request) -> None:
-        config, params, prompt = self.runtime.config, request.params, request.prompt
-        total = len(prompt) + params.max_tokens
-        if not prompt:
-            raise ConfigError("the prompt is empty")
-        if total > config.max_seq_len:
-            raise ConfigError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
-                f"the model's {config.max_seq_len}"
-            )
-        if params.n > self.scheduler.max_waiting:
-            raise ConfigError(f"n={params.n} continuations exceed the queue of {self.scheduler.max_waiting}")
-        if pages_for(total) > self.scheduler.pool.num_pages:
-            raise ConfigError(f"{total} tokens do not fit the cache of {self.scheduler.pool.num_pages} pages")
-        if (params.draft_tokens or 0) > self.draft_tokens:
-            raise ConfigError(f"draft_tokens={params.draft_tokens} exceeds the engine's {self.draft_tokens}")
-        ids = [*prompt, *params.logit_bias]
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise ConfigError(f"prompt or logit_bias name token ids outside the vocabulary of {config.vocab_size}")
 
 
 def check_model(config: ModelConfig, draft_tokens: int) -> None:
@@ -451,30 +385,7 @@ def check_model(config: ModelConfig, draft_tokens: int) -> None:
         raise ConfigError(f"draft_tokens={draft_tokens}, but this model has no MTP modules that could draft")
 
 
-def make_sampler(params: SamplingParams, index: int, grammar: Matcher | None = None) -> Sampler:
-    """The sampler of the index-th continuation."""
-    return Sampler(
-        params.temperature,
-        params.top_p,
-        params.seed + index,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=params.logit_bias,
-        grammar=grammar.copy() if grammar else None,
-    )
-
-
 def find_likeliest(logits: Tensor) -> list[int | None]:
     """logits [N, V] -> of each row the token with the largest one, or None where they are not all finite."""
     sums, tokens = logits.sum(-1).tolist(), logits.argmax(-1).tolist()
     return [token if isfinite(total) else None for token, total in zip(tokens, sums, strict=True)]
-
-
-def score_token(logits: Tensor, token: int, num_top: int) -> TokenLogprob:
-    """logits [V] fp32 -> the token's log-probability and those of the `num_top` likeliest."""
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(num_top)
-    return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -7,6 +7,7 @@ Text is written by an engine, the same that serves many requests.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from moestro.checkpoints.files import DTYPES, ModelFiles, read_json, read_model
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
 from moestro.checkpoints.packing import Source, choose_kind
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Engine, Event
+from moestro.engine.engine import Engine
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
@@ -63,7 +64,7 @@ class LanguageModel:
     @cached_property
     def engine(self) -> Engine:
         """An engine for one sequence at a time; what a prompt shares with the one before is not computed again."""
-        return Engine(self, max_running=1)
+        return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=1)
 
     def stream_ids(
         self,
@@ -74,16 +75,19 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[int]:
-        """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`."""
+        """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`.
+
+        Several streams may be read in turn, by one thread. MoestroError if the model fails.
+        """
         if max_tokens < 1:
-            raise ConfigError(f"max-tokens must be at least 1, not {max_tokens}")
+            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        request = self.engine.add(Request(prompt, params))
-        try:
-            while self.engine.has_work:
-                yield from (event.token for event in map(check, self.engine.step()) if event.token is not None)
-        finally:
-            self.engine.abort(request)
+        with closing(self.engine.stream(Request(prompt, params))) as events:
+            for event in events:
+                if event.error is not None:
+                    raise MoestroError(event.error.message)
+                if event.token is not None:
+                    yield event.token
 
     def generate(
         self,
@@ -101,13 +105,6 @@ class LanguageModel:
         stopped = bool(written) and written[-1] in self.stop_ids
         text = self.tokenizer.decode(written[:-1] if stopped else written)
         return Generation(text, written, "stop" if stopped else "length")
-
-
-def check(event: Event) -> Event:
-    """The event itself; MoestroError if the model failed."""
-    if event.finish_reason == "error":
-        raise MoestroError(event.error or "the request failed")
-    return event
 
 
 def find_model_directory(path: Path) -> Path:

@@ -55,7 +55,7 @@ class Sampler:
         if not 0 <= temperature < math.inf:
             raise ConfigError(f"temperature must be 0 (greedy) or more, not {temperature}")
         if not 0 < top_p <= 1:
-            raise ConfigError(f"top-p must lie in (0, 1], not {top_p}")
+            raise ConfigError(f"top_p must lie in (0, 1], not {top_p}")
         if not 0 <= seed < 2**63:
             raise ConfigError(f"the seed must be 0 or more and below 2⁶³, not {seed}")
         self.temperature = temperature

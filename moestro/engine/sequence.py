@@ -26,7 +26,8 @@ class SamplingParams:
     `frequency_penalty` · count + `presence_penalty` (of the continuation), then `logit_bias`. `logprobs` and
     `prompt_logprobs`: how many likeliest alternatives to name beside each token's own; None: none at all. They are the
     model's, before penalties and temperature. `n` continuations use the seeds seed, seed + 1, … A `stop_ids` token is
-    the last of the result; `stop` strings are looked for in the text. `max_tokens` 0 only computes the prompt.
+    the last of the result; `stop` strings are looked for in the text, which is then without them. `return_text`: events
+    bring the text, in which control tokens stand if `spelled_ids` names them. `max_tokens` 0 only computes the prompt.
     `grammar` (see `grammar.py`) is what the text must follow; it ends with it. `draft_tokens`: how many tokens the
     model's MTP modules draft a step; 0 for none, None for as many as the engine's setting. Drafts never change a greedy
     continuation; at a temperature they change which one is drawn, and not how likely any is.
@@ -48,6 +49,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_routes: bool = False
+    return_text: bool = False
+    spelled_ids: frozenset[int] = frozenset()
     grammar: str | None = None
     draft_tokens: int | None = None
 

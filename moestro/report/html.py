@@ -31,7 +31,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     `out` that cannot be written.
     """
     if not (run / "metrics.jsonl").is_file():
-        raise MoestroError(f"{run} is not a run: it has no metrics.jsonl; give the folder of train --out")
+        raise MoestroError(f"{run} is not a run: it has no metrics.jsonl", hint="give the folder of train --out")
     return write_page(render(run), run / "report.html", out)
 
 

@@ -13,11 +13,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from moestro.errors import ConfigError
+from moestro.engine.events import Failure
+from moestro.errors import ConfigError, MoestroError
 from moestro.server.choices import Tree
 from moestro.server.guard import error_tree
 from moestro.server.metrics import Metrics
-from moestro.server.service import Plan, Service
+from moestro.server.service import PreparedRequest, Service
 from moestro.server.stream import DONE, PING, sse
 from moestro.server.worker import ClosedError, EngineError, Stream
 
@@ -53,8 +54,8 @@ async def _wait_for_end(receive: Receive) -> None:
 class Timer:
     """When the tokens of a stream come, for the metrics."""
 
-    def __init__(self, metrics: Metrics, plan: Plan) -> None:
-        self._metrics, self._begun = metrics, plan.begun
+    def __init__(self, metrics: Metrics, prepared: PreparedRequest) -> None:
+        self._metrics, self._begun = metrics, prepared.begun
         self._last: dict[int, float] = {}
 
     def add(self, index: int, reason: str | None) -> None:
@@ -70,13 +71,13 @@ class Timer:
             self._metrics.success.labels(reason).inc()
 
 
-async def answer(service: Service, plan: Plan, http: HttpRequest) -> Response:
-    """Run a plan. Errors before the first byte are raised; later ones end the stream with an error object."""
-    stream = await service.worker.open(plan.requests)
-    if plan.body.stream:
-        return EventStream(service, plan, stream)
+async def answer(service: Service, prepared: PreparedRequest, http: HttpRequest) -> Response:
+    """Run a prepared. Errors before the first byte are raised; later ones end the stream with an error object."""
+    stream = await service.worker.open(prepared.requests)
+    if prepared.body.stream:
+        return EventStream(service, prepared, stream)
     try:
-        tree = await while_connected(http.receive, collect(service, plan, stream))
+        tree = await while_connected(http.receive, collect(service, prepared, stream))
     except ClientGoneError:
         service.metrics.aborted.inc()
         return Response(status_code=499)
@@ -85,49 +86,49 @@ async def answer(service: Service, plan: Plan, http: HttpRequest) -> Response:
     return JSONResponse(tree)
 
 
-async def collect(service: Service, plan: Plan, stream: Stream) -> Tree:
+async def collect(service: Service, prepared: PreparedRequest, stream: Stream) -> Tree:
     """The whole answer."""
-    async for _ in grow(service, plan, stream):
+    async for _ in grow(service, prepared, stream):
         pass
-    tree = head(service, plan, plan.kind)
-    return {**tree, "choices": [choice.result() for choice in plan.choices], "usage": usage(plan)}
+    tree = head(service, prepared, prepared.kind)
+    return {**tree, "choices": [choice.result() for choice in prepared.choices], "usage": usage(prepared)}
 
 
-async def grow(service: Service, plan: Plan, stream: Stream) -> AsyncIterator[list[Tree]]:
+async def grow(service: Service, prepared: PreparedRequest, stream: Stream) -> AsyncIterator[list[Tree]]:
     """Feed events to the choices; the chunks of each step."""
-    timer = Timer(service.metrics, plan)
+    timer = Timer(service.metrics, prepared)
     async for events in stream:
         chunks = []
         for index, event in events:
             if event.finish_reason == "error":
-                raise failure(plan, event.error or "unknown reason")
-            chunks += plan.choices[index].push(event)
+                raise refusal(event.error)
+            chunks += prepared.choices[index].push(event)
             timer.add(index, event.finish_reason)
         yield chunks
 
 
-def failure(plan: Plan, reason: str) -> Exception:
-    """A grammar that turns out to be too much work is the client's affair; the rest is for the log, not for clients."""
-    if "grammar" in reason and plan.requests[0].params.grammar is not None:
-        return ConfigError(reason)
-    log.error("a request failed: %s", reason)
+def refusal(failure: Failure | None) -> Exception:
+    """What the client is told: its own mistakes; of failures of the engine only that there was one."""
+    if failure is not None and failure.kind in ("request", "grammar"):
+        return ConfigError(failure.message)
+    log.error("a request failed: %s", failure.message if failure else "unknown reason")
     return EngineError("the engine failed over this request")
 
 
-def head(service: Service, plan: Plan, kind: str) -> Tree:
+def head(service: Service, prepared: PreparedRequest, kind: str) -> Tree:
     """The fields of an answer and of each chunk."""
-    prefix = "cmpl" if plan.kind == "text_completion" else "chatcmpl"
-    return {"id": f"{prefix}-{plan.id}", "object": kind, "created": plan.created, "model": service.name}
+    prefix = "cmpl" if prepared.kind == "text_completion" else "chatcmpl"
+    return {"id": f"{prefix}-{prepared.id}", "object": kind, "created": prepared.created, "model": service.name}
 
 
-def usage(plan: Plan) -> Tree:
+def usage(prepared: PreparedRequest) -> Tree:
     """Tokens read and written."""
-    written = sum(choice.num_tokens for choice in plan.choices)
+    written = sum(choice.num_tokens for choice in prepared.choices)
     return {
-        "prompt_tokens": plan.num_prompt_tokens,
+        "prompt_tokens": prepared.num_prompt_tokens,
         "completion_tokens": written,
-        "total_tokens": plan.num_prompt_tokens + written,
-        "completion_tokens_details": {"reasoning_tokens": sum(choice.num_reasoning for choice in plan.choices)},
+        "total_tokens": prepared.num_prompt_tokens + written,
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.num_reasoning for choice in prepared.choices)},
     }
 
 
@@ -136,8 +137,8 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, plan: Plan, stream: Stream) -> None:
-        self._service, self._plan, self._stream = service, plan, stream
+    def __init__(self, service: Service, prepared: PreparedRequest, stream: Stream) -> None:
+        self._service, self._prepared, self._stream = service, prepared, stream
         weakref.finalize(self, stream.close)  # where nobody calls it
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
@@ -157,20 +158,20 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        plan = self._plan
-        kind = "chat.completion.chunk" if plan.kind == "chat.completion" else plan.kind
-        top = head(self._service, plan, kind) | ({"usage": None} if plan.body.wants_usage else {})
-        for choice in plan.choices:
+        prepared = self._prepared
+        kind = "chat.completion.chunk" if prepared.kind == "chat.completion" else prepared.kind
+        top = head(self._service, prepared, kind) | ({"usage": None} if prepared.body.wants_usage else {})
+        for choice in prepared.choices:
             for chunk in choice.start():
                 yield sse(chunk_tree(top, chunk))
         try:
-            async for chunks in grow(self._service, plan, self._stream):
+            async for chunks in grow(self._service, prepared, self._stream):
                 for chunk in chunks:
                     yield sse(chunk_tree(top, chunk))
-            if plan.body.wants_usage:
-                yield sse({**top, "choices": [], "usage": usage(plan)})
-        except (EngineError, ClosedError, ConfigError) as error:
-            kind = "invalid_request_error" if isinstance(error, ConfigError) else "server_error"
+            if prepared.body.wants_usage:
+                yield sse({**top, "choices": [], "usage": usage(prepared)})
+        except (EngineError, ClosedError, MoestroError) as error:
+            kind = "invalid_request_error" if isinstance(error, MoestroError) else "server_error"
             yield sse(error_tree(str(error), kind))
         yield DONE
 

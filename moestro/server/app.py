@@ -1,4 +1,4 @@
-"""The routes. Each one reads a body, asks the service for a plan, and answers; errors become OpenAI's error objects."""
+"""The routes. Each one reads a body, has the service prepare it, and answers; errors become OpenAI's error objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
-import moestro
 from moestro.engine.scheduler import QueueFullError
 from moestro.errors import MoestroError
 from moestro.server.answers import answer
@@ -27,6 +26,7 @@ from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
 from moestro.server.service import ContextLengthError, Service
 from moestro.server.worker import ClosedError, EngineError
+from moestro.version import __version__
 
 WEB = Path(__file__).with_name("web")
 RETRY_SECONDS = 1
@@ -48,7 +48,7 @@ def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> 
 
     app = FastAPI(
         title="Moestro",
-        version=moestro.__version__,
+        version=__version__,
         docs_url=None,  # both pages load scripts from elsewhere
         redoc_url=None,
         lifespan=sample_loads,
@@ -64,20 +64,25 @@ def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> 
 
 
 async def _sample_loads(service: Service) -> None:
-    """So that `/routing` can tell what is recent, however seldom it is asked."""
+    """So that `/routing` can tell what is recent, however seldom it is asked. Goes on after an error, and logs it."""
     while service.worker.is_alive:
-        service.loads.add(time.monotonic(), (await service.worker.read_stats()).loads.numpy())
+        try:
+            service.loads.add(time.monotonic(), (await service.worker.read_stats()).loads.numpy())
+        except ClosedError:
+            return
+        except Exception:
+            log.exception("the experts' loads could not be sampled")
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, http: Request) -> Response:
-        return await answer(service, await service.plan_text(body), http)
+        return await answer(service, await service.prepare_text(body), http)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
-        return await answer(service, await service.plan_chat(body), http)
+        return await answer(service, await service.prepare_chat(body), http)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": moestro.__version__}
+        return {"version": __version__}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -6,20 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Event, TokenLogprob
-from moestro.server.stream import Detokenizer, Splitter, StopFilter
-from moestro.server.tools import TOOL_TOKENS, Call, CallReader
+from moestro.engine.events import Event, TokenLogprob
+from moestro.engine.stops import Detokenizer
+from moestro.server.stream import Splitter
+from moestro.server.tools import Call, CallReader
 
 Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Format:
-    """What the choices of a request have in common. `ends`: ids that end a text and are no part of it."""
+    """What the choices of a request have in common."""
 
     tokenizer: Tokenizer
-    ends: frozenset[int]
-    stops: tuple[str, ...] = ()
     has_logprobs: bool = False
     has_details: bool = False
 
@@ -78,8 +77,7 @@ class TextChoice:
         self.index, self.form = index, form
         self.num_tokens = self.num_reasoning = 0
         self._echo = echo
-        self._raw, self._stop = Detokenizer(form.tokenizer), StopFilter(form.stops)
-        self._offset = 0
+        self._spelled, self._offset = Detokenizer(form.tokenizer), 0  # for the offsets of scored tokens alone
         self._parts: list[str] = []
         self._logprobs = _empty_logprobs()
         self._details = Details(form.tokenizer)
@@ -97,12 +95,9 @@ class TextChoice:
             self._echo = None
         if event.token is not None:
             self.num_tokens += 1
-            is_end = event.token in self.form.ends
-            piece = "" if is_end else self._raw.push(event.token)
-            self._score(logprobs, event.token, event.logprob, len(piece))
-            text += self._stop.push(piece)
+            self._score(logprobs, event.token, event.logprob, len(self._spelled.push(event.token)))
+        text += event.text
         if event.finish_reason:
-            text += self._stop.push(self._raw.finish()) + self._stop.finish()
             self._end = _ending(event, event.finish_reason)
         self._parts.append(text)
         for name, values in logprobs.items():
@@ -166,9 +161,6 @@ class ChatChoice:
     def __init__(self, index: int, form: ChatForm) -> None:
         self.index, self.form = index, form
         self.num_tokens = self.num_reasoning = 0
-        specials = form.tokenizer.specials
-        shown = frozenset(specials[name] for name in TOOL_TOKENS if name in specials) if form.has_tools else frozenset()
-        self._raw, self._stop = Detokenizer(form.tokenizer, shown), StopFilter(form.stops)
         self._split = Splitter("reasoning" if form.thinks else "content" if form.is_call else None)
         self._calls = CallReader(form.tokenizer, is_call=form.is_call, many=form.many_calls)
         self._details = Details(form.tokenizer)
@@ -183,16 +175,13 @@ class ChatChoice:
 
     def push(self, event: Event) -> list[Tree]:
         """A chunk for each change of what is written, the last one with what belongs to the event."""
-        text = ""
         scored = [self._score(event.logprob)] if event.logprob and self.form.has_logprobs else []
         self._scored += scored
-        if event.token is not None:
-            self.num_tokens += 1
-            text = "" if event.token in self.form.ends else self._raw.push(event.token)
-        deltas = self._read(self._stop.push(text))
+        self.num_tokens += event.token is not None
+        deltas = self._read(event.text)
         self.num_reasoning += self._split.kind == "reasoning"
         if event.finish_reason:
-            deltas += self._read(self._stop.push(self._raw.finish()) + self._stop.finish(), is_last=True)
+            deltas += self._read("", is_last=True)
         details = self._details.push(event) if self.form.has_details else []
         if not deltas and (scored or details):
             deltas = [{"content": ""}]

@@ -47,7 +47,9 @@ def check_host(host: str, has_key: bool) -> None:
     except ValueError:
         is_loopback = False
     if not is_loopback and not has_key:
-        raise ConfigError(f"{host} can be reached by others: give --api-key-file, or stay on 127.0.0.1")
+        raise ConfigError(
+            f"{host} can be reached by others, so it needs a key", hint="give --api-key-file, or stay on 127.0.0.1"
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moestro.server.schema import MIN_TEMPERATURE, MIN_TOP_P, ChatRequest, Compl
 from moestro.server.tools import (
     chat_grammar,
     forces_call,
+    spelled_ids,
     structured_grammar,
     template_input,
     template_messages,
@@ -37,7 +38,7 @@ class ContextLengthError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedRequest:
     """What a body asks of the engine, and what its answer is made of. `kind`: OpenAI's name of the answer's object."""
 
     body: Sampling
@@ -60,7 +61,7 @@ class Service:
     def __init__(self, make_engine: Callable[[], Engine], tokenizer_path: Path, name: str) -> None:
         self.worker = EngineWorker(make_engine)
         engine = self.worker.engine
-        self.tokenizer, self.stop_ids, self.config = engine.tokenizer, engine.stop_ids, engine.runtime.config
+        self.tokenizer, self.config = engine.tokenizer, engine.runtime.config
         self.name, self.created = name, int(time.time())
         self.renderer = Renderer(tokenizer_path)
         self.metrics = Metrics(layer_names(self.config))
@@ -74,7 +75,7 @@ class Service:
         self.renderer.close()
         self._template_thread.shutdown()
 
-    async def plan_text(self, body: CompletionRequest) -> Plan:
+    async def prepare_text(self, body: CompletionRequest) -> PreparedRequest:
         """A body of `/v1/completions`. ConfigError and DataError for what cannot be done."""
         begun = time.monotonic()
         n = body.n or 1
@@ -87,15 +88,15 @@ class Service:
             room = self._room(len(ids), wanted)
             scored = body.logprobs if body.echo else None
             requests.append(Request(ids, make_params(body, room, body.logprobs, scored, grammar)))
-        form = Format(self.tokenizer, self._ends(body), body.stops, body.logprobs is not None, body.token_details)
+        form = Format(self.tokenizer, body.logprobs is not None, body.token_details)
         choices: list[Choice] = [
             TextChoice(place * n + index, form, ids if body.echo else None)
             for place, ids in enumerate(prompts)
             for index in range(n)
         ]
-        return Plan(body, "text_completion", requests, choices, begun)
+        return PreparedRequest(body, "text_completion", requests, choices, begun)
 
-    async def plan_chat(self, body: ChatRequest) -> Plan:
+    async def prepare_chat(self, body: ChatRequest) -> PreparedRequest:
         """A body of `/v1/chat/completions`."""
         begun = time.monotonic()
         n = body.n or 1
@@ -108,8 +109,6 @@ class Service:
         top = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(
             self.tokenizer,
-            self._ends(body),
-            body.stops,
             bool(body.logprobs),
             body.token_details,
             has_tools=uses_tools(body),
@@ -118,8 +117,9 @@ class Service:
             thinks=grammar is None and self._thinks(ids),
         )
         choices: list[Choice] = [ChatChoice(index, form) for index in range(n)]
-        request = Request(ids, make_params(body, room, top, None, grammar))
-        return Plan(body, "chat.completion", [request], choices, begun)
+        params = make_params(body, room, top, None, grammar)
+        request = Request(ids, replace(params, spelled_ids=spelled_ids(body, self.tokenizer)))
+        return PreparedRequest(body, "chat.completion", [request], choices, begun)
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
         """Ids of a text or of a conversation, as the other routes would compute them."""
@@ -165,9 +165,6 @@ class Service:
             )
         return room if wanted is None else wanted
 
-    def _ends(self, body: Sampling) -> frozenset[int]:
-        return self.stop_ids | frozenset(body.stop_token_ids or ())
-
     def _thinks(self, ids: list[int]) -> bool:
         """Whether a prompt ends with an open `<think>`, as R1's template makes it."""
         begin, end = self.tokenizer.think_id, self.tokenizer.think_end_id
@@ -200,5 +197,6 @@ def make_params(
         logprobs=0 if logprobs is None and body.token_details else logprobs,
         prompt_logprobs=prompt_logprobs,
         return_routes=body.return_routes,
+        return_text=True,
         grammar=grammar,
     )

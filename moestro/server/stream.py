@@ -1,83 +1,19 @@
-"""Tokens to text as it is sent: whole characters only, nothing that may begin a stop string, thoughts apart.
+"""The engine's text as it is sent: thoughts apart from the answer, and all of it as server-sent events.
 
-ids -> Detokenizer -> text -> StopFilter -> text -> Splitter -> (kind, text)
+text -> Splitter -> (kind, text)
+JSON -> sse -> bytes
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moestro.data.specials import THINK, THINK_END
-from moestro.data.tokenizer import Tokenizer
+from moestro.engine.stops import count_beginning
 
 Kind = Literal["reasoning", "content"]
-
-
-def spell(tokenizer: Tokenizer, id: int, shown: frozenset[int] = frozenset()) -> bytes:
-    """The bytes that an id stands for in an answer; none for control tokens, unless they are among those `shown`."""
-    if id >= tokenizer.vocab_size:
-        return b""
-    if tokenizer.token_bytes[id] or id in shown:
-        return tokenizer.pieces[id]
-    return tokenizer.decode([id]).encode()  # an added token: whole text if it is to be seen, else nothing
-
-
-class Detokenizer:
-    """Text of one id after the other; half a character waits for the rest. `shown`: control tokens to be spelled."""
-
-    def __init__(self, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()) -> None:
-        self._tokenizer, self._shown = tokenizer, shown
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, id: int) -> str:
-        """What is whole now."""
-        return self._decoder.decode(spell(self._tokenizer, id, self._shown))
-
-    def finish(self) -> str:
-        """What was held back, as U+FFFD."""
-        return self._decoder.decode(b"", final=True)
-
-
-def count_beginning(text: str, markers: Iterable[str]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of a marker."""
-    longest = 0
-    for marker in markers:
-        for length in range(min(len(marker) - 1, len(text)), longest, -1):
-            if text.endswith(marker[:length]):
-                longest = length
-                break
-    return longest
-
-
-class StopFilter:
-    """Cuts a text before the first stop string, and holds back what may begin one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-        self._has_stopped = False
-
-    def push(self, text: str) -> str:
-        """What may be sent now."""
-        if self._has_stopped:
-            return ""
-        text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
-            self._has_stopped, self._held = True, ""
-            return text[: min(places)]
-        count = count_beginning(text, self._stops)
-        self._held = text[len(text) - count :]
-        return text[: len(text) - count]
-
-    def finish(self) -> str:
-        """What was held back for nothing."""
-        held, self._held = self._held, ""
-        return held
 
 
 @dataclass

@@ -22,9 +22,9 @@ from typing import Any
 from moestro.data.specials import CHAT_TEMPLATE
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.grammar import from_json_schema, from_lark, from_regex
+from moestro.engine.stops import count_beginning
 from moestro.errors import ConfigError
 from moestro.server.schema import ChatRequest, Message, StructuredOutputs, ToolChoice
-from moestro.server.stream import count_beginning
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, CALL_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -57,6 +57,13 @@ class Call:
 def uses_tools(request: ChatRequest) -> bool:
     """Whether the model is told of tools and its calls are looked for."""
     return bool(request.tools) and request.tool_choice != "none"
+
+
+def spelled_ids(request: ChatRequest, tokenizer: Tokenizer) -> frozenset[int]:
+    """The control tokens that mark calls, which must stand in the text if calls are looked for in it."""
+    if not uses_tools(request):
+        return frozenset()
+    return frozenset(tokenizer.specials[name] for name in TOOL_TOKENS if name in tokenizer.specials)
 
 
 def forces_call(request: ChatRequest) -> bool:

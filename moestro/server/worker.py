@@ -5,7 +5,8 @@ two steps (add, abort, ask for counters) and gets events back through one asynci
 
 When a step raises, no output is lost and as few requests as possible fail. All running requests leave the engine and
 come back one at a time; since a request's tokens depend on that request alone, one that comes back computes again what
-it had, and its stream goes on where it was. The request with which the engine raises again is the one that fails.
+it had, and its stream goes on where it was. The request with which the engine raises again is the one that fails. New
+requests wait until all have come back, so that nobody else is blamed for what they do.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from moestro.engine.engine import Engine, Event
+from moestro.engine.engine import Engine
+from moestro.engine.events import Event
 from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request
+from moestro.engine.stats import EngineStats
 from moestro.errors import MoestroError
 
 T = TypeVar("T")
@@ -63,8 +67,8 @@ class Stream:
             yield item
 
     def put(self, item: Item) -> None:
-        """Called by the engine's thread; a loop that has ended has nobody who waits."""
-        if not self._loop.is_closed():
+        """Called by the engine's thread; a loop that has closed has nobody who waits."""
+        with suppress(RuntimeError):  # what a closed loop raises, and it may close at any moment
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     def close(self) -> None:
@@ -111,6 +115,28 @@ class Job:
         return self.num_ended == self.request.params.n
 
 
+class Command:
+    """A function for the engine's thread to call, and a future for what it returns or raises."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.future: Future[Any] = Future()
+        self._function = function
+
+    def carry_out(self) -> None:
+        """Call the function, unless nobody waits for it any more."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self._function())
+        except Exception as error:
+            self.future.set_exception(error)
+
+    def refuse(self, error: Exception) -> None:
+        """Raise an error where the result is waited for."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
 class EngineWorker:
     """Owns an engine and its thread. `make_engine` is called once, and again if an engine cannot be emptied.
 
@@ -120,15 +146,16 @@ class EngineWorker:
     def __init__(self, make_engine: Callable[[], Engine]) -> None:
         self._make_engine = make_engine
         self.engine = make_engine()
-        scheduler = self.engine.scheduler
-        self.capacity = scheduler.max_running + scheduler.max_waiting
+        self.capacity = self.engine.capacity
         self.num_choices = 0  # of all open streams
         self.is_closed = False
         self._streams: set[Stream] = set()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._has_ended = False  # nothing is taken out of the inbox any more
         self._jobs: dict[int, Job] = {}  # in the engine, by its id
         self._returning: deque[Job] = deque()  # taken out after a failure
         self._trial: Job | None = None  # the one of them that has come back and has not passed yet
+        self._new: deque[Job] = deque()  # came meanwhile
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -156,7 +183,7 @@ class EngineWorker:
         self.num_choices += num_choices
         self._streams.add(stream)
         try:
-            await self.call(lambda: self._add_all(stream.jobs))
+            await self.call(lambda: self._admit(stream.jobs))
         except BaseException:
             self.release(stream)
             raise
@@ -167,17 +194,20 @@ class EngineWorker:
         if stream in self._streams:
             self._streams.remove(stream)
             self.num_choices -= stream.num_choices
-            self._inbox.put(lambda: self._drop_all(stream.jobs))
+            command = Command(lambda: self._drop_all(stream.jobs))
+            command.future.add_done_callback(_log_failure)
+            self._send(command)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """What a function returns or raises that the engine's thread calls between two steps."""
-        future: Future[T] = Future()
-        self._inbox.put(lambda: _fulfil(future, function))
-        if not self.is_alive:
-            raise ClosedError("the server is shutting down")
-        return await asyncio.wrap_future(future)
+        """What a function returns or raises that the engine's thread calls between two steps.
 
-    async def read_stats(self) -> Any:
+        ClosedError if the thread ends before it comes to it.
+        """
+        command = Command(function)
+        self._send(command)
+        return cast(T, await asyncio.wrap_future(command.future))
+
+    async def read_stats(self) -> EngineStats:
         """The engine's counters between two steps."""
         return await self.call(lambda: self.engine.stats())
 
@@ -191,6 +221,20 @@ class EngineWorker:
         self.abandon()
         self._thread.join()
 
+    def _send(self, command: Command) -> None:
+        """Queue a command. Whoever comes after the thread's end refuses it: the thread has looked for the last time."""
+        self._inbox.put(command)
+        if self._has_ended:
+            self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        """ClosedError for all commands in the inbox."""
+        with suppress(queue.Empty):
+            while True:
+                command = self._inbox.get_nowait()
+                if command is not None:
+                    command.refuse(ClosedError("the server is shutting down"))
+
     def _run(self) -> None:
         try:
             while self._obey():
@@ -198,19 +242,30 @@ class EngineWorker:
                 if self.engine.has_work:
                     self._step()
         finally:
-            for job in [*self._jobs.values(), *self._returning]:
+            for job in [*self._jobs.values(), *self._returning, *self._new]:
                 job.stream.put(ClosedError("the server is shutting down"))
+            self._has_ended = True
+            self._refuse_all()
 
     def _obey(self) -> bool:
         """Carry out what is asked for, waiting for it if there is nothing else to do; False to end."""
-        is_idle = not self.engine.has_work and not self._returning
+        is_idle = not (self.engine.has_work or self._returning or self._new)
         while is_idle or not self._inbox.empty():
             command = self._inbox.get()
             if command is None:
                 return False
-            command()
+            command.carry_out()
             is_idle = False
         return True
+
+    def _admit(self, jobs: list[Job]) -> None:
+        """Take up new requests, or let them wait while others are coming back."""
+        if not self._returning and self._trial is None:
+            self._add_all(jobs)
+            return
+        for job in jobs:
+            self.engine.check(job.request)
+        self._new.extend(jobs)
 
     def _add_all(self, jobs: list[Job]) -> None:
         """All of them or none."""
@@ -226,6 +281,7 @@ class EngineWorker:
             self.engine.abort(request_id)
             del self._jobs[request_id]
         self._returning = deque(job for job in self._returning if job not in jobs)
+        self._new = deque(job for job in self._new if job not in jobs)
         if self._trial in jobs:
             self._trial = None
 
@@ -260,7 +316,7 @@ class EngineWorker:
 
     def _recover(self) -> None:
         """After a step that raised: empty the engine, fail the one to blame, keep the others to bring back."""
-        running = {sequence.request_id for sequence in self.engine.scheduler.running}
+        running = self.engine.running_ids
         suspects = [job for request_id, job in self._jobs.items() if request_id in running]
         jobs = suspects + [job for job in self._jobs.values() if job not in suspects]
         blamed = self._trial or (suspects[0] if len(suspects) == 1 else None)
@@ -279,8 +335,7 @@ class EngineWorker:
         try:
             for request_id in self._jobs:
                 self.engine.abort(request_id)
-            pool = self.engine.scheduler.pool
-            is_sound = not self.engine.has_work and pool.num_available == pool.num_pages
+            is_sound = self.engine.is_empty
         except Exception:
             log.exception("the engine cannot be emptied")
             is_sound = False
@@ -289,22 +344,28 @@ class EngineWorker:
             self.engine = self._make_engine()
 
     def _bring_back(self) -> None:
-        """Let the next one return once the one before has got further than it was."""
-        if not self._returning or self._trial is not None:
+        """Let the next one return once the one before has got further than it was, and new ones after the last."""
+        if self._trial is not None:
             return
-        job = self._returning.popleft()
+        if self._returning:
+            job = self._returning.popleft()
+            if self._take_up(job):
+                self._trial = job
+            return
+        while self._new:
+            self._take_up(self._new.popleft())
+
+    def _take_up(self, job: Job) -> bool:
+        """Put a job into the engine; where that cannot be, its stream ends with the reason."""
         try:
             self._add_all([job])
         except MoestroError as error:
-            job.stream.put(EngineError(str(error)))
-        else:
-            self._trial = job
+            job.stream.put(error)
+            return False
+        return True
 
 
-def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)
+def _log_failure(future: Future[Any]) -> None:
+    error = future.exception()
+    if error is not None and not isinstance(error, ClosedError):
+        log.error("a request could not be dropped", exc_info=error)

@@ -169,7 +169,7 @@ def open_domains(
         if any(shards.num_tokens(domain, split) > 1 for split in splits)
     }
     if not domains:
-        raise DataError("there is no held-out text to evaluate on; give --data PATH or --split all")
+        raise DataError("there is no held-out text to evaluate on", hint="give --data PATH or --split all")
     return domains
 
 
@@ -191,7 +191,7 @@ def find_run_shards(model: Path) -> Path:
     for run in (model, model.resolve().parent.parent):
         if (run / "data" / "shards" / "index.json").exists():
             return run / "data" / "shards"
-    raise DataError(f"{model} is not a run with data of its own; say what to evaluate on with --data")
+    raise DataError(f"{model} is not a run with data of its own", hint="say what to evaluate on with --data")
 
 
 def pad_token_bytes(token_bytes: NDArray[np.int32], vocab_size: int) -> Tensor:

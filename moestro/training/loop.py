@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import moestro
 from moestro import machine
 from moestro.config import Config
 from moestro.data.batches import PackState
@@ -33,6 +32,7 @@ from moestro.training.metrics import RunLog, TensorBoardMirror, TrackioMirror, r
 from moestro.training.prepare import Session, open_session
 from moestro.training.progress import Progress
 from moestro.training.step import StepResult, train_step
+from moestro.version import __version__
 
 MEASURED_STEPS = 20  # under train.minutes, the pace of these (less the first quarter) sets the number of steps
 MAX_SKIPPED_IN_A_ROW = 5
@@ -73,7 +73,8 @@ def train(
             return Loop(session, log, progress, stop).run()
     except OSError as error:
         raise MoestroError(
-            f"{error.filename or run}: {error.strerror or error}; what was saved is intact, continue with --resume"
+            f"{error.filename or run}: {error.strerror or error}; what was saved is intact",
+            hint="continue with --resume",
         ) from error
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # torch has no class of its own for it
@@ -332,7 +333,7 @@ def write_run_info(session: Session, *, finished: bool) -> None:
         "parameters": {"total": size.total, "active": size.active},
         "machine": machine.describe_machine().cpu,
         "versions": {
-            "moestro": moestro.__version__,
+            "moestro": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

@@ -115,7 +115,7 @@ class RunLog:
         if not index.exists():
             write_atomic(index, _to_json(names))
         elif (known := _read_json(index)) != names:
-            raise MoestroError(f"{index} lists {known}, this evaluation has {names}; use another --out")
+            raise MoestroError(f"{index} lists {known}, this evaluation has {names}", hint="use another --out")
         buffer = io.BytesIO()
         np.save(buffer, loads.astype("<u8"), allow_pickle=False)
         write_atomic(folder / f"step-{step:08d}.npy", buffer.getvalue())
@@ -315,7 +315,7 @@ def _cut_routing(run: Path, layers: list[str], num_experts: int, last: int) -> N
     layout = {"version": ROUTING_VERSION, "layers": layers, "num_experts": num_experts}
     if last and index.exists():
         if _read_json(index) != layout:
-            raise MoestroError(f"{index} belongs to a model with other layers or experts; use another --out")
+            raise MoestroError(f"{index} belongs to a model with other layers or experts", hint="use another --out")
         records = read_routing(run)
         keep = int(np.searchsorted(records["step"], last, side="right")) * records.itemsize
         del records  # unmap before the file shrinks

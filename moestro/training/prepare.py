@@ -73,7 +73,7 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
     then: Config | None = None
     if saved.exists():
         if not resume:
-            raise ConfigError(f"{run} holds a run; continue it with --resume or choose another --out")
+            raise ConfigError(f"{run} holds a run", hint="continue it with --resume or choose another --out")
         then = build_config(read_json(saved))
         config = check_same_run(config, then, run)
     else:
@@ -145,7 +145,8 @@ def check_same_run(config: Config, saved: Config, run: Path) -> Config:
     different = [name for name, (now, then) in pairs.items() if now != then]
     if different:
         raise ConfigError(
-            f"{run} was started with another {', '.join(different)}; resume with the same, or choose another --out"
+            f"{run} was started with another {', '.join(different)}",
+            hint="resume with the same, or choose another --out",
         )
     return config
 
@@ -158,7 +159,7 @@ def save_config(config: Config, run: Path) -> None:
 
 def _refuse_foreign_directory(run: Path) -> None:
     if run.is_file() or (run.is_dir() and any(entry.name != "data" for entry in run.iterdir())):
-        raise ConfigError(f"{run} exists and is not a run; choose another --out")
+        raise ConfigError(f"{run} exists and is not a run", hint="choose another --out")
 
 
 def open_data(config: Config, run: Path, log: Log, *, fresh: bool) -> tuple[Tokenizer, ShardSet]:

@@ -79,7 +79,7 @@ def equal(one: Runtime, other: Runtime) -> bool:
 def answers(language_model: LanguageModel) -> list[Any]:
     """Greedy and sampled tokens with log-probabilities, drafts of the MTP modules included."""
     params = [SamplingParams(max_tokens=12, logprobs=3), SamplingParams(max_tokens=12, temperature=1.0, logprobs=3)]
-    engine = Engine(language_model, memory_bytes=1 << 22)
+    engine = Engine(language_model.runtime, language_model.tokenizer, language_model.stop_ids, memory_bytes=1 << 22)
     completions = engine.run([Request([0, 20, 30, 41], one) for one in params])
     return [(c.ids, c.logprobs, c.drafts) for (c,) in completions]
 

@@ -128,7 +128,7 @@ def test_a_dry_run_shows_cells_and_writes_nothing(call: Call, small: list[str], 
         (("--set", "model.top_k=2"), "belongs to a cell"),
         (("--set", "train.steps=3"), "--budget"),
         (("--preset", "nothing"), "nothing"),
-        (("--jobs", "0"), "--jobs"),
+        (("--jobs", "0"), "jobs must be"),
     ],
 )
 def test_mistakes_are_one_line(call: Call, arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_scheme_holds_a_model_and_nothing_else(base: Config, tmp_path: Path) -
 def test_the_base_loses_its_routing_and_takes_no_new_one() -> None:
     base = base_config(load_preset("deepseek-v3"), ["model.dense_dim=100", "train.lr=0.5"])
     assert (base.model.num_experts, base.model.num_groups, base.model.dense_dim, base.train.lr) == (0, 1, 100, 0.5)
-    for pair, word in (("model.top_k=2", "cell"), ("model.router.scale=1", "cell"), ("train.seed=1", "--seeds")):
+    for pair, word in (("model.top_k=2", "cell"), ("model.router.scale=1", "cell"), ("train.seed=1", "seeds")):
         with pytest.raises(ConfigError, match=word):
             base_config(load_preset("compare"), [pair])
 

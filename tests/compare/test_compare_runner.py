@@ -90,7 +90,7 @@ def test_configurations_follow_from_the_plan(plan_of: MakePlan) -> None:
 
 @pytest.mark.parametrize("changes", [{"seeds": 0}, {"jobs": 0}, {"expansion": 0}, {"jobs": 10_000}])
 def test_numbers_that_cannot_be_are_named(plan_of: MakePlan, changes: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="--" + next(iter(changes))):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
         plan_of(**changes)
 
 

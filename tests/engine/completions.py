@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moestro.engine.engine import Completion, Engine
+from moestro.engine.engine import Engine
+from moestro.engine.events import Completion
 from moestro.engine.sequence import Request
 
 
@@ -15,7 +16,7 @@ def run_all(engine: Engine, requests: list[Request]) -> list[Completion]:
 
 def assert_same(one: Completion, other: Completion) -> None:
     """Equal to the last bit: floats are compared as they are."""
-    assert one.ids == other.ids
+    assert (one.ids, one.text) == (other.ids, other.text)
     assert one.logprobs == other.logprobs
     assert one.prompt_logprobs == other.prompt_logprobs
     assert (one.finish_reason, one.stop_string, one.error) == (other.finish_reason, other.stop_string, other.error)

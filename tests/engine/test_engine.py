@@ -15,10 +15,12 @@ from transformers import DeepseekV3ForCausalLM
 
 from moestro.config import Config
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Completion, Engine
+from moestro.engine.engine import Engine
+from moestro.engine.events import Completion, Failure
 from moestro.engine.grammar import from_lark, from_regex
 from moestro.engine.language_model import LanguageModel, load
 from moestro.engine.paged_cache import count_pages, page_bytes
+from moestro.engine.sampler import Sampler
 from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
@@ -59,7 +61,7 @@ def written(make_config: Make, tokenizer: Tokenizer) -> LanguageModel:
 
 def engine_of(model: LanguageModel, num_pages: int = 64, **limits: int) -> Engine:
     size = page_bytes(model.model.config, model.model.dtype)
-    return Engine(model, memory_bytes=num_pages * size, **limits)
+    return Engine(model.runtime, model.tokenizer, model.stop_ids, memory_bytes=num_pages * size, **limits)
 
 
 def random_ids(count: int, seed: int) -> list[int]:
@@ -238,6 +240,78 @@ def test_stops_end_a_text(written: LanguageModel) -> None:
     assert run_all(engine_of(ending), [Request([5, 6])])[0].ids == ids[: ids.index(ids[2]) + 1]
 
 
+def test_a_stop_string_is_found_between_tokens_that_are_not_spelled(
+    written: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = written.tokenizer
+    hidden = tokenizer.bos_id
+    a, b, c, d = (tokenizer.pieces.index(letter.encode()) for letter in "abcd")
+    script = iter([hidden, a, *[hidden] * 9, b, c, hidden, hidden, d, a, a, a, a])
+    monkeypatch.setattr(written.runtime, "logits", lambda _: torch.eye(tokenizer.vocab_size)[[next(script)]])
+    request = Request([5, 6], SamplingParams(max_tokens=20, stop=("abcd",)))
+    found = run_all(engine_of(written, draft_tokens=0), [request])[0]
+    assert tokenizer.decode(found.ids) == "abcd"
+    assert (len(found.ids), found.finish_reason, found.stop_string) == (16, "stop", "abcd")
+
+
+def test_events_bring_the_text_of_those_who_want_it(written: LanguageModel) -> None:
+    tokenizer, params = written.tokenizer, SamplingParams(max_tokens=40, temperature=1.5, seed=3)
+    control = frozenset(tokenizer.specials.values())
+    bias = dict.fromkeys(control, 6.0)
+    wanted = [
+        params,
+        replace(params, return_text=True),
+        replace(params, return_text=True, logit_bias=bias),
+        replace(params, return_text=True, logit_bias=bias, spelled_ids=control),
+    ]
+    silent, plain, hidden, spelled = run_all(engine_of(written), [Request([5, 6], p) for p in wanted])
+    assert silent.text == "" and silent.ids == plain.ids
+    assert plain.text == tokenizer.decode(plain.ids)
+    assert hidden.ids == spelled.ids and control & set(hidden.ids)
+    assert hidden.text == tokenizer.decode(hidden.ids)
+    assert spelled.text == tokenizer.decode(spelled.ids, skip_special=False)
+    stop = plain.text[12:15]
+    cut = run_all(engine_of(written), [Request([5, 6], replace(params, return_text=True, stop=(stop,)))])[0]
+    assert (cut.text, cut.stop_string) == (plain.text[: plain.text.find(stop)], stop)
+
+
+def test_what_is_raised_while_sampling_is_logged_and_fails_one_request_alone(
+    written: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise ZeroDivisionError("a bug in the sampler")
+
+    monkeypatch.setattr(Sampler, "choose", fail)
+    sampled, greedy = Request([5], SamplingParams(temperature=1.0)), Request([6], SamplingParams(max_tokens=3))
+    failed, other = run_all(engine_of(written), [sampled, greedy])
+    assert failed.error == Failure("engine", "a bug in the sampler") and other.finish_reason == "length"
+    (record,) = caplog.records
+    assert record.name == "moestro.engine" and record.exc_info and record.exc_info[0] is ZeroDivisionError
+
+
+def test_streams_run_and_step_do_not_take_each_others_events(written: LanguageModel) -> None:
+    requests = [Request([5 + i, 6], SamplingParams(max_tokens=9 + i, n=1 + i % 2)) for i in range(3)]
+    alone = [engine_of(written).run([request])[0] for request in requests]
+    engine = engine_of(written)
+    added = engine.add(requests[0])
+    stream = engine.stream(requests[1])
+    found = [[Completion()], [Completion(), Completion()]]
+    for event in stream:
+        found[1][event.index].add(event)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.request_id == added
+            found[0][event.index].add(event)
+    open_stream = engine.stream(requests[1])
+    next(open_stream)
+    found.append(engine.run([requests[2]])[0])
+    open_stream.close()
+    for one, other in zip(found, alone, strict=True):
+        for completion, expected in zip(one, other, strict=True):
+            assert_same(completion, expected)
+    assert engine.is_empty and not engine.running_ids
+
+
 def test_n_continuations_are_those_of_n_seeds(written: LanguageModel) -> None:
     prompt = random_ids(70, 1)
     settings = {"max_tokens": 8, "temperature": 1.0, "top_k": 50, "min_p": 0.001, "repetition_penalty": 1.1}
@@ -271,23 +345,25 @@ def test_numbers_that_are_not_finite_end_one_request_alone(
     monkeypatch.setattr(written.runtime, "logits", lambda h: logits(h).index_fill(0, torch.tensor([1]), math.nan))
     good, bad = run_all(engine, [Request([5, 6], SamplingParams(max_tokens=1)), Request([7], SamplingParams())])
     assert (len(good.ids), good.finish_reason) == (1, "length")
-    assert (bad.ids, bad.finish_reason, bad.error) == ([], "error", "the model's numbers are not finite")
+    assert (bad.ids, bad.finish_reason) == ([], "error")
+    assert bad.error == Failure("engine", "the model's numbers are not finite")
     assert not engine.has_work
 
 
 @pytest.mark.parametrize(
-    ("params", "named"),
+    ("params", "kind", "named"),
     [
-        ({"temperature": 1.0, "repetition_penalty": 1e-300}, "infinite"),
-        ({"grammar": from_lark('start: "a" <｜User｜>')}, "no token"),  # a control token, which is never allowed
+        ({"temperature": 1.0, "repetition_penalty": 1e-300}, "request", "infinite"),
+        ({"grammar": from_lark('start: "a" <｜User｜>')}, "grammar", "no token"),  # a control token: never allowed
         (
             {"grammar": from_lark("start: " + " | ".join(f'"a" "b{i}"' for i in range(2300)))},
+            "grammar",
             "items",
         ),  # more work in a step than allowed
     ],
 )
 def test_a_request_that_raises_in_a_step_fails_alone(
-    written: LanguageModel, params: dict[str, object], named: str
+    written: LanguageModel, params: dict[str, object], kind: str, named: str
 ) -> None:
     good = Request(random_ids(20, 1), SamplingParams(max_tokens=9, logprobs=1, return_routes=True))
     alone = run_all(engine_of(written), [good])[0]
@@ -296,7 +372,8 @@ def test_a_request_that_raises_in_a_step_fails_alone(
     first, failed, last = run_all(engine, [good, bad, good])
     assert_same(first, alone)
     assert_same(last, alone)
-    assert failed.finish_reason == "error" and failed.error is not None and named in failed.error
+    assert failed.finish_reason == "error" and failed.error is not None
+    assert failed.error.kind == kind and named in failed.error.message
     assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_pages
 
 

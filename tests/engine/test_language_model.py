@@ -69,6 +69,17 @@ def test_seeds_repeat(written: LanguageModel) -> None:
     assert one == two != three
 
 
+def test_two_streams_of_one_model_do_not_mix(written: LanguageModel) -> None:
+    prompts = ([5, 6], [7, 8, 9])
+    alone = [list(written.stream_ids(prompt, max_tokens=8)) for prompt in prompts]
+    one, other = (written.stream_ids(prompt, max_tokens=8) for prompt in prompts)
+    assert [list(ids) for ids in zip(*zip(one, other, strict=True), strict=True)] == alone
+    left = written.stream_ids(prompts[0], max_tokens=8)
+    assert next(left) == alone[0][0]
+    assert list(written.stream_ids(prompts[1], max_tokens=8)) == alone[1]
+    assert list(left) == alone[0][1:]
+
+
 def test_a_stop_id_ends_the_text(written: LanguageModel) -> None:
     ids = written.generate([5, 6], max_tokens=10).ids
     stopping = LanguageModel(written.model, written.tokenizer, frozenset([ids[3]]))

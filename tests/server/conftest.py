@@ -33,7 +33,13 @@ def make_engine(language_model: LanguageModel) -> Callable[..., Engine]:
 
     def make(num_pages: int = 96, **limits: int) -> Engine:
         memory = num_pages * page_bytes(language_model.config, language_model.model.dtype)
-        return Engine(language_model, memory_bytes=memory, **limits)
+        return Engine(
+            language_model.runtime,
+            language_model.tokenizer,
+            language_model.stop_ids,
+            memory_bytes=memory,
+            **limits,  # type: ignore[arg-type]
+        )
 
     return make
 

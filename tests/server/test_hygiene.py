@@ -9,16 +9,20 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
+import torch
 from live import Live, MakeEngine, run_live
 
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Event
+from moestro.engine.events import Event, Failure
+from moestro.errors import ConfigError
 from moestro.server import guard
+from moestro.server.answers import refusal
 from moestro.server.schema import MAX_BODY_BYTES, MAX_HEADERS, MAX_SCHEMA_DEPTH
+from moestro.server.worker import EngineError
 
 KEY = "a-key-of-sixteen-characters-or-more"
 TALK = [{"role": "user", "content": "the cat"}]
@@ -304,6 +308,35 @@ def test_numbers_that_are_not_finite_are_a_500(live: Live, monkeypatch: pytest.M
     monkeypatch.setattr(live.engine.runtime, "logits", lambda hidden: logits(hidden) * math.nan)
     reply = live.http.post("/v1/completions", json={"prompt": "x"})
     assert reply.status_code == 500 and "finite" not in reply.text
+
+
+@pytest.mark.parametrize("kind", ["request", "grammar", "engine"])
+def test_clients_are_told_of_their_own_mistakes_alone(
+    kind: Literal["request", "grammar", "engine"], caplog: pytest.LogCaptureFixture
+) -> None:
+    error = refusal(Failure(kind, "details of a grammar"))
+    assert isinstance(error, EngineError if kind == "engine" else ConfigError)
+    assert ("details" in str(error), "details" in caplog.text) == (kind != "engine", kind == "engine")
+
+
+def test_a_stop_string_between_tokens_that_are_not_spelled_ends_the_request(
+    make_engine: MakeEngine, tokenizer_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = tokenizer.bos_id
+    b, a, c, d = (tokenizer.pieces.index(letter.encode()) for letter in "bacd")
+    script = [b, a, b, *[hidden] * 9, c, hidden, d, a, a]
+    with run_live(lambda: make_engine(draft_tokens=0), tokenizer_path) as live:
+        for route, body in (
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            ids = iter(script)
+            monkeypatch.setattr(live.engine.runtime, "logits", lambda _, ids=ids: torch.eye(300)[[next(ids)]])
+            reply = live.http.post(route, json={**body, "temperature": 0, "max_tokens": 17, "stop": "abcd"}).json()
+            (choice,) = reply["choices"]
+            assert choice.get("text", choice.get("message", {}).get("content")) == "b"
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "abcd")
+            assert reply["usage"]["completion_tokens"] == 15
 
 
 @pytest.mark.parametrize("field", ["top_p", "temperature"])

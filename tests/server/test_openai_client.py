@@ -14,7 +14,8 @@ from live import Live, MakeEngine, run_live
 
 from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Completion, Engine
+from moestro.engine.engine import Engine
+from moestro.engine.events import Completion
 from moestro.engine.language_model import LanguageModel
 from moestro.engine.sequence import Request, SamplingParams
 
@@ -210,7 +211,9 @@ def test_a_template_that_opens_a_thought_begins_with_reasoning(
     opened.save(tmp_path)
     model = LanguageModel(language_model.model, opened, language_model.stop_ids)
     body: dict[str, Any] = {"messages": TALK, "max_tokens": 6, "temperature": 0}
-    with run_live(lambda: Engine(model, memory_bytes=2**24), tmp_path / "tokenizer.json") as live:
+    with run_live(
+        lambda: Engine(model.runtime, model.tokenizer, model.stop_ids, memory_bytes=2**24), tmp_path / "tokenizer.json"
+    ) as live:
         message = live.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
         assert message["reasoning_content"] and message["content"] == ""
         body["logit_bias"] = {str(tokenizer.think_end_id): 100}

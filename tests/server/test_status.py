@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from live import Live
 from prometheus_client.parser import text_string_to_metric_families
 
 from moestro.config import Config
 from moestro.data.tokenizer import Tokenizer
+from moestro.server import app
 from moestro.server.loads import WINDOW_SECONDS, LoadHistory, layer_names
+from moestro.server.worker import ClosedError
 
 
 def read_metrics(live: Live) -> dict[tuple[str, ...], float]:
@@ -79,6 +85,25 @@ def test_recent_loads_are_those_of_the_window(make_config: Callable[..., Config]
     assert math.isclose(told["total"]["entropy"][0], 1 / 3, abs_tol=1e-6)  # two of eight: log 2 / log 8
     told = history.describe(300.0, loads * 0)
     assert told["recent"]["load"] == [[0] * 8]
+
+
+def test_loads_are_sampled_again_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = iter([RuntimeError("no figures"), SimpleNamespace(loads=torch.ones(1, 2)), ClosedError("the end")])
+    added: list[Any] = []
+
+    async def read_stats() -> Any:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    worker = SimpleNamespace(is_alive=True, read_stats=read_stats)
+    loads = SimpleNamespace(add=lambda moment, counts: added.append(counts.tolist()))
+    monkeypatch.setattr(app, "SAMPLE_SECONDS", 0)
+    asyncio.run(app._sample_loads(SimpleNamespace(worker=worker, loads=loads)))  # type: ignore[arg-type]
+    assert added == [[[1.0, 1.0]]] and "no figures" in caplog.text
 
 
 def test_a_dense_model_has_no_layers_to_tell_of(make_config: Callable[..., Config]) -> None:

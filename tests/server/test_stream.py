@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.engine import Event
+from moestro.engine.events import Event
 from moestro.server.choices import Details, name_token
-from moestro.server.stream import Detokenizer, Splitter, StopFilter, count_beginning, spell
+from moestro.server.stream import Splitter
 from moestro.server.tools import Call, CallReader, read_call
 
 TOKENIZER = Tokenizer.builtin()
@@ -24,50 +24,9 @@ def cut(text: str, places: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
-@given(st.text(), st.booleans())
-def test_pieces_of_text_are_whole_characters(text: str, is_short: bool) -> None:
-    tokenizer = PLAIN if is_short else TOKENIZER
-    stream = Detokenizer(tokenizer)
-    pieces = [stream.push(id) for id in tokenizer.encode(text)]
-    assert "".join([*pieces, stream.finish()]) == text
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
-
-
-def test_half_a_character_is_held_back_and_replaced_at_the_end() -> None:
-    ids = [PLAIN.pieces.index(bytes([byte])) for byte in "🙂".encode()]
-    stream = Detokenizer(PLAIN)
-    assert [stream.push(id) for id in ids] == ["", "", "", "🙂"]
-    assert [stream.push(id) for id in ids[:2]] + [stream.finish()] == ["", "", "\ufffd"]
-    assert name_token(PLAIN, ids[0]) == "bytes:\\xf0"
+def test_a_token_that_is_half_a_character_is_named_by_its_bytes() -> None:
+    assert name_token(PLAIN, PLAIN.pieces.index(b"\xf0")) == "bytes:\\xf0"
     assert name_token(PLAIN, 10_000) == ""
-
-
-def test_control_tokens_are_not_spelled_and_thoughts_are() -> None:
-    assert spell(PLAIN, PLAIN.eos_id) == b"" == spell(PLAIN, 10_000)
-    assert spell(PLAIN, PLAIN.eos_id, frozenset([PLAIN.eos_id])) == "<｜end▁of▁sentence｜>".encode()
-    assert PLAIN.think_id is not None and spell(PLAIN, PLAIN.think_id) == b"<think>"
-
-
-@given(st.text("ab"), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_what_may_begin_a_marker(text: str, markers: list[str]) -> None:
-    fits = [n for n in range(len(text) + 1) for m in markers if n < len(m) and text[len(text) - n :] == m[:n]]
-    assert count_beginning(text, markers) == max(fits, default=0)
-
-
-@given(st.text("abc"), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 99)))
-def test_stops_cut_where_the_first_one_begins(text: str, stops: list[str], places: list[int]) -> None:
-    pieces = cut(text, places)
-    found = StopFilter(stops)
-    sent, seen = "", ""
-    for piece in pieces:
-        sent, seen = sent + found.push(piece), seen + piece
-        ends = [seen.find(stop) for stop in stops if stop in seen]
-        if ends:  # the engine ends the text here
-            assert sent == seen[: min(ends)]
-            assert found.push("more") == found.finish() == ""
-            return
-        assert seen.startswith(sent)
-    assert sent + found.finish() == text
 
 
 THOUGHT = re.compile(r"\s*<think>(?P<thought>.*?)(</think>(?P<answer>.*)|$)", re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Iterator
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 from live import MakeEngine
 
-from moestro.engine.engine import Completion, Engine, Event
+from moestro.engine.engine import Engine
+from moestro.engine.events import Completion, Event
 from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
@@ -272,3 +274,71 @@ def test_stopping_ends_what_runs_and_refuses_more(make_engine: MakeEngine) -> No
         assert not worker.is_alive
 
     run_one(main())
+
+
+def test_what_is_asked_of_a_thread_that_ends_is_refused(worker: EngineWorker) -> None:
+    go_on = threading.Event()
+
+    async def main() -> None:
+        busy = asyncio.ensure_future(worker.call(go_on.wait))
+        await asyncio.sleep(0)
+        worker.abandon()
+        late = [asyncio.ensure_future(worker.read_stats()) for _ in range(3)]
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await busy
+        for answer in late:
+            with pytest.raises(ClosedError):
+                await answer
+        await asyncio.to_thread(worker.stop)
+        with pytest.raises(ClosedError):
+            await worker.read_stats()
+
+    run_one(main())
+
+
+def test_a_loop_that_closes_does_not_end_the_thread(worker: EngineWorker) -> None:
+    async def leave() -> Stream:
+        stream = await worker.open([Request([5, 6], SamplingParams(max_tokens=60))])
+        loop = asyncio.get_running_loop()
+        loop.is_closed = lambda: False  # type: ignore[method-assign]  # it is asked a moment before the loop closes
+        return stream
+
+    loop = asyncio.new_event_loop()
+    stream = loop.run_until_complete(leave())
+    loop.close()
+    while asyncio.run(worker.read_stats()).generated_tokens < 60:
+        pass
+    stream.close()
+    del loop.is_closed
+    assert worker.is_alive and asyncio.run(ask(worker, REQUESTS[0]))
+
+
+def test_requests_that_come_during_a_recovery_are_not_confused_with_those_that_come_back(
+    worker: EngineWorker, expected: list[list[Completion]]
+) -> None:
+    step, later = worker.engine.step, list[asyncio.Future[Any]]()
+
+    async def main() -> list[Any]:
+        loop = asyncio.get_running_loop()
+
+        def raising() -> list[Event]:
+            if worker._trial is not None and not later:  # one is on trial: another bad request comes
+                later.append(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(ask(worker, bad), loop), loop=loop))
+                while worker._inbox.empty():
+                    time.sleep(0.001)
+            if any(BAD in sequence.tokens[:3] for sequence in worker.engine.scheduler.running):
+                raise RuntimeError("a kernel failed")
+            return step()
+
+        worker.engine.step = raising  # type: ignore[method-assign]
+        stream = await worker.open([REQUESTS[1]])
+        good = asyncio.ensure_future(collect(stream))
+        found = await asyncio.gather(good, ask(worker, bad), return_exceptions=True)
+        return [*found, *await asyncio.gather(*later, return_exceptions=True)]
+
+    bad = Request([5, BAD, 6], SamplingParams(max_tokens=5))
+    first, *others = run_one(main())
+    assert first == ids_of(expected[1])
+    assert len(others) == 2 and all(isinstance(error, EngineError) for error in others)
+    assert is_empty(worker.engine) and worker.num_choices == 0

@@ -221,7 +221,7 @@ def test_resuming_with_another_configuration_is_refused(
 
 
 def test_places_in_use_are_refused(make_config: Make, tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--resume"):
+    with pytest.raises(ConfigError, match="holds a run"):
         train(make_config(), tiny_run, quiet=True)
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="is not a run"):

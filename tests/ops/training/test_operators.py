@@ -164,8 +164,16 @@ def test_a_parameter_is_cast_once_until_it_changes(monkeypatch: pytest.MonkeyPat
     assert forms.cast(weight, torch.float32) is weight
 
 
-@pytest.mark.parametrize("form", ["torch", pytest.param("native", marks=pytest.mark.skipif(
-    library.load_library() is None, reason="the native kernels are not built"))])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "torch",
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(library.load_library() is None, reason="the native kernels are not built"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_rows_multiply_losses_and_gradients(form: str, dtype: torch.dtype) -> None:
     """Against log-softmax in fp64; some weights are 0, some negative, some rows have no target."""
