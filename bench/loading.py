@@ -2,7 +2,7 @@
 
     python bench/loading.py                            # Moonlight's layers, two of them, random weights in bf16
     python bench/loading.py --layers 8 --experts 64    # 4.5B parameters
-    python bench/loading.py --model DIR --kinds int4
+    python bench/loading.py --model DIR --formats int4
 
 Each case is a process of its own, which loads a tiny model first, so that what torch itself needs is there before
 anything is counted. Peaks are beyond that: of private memory (RssAnon), of mapped file pages, which the kernel may
@@ -61,20 +61,20 @@ class Peaks:
         return self.most[name] - self.before["VmRSS" if name == "VmHWM" else name]
 
 
-def measure(directory: str, tiny: str, kind: str, out: str) -> None:
+def measure(directory: str, tiny: str, format: str, out: str) -> None:
     """The worker: load and ask, or, where there is an `out`, pack into it; prints one JSON object."""
     from moestro.engine.engine import Engine
     from moestro.engine.language_model import load, pack
     from moestro.engine.sequence import Request, SamplingParams
 
-    Engine(load(tiny, weights=kind), memory_bytes=2**24).run([Request([1, 2], SamplingParams(max_tokens=2))])
+    Engine(load(tiny, weights=format), memory_bytes=2**24).run([Request([1, 2], SamplingParams(max_tokens=2))])
     times: list[float] = []
     start = time.perf_counter()
     with Peaks() as peaks:
         if out:
-            runtime = pack(Path(directory), Path(out), weights=kind)
+            runtime = pack(Path(directory), Path(out), weights=format)
         else:
-            language_model = load(directory, weights=kind)
+            language_model = load(directory, weights=format)
             runtime = language_model.runtime
     seconds = time.perf_counter() - start
     if not out:
@@ -105,7 +105,7 @@ def make_model(out: Path, *settings: str) -> Path:
     return out
 
 
-def compare(model: Path | None, kinds: list[str], settings: list[str]) -> None:
+def compare(model: Path | None, formats: list[str], settings: list[str]) -> None:
     """Print the table."""
     from moestro.machine import describe_machine
 
@@ -116,17 +116,17 @@ def compare(model: Path | None, kinds: list[str], settings: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="moestro-") as folder:
         tiny = make_model(Path(folder) / "tiny", *TINY)
         model = model or make_model(Path(folder) / "model", *PRESET, *settings)
-        for kind in kinds:
-            out = Path(folder) / kind
+        for format in formats:
+            out = Path(folder) / format
             for name, source, place in (("files", model, ""), ("pack", model, out), ("packed", out, "")):
-                found = run_worker(source, tiny, kind, place)
+                found = run_worker(source, tiny, format, place)
                 parts = " ".join(
                     f"{found[field] / found['packed']:>{width}.3f}"
                     for field, width in (("RssAnon", 8), ("RssFile", 7), ("VmHWM", 6))
                 )
                 first, *others = found["times"] or [math.nan]
                 following = 1000 * statistics.mean(others or [math.nan])
-                print(f"{kind:<8} {name:<9} {found['packed'] / 1e9:>10.2f} {parts} {found['seconds']:>8.2f}"
+                print(f"{format:<8} {name:<9} {found['packed'] / 1e9:>10.2f} {parts} {found['seconds']:>8.2f}"
                       f" {first:>9.2f} {following:>9.1f}", flush=True)  # fmt: skip
             shutil.rmtree(out)
 
@@ -138,12 +138,12 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model directory in place of random weights")
-    parser.add_argument("--kinds", default="bf16,int8,int4,fp32")
+    parser.add_argument("--formats", default="bf16,int8,int4,fp32")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=32)
     options = parser.parse_args()
     settings = [f"model.num_layers={options.layers}", f"model.num_experts={options.experts}"]
-    compare(options.model, options.kinds.split(","), settings)
+    compare(options.model, options.formats.split(","), settings)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from moestro.checkpoints.files import ModelFiles, kept_dtype, refuse_misfits
 from moestro.checkpoints.packed import PackedFiles, Save
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.transformer import Transformer
-from moestro.ops.serving.formats import LAYOUTS, RowSource, Stack
+from moestro.ops.serving.formats import FORMATS, RowSource, Stack, plain_format
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
 Source = Transformer | ModelFiles | PackedFiles
@@ -42,13 +42,13 @@ class Packer:
     """Gives the parts of a served model, by name; names are below the place `at` which it stands.
 
     `model` is the structure, without weights. Weights are rounded to `dtype`, that of the activations, before they are
-    packed as `kind`; routers stay in fp32. `parts` is everything packed so far. With `save`, every part goes there when
-    it is packed, and only its outline is kept and given, on the meta device.
+    packed in `format`; routers stay in fp32. `parts` is everything packed so far. With `save`, every part goes there
+    when it is packed, and only its outline is kept and given, on the meta device.
     """
 
-    def __init__(self, source: Source, kind: str | None = None, save: Save | None = None) -> None:
-        """ConfigError for a kind that is not known, or not that of packed files."""
-        self.kind, self.dtype = choose_kind(source, kind), source.dtype
+    def __init__(self, source: Source, format: str | None = None, save: Save | None = None) -> None:
+        """ConfigError for a format that is not known, or not that of packed files."""
+        self.format, self.dtype = choose_format(source, format), source.dtype
         with torch.device("meta"):
             self.model = Transformer(source.config, source.dtype).eval()
         self.parts: dict[str, PackedLinear | PackedHeads | PackedExperts] = {}
@@ -83,27 +83,27 @@ class Packer:
         self._plain[name] = value
         return value
 
-    def linear(self, name: str, *parameters: str, kind: str | None = None) -> PackedLinear:
+    def linear(self, name: str, *parameters: str, format: str | None = None) -> PackedLinear:
         """One product for parameters [M, K] with the same input, their outputs one after the other."""
-        kind, parameters = kind or self.kind, tuple(self._place + parameter for parameter in parameters)
+        format, parameters = format or self.format, tuple(self._place + parameter for parameter in parameters)
         shapes = [self._outline.parts(parameter)[0].shape for parameter in parameters]
         dtype = kept_dtype(parameters[0], self.dtype)
 
         def pack() -> PackedLinear:
             rows = [part for parameter in parameters for part in self._weights.parts(parameter)]
-            return PackedLinear.pack(RowSource(rows, dtype), kind)
+            return PackedLinear.pack(RowSource(rows, dtype), format)
 
-        return self._part(name, PackedLinear, (kind, sum(rows for rows, _ in shapes), shapes[0][1]), pack)
+        return self._part(name, PackedLinear, (format, sum(rows for rows, _ in shapes), shapes[0][1]), pack)
 
     def heads(self, name: str, parameter: str, count: int, choose: Callable[[Tensor], Tensor]) -> PackedHeads:
         """A matrix [V, K] per head, in the precision of activations: `choose` takes it out of [heads, …, columns]."""
-        parameter, kind = self._place + parameter, plain_kind(self.dtype)
+        parameter, format = self._place + parameter, plain_format(self.dtype)
 
         def chosen(weights: HeldWeights | ModelFiles) -> Tensor:
             return choose(torch.cat(weights.parts(parameter)).to(self.dtype).unflatten(0, (count, -1)))
 
-        sizes = [kind, *map(int, chosen(self._outline).shape)]
-        return self._part(name, PackedHeads, sizes, lambda: PackedHeads.pack(chosen(self._weights), kind))
+        sizes = [format, *map(int, chosen(self._outline).shape)]
+        return self._part(name, PackedHeads, sizes, lambda: PackedHeads.pack(chosen(self._weights), format))
 
     def experts(self, name: str) -> PackedExperts:
         """The routed experts of a layer, read one at a time."""
@@ -115,8 +115,8 @@ class Packer:
             return Stack(shape, matrices)
 
         gate_up, down = stack("gate_up"), stack("down")
-        sizes = (self.kind, *down.shape)
-        part = self._part(name, PackedExperts, sizes, lambda: PackedExperts.pack(gate_up, down, self.kind))
+        sizes = (self.format, *down.shape)
+        part = self._part(name, PackedExperts, sizes, lambda: PackedExperts.pack(gate_up, down, self.format))
         machine.return_freed_memory()  # what was read
         return part
 
@@ -151,17 +151,14 @@ class Packer:
         return part
 
 
-def choose_kind(source: Source, kind: str | None) -> str:
-    """How matrices are packed; ConfigError for a kind that is not known, or not that of packed files."""
-    if kind is not None and kind not in LAYOUTS:
-        raise ConfigError(f"weights must be one of {', '.join(LAYOUTS)}, not '{kind}'")
+def choose_format(source: Source, format: str | None) -> str:
+    """How matrices are packed; ConfigError for a format that is not known, or not that of packed files."""
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"weights must be one of {', '.join(FORMATS)}, not '{format}'")
     if not isinstance(source, PackedFiles):
-        return kind or plain_kind(source.dtype)
-    if kind not in (None, source.kind):
-        raise ConfigError(f"{source.directory} holds {source.kind} weights, not {kind}: pack the original as {kind}")
-    return source.kind
-
-
-def plain_kind(dtype: torch.dtype) -> str:
-    """The kind that keeps weights as they are computed with."""
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
+        return format or plain_format(source.dtype)
+    if format not in (None, source.format):
+        raise ConfigError(
+            f"{source.directory} holds {source.format} weights, not {format}: pack the original as {format}"
+        )
+    return source.format

@@ -39,7 +39,7 @@ def pack(
     runtime = language_model.pack(model, out, dtype, weights=weights)
     num_bytes = sum(tensor.nbytes for tensor in runtime.tensors.values())
     if json_output:
-        kept = {"weights": runtime.kind, "dtype": dtype_name(runtime.dtype), "bytes": num_bytes}
+        kept = {"weights": runtime.format, "dtype": dtype_name(runtime.dtype), "bytes": num_bytes}
         print_json({"model": str(out), **kept})
     else:
-        print(f"{out}: {runtime.kind} weights, {num_bytes / 1e9:.2f} GB")
+        print(f"{out}: {runtime.format} weights, {num_bytes / 1e9:.2f} GB")

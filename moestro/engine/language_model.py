@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moestro.checkpoints.files import DTYPES, ModelFiles, read_json, read_model
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
-from moestro.checkpoints.packing import Source, choose_kind
+from moestro.checkpoints.packing import Source, choose_format
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Engine, Event
 from moestro.engine.runtime import Runtime
@@ -44,7 +44,7 @@ class LanguageModel:
         self.source, self.config = source, source.config
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
-        self.weights = choose_kind(source, weights) if weights or isinstance(source, PackedFiles) else None
+        self.weights = choose_format(source, weights) if weights or isinstance(source, PackedFiles) else None
 
     @cached_property
     def model(self) -> Transformer:
@@ -155,9 +155,9 @@ def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = No
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
-    kind = choose_kind(source, weights)
-    with write_packed(out, source.directory, kind, source.dtype) as save:
-        return Runtime(source, kind, save)
+    format = choose_format(source, weights)
+    with write_packed(out, source.directory, format, source.dtype) as save:
+        return Runtime(source, format, save)
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -89,10 +89,10 @@ class Runtime:
         packer = Packer(source, weights, save)
         model, config = packer.model, packer.model.config
         self.config: ModelConfig = config
-        self.dtype, self.kind = packer.dtype, packer.kind
+        self.dtype, self.format = packer.dtype, packer.format
         self.embedding = packer.plain("embed.weight")
         head = "embed.weight" if config.tie_embeddings else "head.weight"
-        self.head = packer.linear("head", head, kind="int8" if self.kind == "int4" else None)
+        self.head = packer.linear("head", head, format="int8" if self.format == "int4" else None)
         self.norm = ServedNorm(model.norm, packer.at("norm"))
         layers, modules = cast(list[Block], model.layers), cast(list[MTPModule], model.mtp)
         self.blocks = [ServedBlock(block, packer.at(f"layers.{i}")) for i, block in enumerate(layers)]

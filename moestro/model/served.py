@@ -36,7 +36,7 @@ class Parts(Protocol):
     def plain(self, name: str) -> Tensor:
         """A parameter that stays as it is."""
 
-    def linear(self, name: str, *parameters: str, kind: str | None = None) -> PackedLinear:
+    def linear(self, name: str, *parameters: str, format: str | None = None) -> PackedLinear:
         """One product for parameters [M, K] with the same input, their outputs one after the other."""
 
     def heads(self, name: str, parameter: str, count: int, choose: Callable[[Tensor], Tensor]) -> PackedHeads:
@@ -130,7 +130,7 @@ class ServedMoE:
     def __init__(self, moe: MoE, parts: Parts) -> None:
         self.router: Router = moe.router
         self.router.bias = parts.plain("router.bias")
-        self.gate = None if moe.router.weight is None else parts.linear("gate", "router.weight", kind="fp32")
+        self.gate = None if moe.router.weight is None else parts.linear("gate", "router.weight", format="fp32")
         self.experts = parts.experts("experts")
         self.shared = None if moe.shared is None else ServedMLP(parts.at("shared"))
 

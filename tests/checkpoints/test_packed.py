@@ -26,7 +26,7 @@ from moestro.engine.language_model import LanguageModel, load, pack
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError
-from moestro.ops.serving.formats import LAYOUTS
+from moestro.ops.serving.formats import FORMATS
 
 Make = Callable[..., Config]
 SCHEMES = {
@@ -84,17 +84,17 @@ def answers(language_model: LanguageModel) -> list[Any]:
     return [(c.ids, c.logprobs, c.drafts) for (c,) in completions]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("overrides", SCHEMES.values(), ids=SCHEMES)
 def test_packed_in_memory_from_files_and_saved_are_the_same_bits(
-    make_config: Make, tokenizer: Tokenizer, tmp_path: Path, overrides: list[str], kind: str
+    make_config: Make, tokenizer: Tokenizer, tmp_path: Path, overrides: list[str], format: str
 ) -> None:
     directory = write_model(tmp_path / "model", make_config("model.init_std=0.2", *overrides), tokenizer)
-    held, original = Runtime(load_model(directory), kind), load(directory, weights=kind)
-    pack(directory, tmp_path / "packed", weights=kind)
+    held, original = Runtime(load_model(directory), format), load(directory, weights=format)
+    pack(directory, tmp_path / "packed", weights=format)
     mapped = load(tmp_path / "packed")
     assert equal(held, original.runtime) and equal(held, mapped.runtime)
-    assert (mapped.weights, mapped.runtime.kind, mapped.runtime.dtype) == (kind, kind, torch.bfloat16)
+    assert (mapped.weights, mapped.runtime.format, mapped.runtime.dtype) == (format, format, torch.bfloat16)
     assert mapped.config == original.config
     assert (mapped.runtime.routed_bytes, mapped.runtime.other_bytes) == (held.routed_bytes, held.other_bytes)
     assert answers(mapped) == answers(original)
@@ -243,7 +243,7 @@ def test_damaged_directories_are_named(packed: Path) -> None:
 
 
 def test_other_weights_and_precisions_than_the_packed_ones_are_refused(packed: Path, tmp_path: Path) -> None:
-    assert load(packed, "bf16", weights="int8").runtime.kind == "int8"
+    assert load(packed, "bf16", weights="int8").runtime.format == "int8"
     with pytest.raises(ConfigError, match="holds int8 weights, not bf16"):
         load(packed, weights="bf16")
     with pytest.raises(ConfigError, match="packed for bf16, not fp32"):

@@ -1,4 +1,4 @@
-"""The served model against the training forward pass: every attention, router, precision and kind of weights."""
+"""The served model against the training forward pass: every attention, router, precision and format of weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moestro.engine.scheduler import pages_for
 from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer, init_weights
-from moestro.ops.serving.formats import LAYOUTS
+from moestro.ops.serving.formats import FORMATS
 
 Make = Callable[..., Config]
 SCHEMES = {
@@ -121,18 +121,18 @@ def test_how_far_serving_and_training_agree(make_config: Make) -> None:
         assert float(difference.abs().mean()) < most
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("format", FORMATS)
 @torch.inference_mode()
-def test_weights_of_every_kind_stay_close(make_config: Make, kind: str) -> None:
+def test_weights_of_every_format_stay_close(make_config: Make, format: str) -> None:
     """The mean change of a log-probability, beside the 0.9 nats by which these random ones differ from each other."""
     model, tokens = make_model(make_config, "model.init_std=0.1"), random_tokens(200)
     reference = model.logits(model(torch.tensor(tokens), AttentionBatch.causal(1, 200)).hidden).log_softmax(-1)
-    runtime = Runtime(model, kind)
+    runtime = Runtime(model, format)
     logprobs = runtime.logits(serve(runtime, tokens, [])[0]).log_softmax(-1)
-    limit = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.05, "int4": 0.4}[kind]
+    limit = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.05, "int4": 0.4}[format]
     assert float((logprobs - reference).abs().mean()) < limit
 
 
-def test_an_unknown_kind_of_weights_is_refused(make_config: Make) -> None:
+def test_an_unknown_format_is_refused(make_config: Make) -> None:
     with pytest.raises(ConfigError, match="fp32, bf16, int8, int4"):
         Runtime(make_model(make_config), "int2")

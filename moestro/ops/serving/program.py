@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.serving import attention, rows
-from moestro.ops.serving.formats import LAYOUTS
+from moestro.ops.serving.formats import FORMATS
 from moestro.ops.serving.rows import SCORES
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
@@ -298,7 +298,7 @@ class Tape:
     def experts(self, index: int, weight: PackedExperts, x: Operand, weights: Operand) -> Operand:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
-        sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, LAYOUTS[weight.kind].code, self._type)
+        sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, FORMATS[weight.format].code, self._type)
         self._note(EXPERTS, out.at, x.at, weights.at, index, weight.gate_up.data_ptr(), weight.down.data_ptr(), *sizes)
         return out
 
@@ -371,7 +371,7 @@ class Tape:
         x = self._whole(x)
         self._check(x, groups * weight.in_features)
         kind = library.TYPES[torch.float32] if x.wide else self._type
-        sizes = (groups, weight.out_features, weight.in_features, LAYOUTS[weight.kind].code, kind)
+        sizes = (groups, weight.out_features, weight.in_features, FORMATS[weight.format].code, kind)
         self._note(LINEAR, out.at, x.at, weight.panels.data_ptr(), *sizes)
         return out
 

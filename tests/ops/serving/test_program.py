@@ -106,15 +106,15 @@ def test_what_is_not_a_number_still_chooses_experts_that_exist() -> None:
 
 
 def small_model(dtype: torch.dtype) -> tuple[dict[str, Any], Selection]:
-    kind = "fp32" if dtype == torch.float32 else "bf16"
+    format = "fp32" if dtype == torch.float32 else "bf16"
     return {
-        "down": PackedLinear.pack(random(2 * 12 + 8 + 4, 20, seed=1) / 4, kind),
+        "down": PackedLinear.pack(random(2 * 12 + 8 + 4, 20, seed=1) / 4, format),
         "gate": PackedLinear.pack(random(8, 20, seed=2), "fp32"),
         "heads": PackedHeads.pack((random(2, 8, 8, seed=3) / 3).to(dtype)),
-        "back": PackedLinear.pack(random(20, 16, seed=4) / 4, kind),
-        "experts": PackedExperts.pack(random(8, 20, 20, seed=5) / 4, random(8, 20, 10, seed=6) / 3, kind),
+        "back": PackedLinear.pack(random(20, 16, seed=4) / 4, format),
+        "experts": PackedExperts.pack(random(8, 20, 20, seed=5) / 4, random(8, 20, 10, seed=6) / 3, format),
         "weight": random(20, seed=7) * 0.1 + 1,
-        "half": PackedLinear.pack(random(40, 20, seed=8) / 4, kind),
+        "half": PackedLinear.pack(random(40, 20, seed=8) / 4, format),
     }, selection(8, 2, 4, 2)
 
 
