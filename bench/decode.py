@@ -30,19 +30,17 @@ PARTS = {"forward": "runtime", "logits": "runtime", "prepare": "cache", "_choose
 
 def make_engines(dtype: str) -> dict[int, Any]:
     """An engine without drafts and one with, of one model."""
-    from types import SimpleNamespace
-
     import torch
 
     from moestro.config import ModelConfig
     from moestro.engine.engine import Engine
-    from moestro.engine.runtime import Runtime
+    from moestro.engine.language_model import LanguageModel
     from moestro.model.transformer import Transformer, init_weights
 
     model = Transformer(ModelConfig(**SHAPE), {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]).eval()
     init_weights(model, 0)
     # an engine needs a tokenizer only for grammars and stop strings
-    served = SimpleNamespace(runtime=Runtime(model), tokenizer=None, stop_ids=frozenset())
+    served = LanguageModel(model, None, frozenset())  # type: ignore[arg-type]
     return {k: Engine(served, memory_bytes=2**27, draft_tokens=k, draft_cost=0.0) for k in (0, 1)}
 
 

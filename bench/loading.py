@@ -72,10 +72,10 @@ def measure(directory: str, tiny: str, format: str, out: str) -> None:
     start = time.perf_counter()
     with Peaks() as peaks:
         if out:
-            runtime = pack(Path(directory), Path(out), weights=format)
+            packed = pack(Path(directory), Path(out), weights=format).nbytes
         else:
             language_model = load(directory, weights=format)
-            runtime = language_model.runtime
+            packed = sum(tensor.nbytes for tensor in language_model.runtime.tensors.values())
     seconds = time.perf_counter() - start
     if not out:
         engine = Engine(language_model, memory_bytes=2**28, draft_tokens=0)
@@ -85,8 +85,7 @@ def measure(directory: str, tiny: str, format: str, out: str) -> None:
             engine.step()
             times.append(time.perf_counter() - start)
     found = {name: peaks.over(name) for name in FIELDS}
-    found |= {"packed": sum(tensor.nbytes for tensor in runtime.tensors.values())}
-    print(json.dumps(found | {"seconds": seconds, "times": times}))
+    print(json.dumps(found | {"packed": packed, "seconds": seconds, "times": times}))
 
 
 def run_worker(*arguments: object) -> dict[str, Any]:

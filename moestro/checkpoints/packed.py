@@ -92,7 +92,7 @@ def read_info(directory: Path) -> dict[str, Any]:
 
 @contextmanager
 def write_packed(out: Path, source: Path, format: str, dtype: torch.dtype) -> Iterator[Save]:
-    """Gives a function that takes what a `Runtime` keeps, in parts; configuration and tokenizer come from `source`.
+    """Gives a function that takes the parts of a model one by one; configuration and tokenizer come from `source`.
 
     Parts are written when they fill a shard, so that memory holds one shard and the part that is packed. `out` is there
     when everything is on disk, and not before. ConfigError if something is there already, CheckpointError if the disk

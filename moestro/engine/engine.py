@@ -31,7 +31,8 @@ from moestro.engine.scheduler import Row, Scheduler, pages_for
 from moestro.engine.sequence import MAX_DRAFT_TOKENS, Request, SamplingParams, Sequence
 from moestro.engine.speculative import Drafter, Drafting, draft_reach, estimate_cost
 from moestro.engine.stats import Counters, DraftCounts, EngineStats
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, MoestroError
+from moestro.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from moestro.engine.language_model import LanguageModel
@@ -184,7 +185,7 @@ class Engine:
         self._counters = Counters(loads, [0] * self.draft_tokens, [0] * self.draft_tokens)
         self._progress: dict[Sequence, Progress] = {}
         self._requests: dict[int, list[Sequence]] = {}
-        self._num_requests = self._num_sequences = 0
+        self._num_requests = self._num_sequences = self._num_updates = 0
 
     @property
     def has_work(self) -> bool:
@@ -243,8 +244,19 @@ class Engine:
             self._forget(sequence)
         return bool(sequences)
 
+    def update(self, model: Transformer) -> None:
+        """Take the weights of another model of the same configuration, in place, and forget every cached prefix.
+
+        ConfigError while requests run or wait, and for what `Runtime.update` refuses; nothing has been changed then.
+        """
+        if self.has_work:
+            raise ConfigError("weights cannot be updated while requests run: finish or abort them first")
+        self.runtime.update(model)
+        self._follow_updates()
+
     def step(self) -> list[Event]:
         """Compute one batch; returns the tokens it gave, in the order of arrival among decoding sequences."""
+        self._follow_updates()
         rows = self.scheduler.schedule()
         if not rows:
             return []
@@ -275,6 +287,14 @@ class Engine:
             for event in self.step():
                 completions[event.request_id][event.index].add(event)
         return [completions[request_id] for request_id in ids]
+
+    def _follow_updates(self) -> None:
+        """What was computed with other weights is forgotten, whoever updated them; MoestroError amid a request."""
+        if self._num_updates != self.runtime.num_updates:
+            if any(sequence.num_computed or sequence.num_generated for sequence in self._progress):
+                raise MoestroError("the model's weights were updated while requests were running")
+            self.scheduler.pool.forget()
+            self._num_updates = self.runtime.num_updates
 
     def _run(self, rows: list[Row]) -> list[Computed]:
         """Compute the rows' tokens and drafts, and the logits of the last ones; scores prompts on the way."""

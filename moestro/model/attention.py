@@ -19,6 +19,7 @@ from moestro.model.layers import Linear, RMSNorm
 from moestro.model.rope import softmax_scale
 
 RopeTables = tuple[Tensor, Tensor]
+LATENT_EPS = 1e-6  # of the norms of latents, whatever `norm_eps` is
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ class LatentAttention(nn.Module):
         self.scale = softmax_scale(config)
         if config.q_lora_rank:
             self.q_down = Linear(config.hidden_dim, config.q_lora_rank)
-            self.q_norm = RMSNorm(config.q_lora_rank, 1e-6)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_up = Linear(config.q_lora_rank, heads * query_dim)
         else:
             self.q = Linear(config.hidden_dim, heads * query_dim)
         self.kv_down = Linear(config.hidden_dim, config.kv_lora_rank + config.rope_dim)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, 1e-6)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.nope_dim + config.v_dim))
         self.out = Linear(heads * config.v_dim, config.hidden_dim)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from moestro.checkpoints.packing import pack_model
 from moestro.config import Config
 from moestro.engine.paged_cache import PagedCache
 from moestro.engine.runtime import Runtime
@@ -70,7 +71,7 @@ def serve(runtime: Runtime, tokens: list[int], cuts: list[int]) -> tuple[torch.T
 def test_every_scheme_computes_what_it_was_trained_as(make_config: Make, overrides: list[str]) -> None:
     model, tokens = make_model(make_config, *overrides), random_tokens(80)
     expected = model(torch.tensor(tokens), AttentionBatch.causal(1, len(tokens)))
-    runtime = Runtime(model)
+    runtime = Runtime(pack_model(model))
     hidden, ids = serve(runtime, tokens, [60, 61, 62, 66])
     torch.testing.assert_close(hidden, expected.hidden, rtol=1e-4, atol=1e-4)
     assert len(ids) == len(expected.routes)
@@ -85,7 +86,7 @@ def test_absorbed_over_pages_equals_naive_over_the_whole(make_config: Make, cach
     """Latents as keys and values of all heads, or keys and values expanded from them: one function."""
     model, tokens = make_model(make_config, "model.q_lora_rank=12"), random_tokens(cached + 3)
     expected = model(torch.tensor(tokens), AttentionBatch.causal(1, len(tokens))).hidden
-    hidden, _ = serve(Runtime(model), tokens, [cached, cached + 1])
+    hidden, _ = serve(Runtime(pack_model(model)), tokens, [cached, cached + 1])
     torch.testing.assert_close(hidden, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -97,7 +98,7 @@ def test_mtp_modules_compute_what_they_were_trained_as(make_config: Make) -> Non
     main = model(torch.tensor(tokens[:length]), batch)
     ahead = [torch.tensor(tokens[k : k + length]) for k in (1, 2)]
     expected = model.forward_mtp(main.hidden, ahead, batch)
-    runtime, pages = Runtime(model), list(range(pages_for(length)))
+    runtime, pages = Runtime(pack_model(model)), list(range(pages_for(length)))
     cache = PagedCache(model.config, len(pages), runtime.dtype)
     hidden = runtime.forward(cache.prepare([(tokens[:length], 0, pages)]), cache).hidden
     for depth, output in enumerate(expected):
@@ -113,7 +114,7 @@ def test_how_far_serving_and_training_agree(make_config: Make) -> None:
     for dtype, least_share, most in ((torch.float32, 1.0, 1e-4), (torch.bfloat16, 0.95, 0.15)):
         model = make_model(make_config, "model.init_std=0.1", dtype=dtype)
         expected = model(torch.tensor(tokens), AttentionBatch.causal(1, len(tokens)))
-        runtime = Runtime(model)
+        runtime = Runtime(pack_model(model))
         hidden, ids = serve(runtime, tokens, [333])
         same = [a.sort(-1).values == r.ids.sort(-1).values for a, r in zip(ids, expected.routes, strict=True)]
         assert float(torch.cat(same).float().mean()) >= least_share
@@ -127,7 +128,7 @@ def test_weights_of_every_format_stay_close(make_config: Make, format: str) -> N
     """The mean change of a log-probability, beside the 0.9 nats by which these random ones differ from each other."""
     model, tokens = make_model(make_config, "model.init_std=0.1"), random_tokens(200)
     reference = model.logits(model(torch.tensor(tokens), AttentionBatch.causal(1, 200)).hidden).log_softmax(-1)
-    runtime = Runtime(model, format)
+    runtime = Runtime(pack_model(model, format))
     logprobs = runtime.logits(serve(runtime, tokens, [])[0]).log_softmax(-1)
     limit = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.05, "int4": 0.4}[format]
     assert float((logprobs - reference).abs().mean()) < limit
@@ -135,4 +136,4 @@ def test_weights_of_every_format_stay_close(make_config: Make, format: str) -> N
 
 def test_an_unknown_format_is_refused(make_config: Make) -> None:
     with pytest.raises(ConfigError, match="fp32, bf16, int8, int4"):
-        Runtime(make_model(make_config), "int2")
+        Runtime(pack_model(make_model(make_config), "int2"))

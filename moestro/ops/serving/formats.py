@@ -23,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,17 +116,6 @@ class RowSource:
             found.append(part[max(first, 0) : max(last, 0)])
             first, last = first - len(part), last - len(part)
         return torch.cat([rows.to(self._dtype) for rows in found])
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Matrices of one shape, read one at a time: together [E, M, K]."""
-
-    shape: Sequence[int]
-    matrices: Iterable[Tensor]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.matrices)
 
 
 def panel_shape(rows: int, columns: int, format: str) -> tuple[int, int]:

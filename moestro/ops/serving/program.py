@@ -113,7 +113,7 @@ class Operations(Protocol[Value]):
 
 
 class Eager:
-    """Operations at once. `ids` [L, N, A] int64: of hashed routers, and what the others choose; `layers`: the cache."""
+    """Operations at once. `ids` [L, N, A] int64: experts that are known, −1 to be chosen; `layers`: the cache."""
 
     def __init__(self, layout: StepLayout, layers: Sequence[Tensor], ids: Tensor) -> None:
         self.layout, self.layers, self.ids = layout, layers, ids
@@ -164,7 +164,7 @@ class Eager:
     def route(self, index: int, logits: Tensor | None, selection: Selection) -> Tensor:
         if logits is None:
             logits = torch.zeros(self.ids.shape[1], len(selection.bias))
-        ids, weights = rows.route(logits.flatten(1), selection, self.ids[index] if selection.hashed else None)
+        ids, weights = rows.route(logits.flatten(1), selection, self.ids[index])
         self.ids[index] = ids
         return weights
 
@@ -290,7 +290,7 @@ class Tape:
     def route(self, index: int, logits: Operand | None, selection: Selection) -> Operand:
         s, out = selection, self.value(selection.top_k, wide=True)
         sizes = (len(s.bias), s.num_groups, s.top_k_groups)
-        kinds = (SCORES[s.score], s.group_best, s.multiply, s.normalize, s.hashed)
+        kinds = (SCORES[s.score], s.group_best, s.multiply, s.normalize, 1)
         bias = self._keep(s.bias.float().contiguous())
         self._note(ROUTE, index, out.at, 0 if logits is None else logits.at, bias, *sizes, _bits(s.scale), *kinds)
         return out

@@ -133,8 +133,8 @@ FIXED_ORDER = FixedOrder()
 def route(logits: Tensor, selection: Selection, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `rows.route`."""
     scores = score_experts(logits, selection.score, FIXED_ORDER)
-    if ids is None:
-        ids = choose(add_bias(scores, selection), selection)
+    chosen = choose(add_bias(scores, selection), selection)
+    ids = chosen if ids is None else torch.where(ids < 0, chosen, ids)
     return ids, weigh(scores, ids, selection, FIXED_ORDER)
 
 

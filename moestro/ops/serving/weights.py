@@ -10,7 +10,7 @@ No operation here has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.serving import formats, reference
-from moestro.ops.serving.formats import FORMATS, PANEL, RowSource, Stack
+from moestro.ops.serving.formats import FORMATS, PANEL, RowSource
 
 
 class _Matrices:
@@ -34,9 +34,16 @@ class _Matrices:
             raise ValueError(f"{list(panels.shape)} bytes are not {format} panels of {out_features} x {in_features}")
         self.panels, self.format = panels.contiguous(), format
         self.out_features, self.in_features = out_features, in_features
-        self.sizes = (format, *panels.shape[: self.leading], out_features, in_features)
+        self.sizes = (*panels.shape[: self.leading], out_features, in_features)
         self.nbytes = panels.nbytes
         self._address, self._code = self.panels.data_ptr(), FORMATS[format].code
+
+    @classmethod
+    def empty(cls, format: str, *sizes: int) -> Self:
+        """Memory for matrices of some `sizes`, (…, outputs, inputs), to be filled."""
+        *number, rows, columns = sizes
+        panels = formats.new_panels((*number, *formats.panel_shape(rows, columns, format)))
+        return cls(panels, format, rows, columns)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -57,7 +64,13 @@ class PackedLinear(_Matrices):
     @classmethod
     def pack(cls, weight: Tensor | RowSource, format: str) -> PackedLinear:
         """weight [M, K] fp32 or bf16; format fp32, bf16, int8 or int4."""
-        return cls(formats.pack_panels(weight, format), format, *weight.shape)
+        packed = cls.empty(format, *weight.shape)
+        packed.fill(weight)
+        return packed
+
+    def fill(self, weight: Tensor | RowSource) -> None:
+        """Pack another matrix of the same shape into the same memory."""
+        formats.pack_panels(weight, self.format, out=self.panels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, K] fp32 or bf16 -> [N, M] of its type."""
@@ -81,8 +94,13 @@ class PackedHeads(_Matrices):
     @classmethod
     def pack(cls, weight: Tensor, format: str | None = None) -> PackedHeads:
         """weight [H, V, K] fp32 or bf16; kept in its own type unless a format is given."""
-        format = format or formats.plain_format(weight.dtype)
-        return cls(_pack_each(weight, weight.shape, format), format, weight.shape[1], weight.shape[2])
+        packed = cls.empty(format or formats.plain_format(weight.dtype), *weight.shape)
+        packed.fill(weight)
+        return packed
+
+    def fill(self, weight: Tensor) -> None:
+        """Pack other matrices of the same shape into the same memory."""
+        _pack_each(weight, self.format, self.panels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, H, K] fp32 or bf16 -> [N, H, V] of its type."""
@@ -106,24 +124,35 @@ class PackedExperts:
 
     def __init__(self, gate_up: Tensor, down: Tensor, format: str, hidden_dim: int, expert_dim: int) -> None:
         """Panels [E, panels, bytes] as `tensors` gives them; ValueError where they do not fit the sizes."""
-        up_shape = formats.panel_shape(2 * -(-expert_dim // 32) * 32, hidden_dim, format)
-        shapes = ((len(gate_up), *up_shape), (len(gate_up), *formats.panel_shape(hidden_dim, expert_dim, format)))
+        shapes = tuple((len(gate_up), *shape) for shape in _expert_panels(format, hidden_dim, expert_dim))
         if (tuple(gate_up.shape), tuple(down.shape)) != shapes or {gate_up.dtype, down.dtype} != {torch.uint8}:
             raise ValueError(
                 f"{list(gate_up.shape)} and {list(down.shape)} bytes are not {format} experts of {expert_dim}"
             )
         self.gate_up, self.down, self.format = gate_up.contiguous(), down.contiguous(), format
         self.num_experts, self.hidden_dim, self.expert_dim = len(gate_up), hidden_dim, expert_dim
-        self.sizes = (format, len(gate_up), hidden_dim, expert_dim)
+        self.sizes = (len(gate_up), hidden_dim, expert_dim)
         self.nbytes = gate_up.nbytes + down.nbytes
         self._addresses, self._code = (self.gate_up.data_ptr(), self.down.data_ptr()), FORMATS[format].code
 
     @classmethod
-    def pack(cls, gate_up: Tensor | Stack, down: Tensor | Stack, format: str) -> PackedExperts:
+    def pack(cls, gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
         """gate_up [E, 2F, D], gates first, and down [E, D, F], fp32 or bf16; format fp32, bf16, int8 or int4."""
-        experts, hidden, width = down.shape
-        mixed = _pack_each((_mix(one, width) for one in gate_up), (experts, 2 * -(-width // 32) * 32, hidden), format)
-        return cls(mixed, _pack_each(down, down.shape, format), format, hidden, width)
+        packed = cls.empty(format, *down.shape)
+        packed.fill(gate_up, down)
+        return packed
+
+    @classmethod
+    def empty(cls, format: str, num_experts: int, hidden_dim: int, expert_dim: int) -> PackedExperts:
+        """Memory for experts of some sizes, to be filled."""
+        up_shape, down_shape = _expert_panels(format, hidden_dim, expert_dim)
+        gate_up, down = formats.new_panels((num_experts, *up_shape)), formats.new_panels((num_experts, *down_shape))
+        return cls(gate_up, down, format, hidden_dim, expert_dim)
+
+    def fill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
+        """Pack other experts of the same shapes into the same memory, a matrix at a time."""
+        _pack_each((_mix(one, self.expert_dim) for one in gate_up), self.format, self.gate_up)
+        _pack_each(down, self.format, self.down)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedExperts:
@@ -152,13 +181,16 @@ class PackedExperts:
         return out
 
 
-def _pack_each(matrices: Iterable[Tensor], shape: Sequence[int], format: str) -> Tensor:
-    """Matrices, together of `shape` [number, M, K] -> uint8 [number, panels, bytes of a panel]."""
-    number, rows, columns = shape
-    out = formats.new_panels((number, *formats.panel_shape(rows, columns, format)))
+def _expert_panels(format: str, hidden_dim: int, expert_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Panels and their bytes of an expert's gate_up and down."""
+    up_rows = 2 * -(-expert_dim // 32) * 32
+    return formats.panel_shape(up_rows, hidden_dim, format), formats.panel_shape(hidden_dim, expert_dim, format)
+
+
+def _pack_each(matrices: Iterable[Tensor], format: str, out: Tensor) -> None:
+    """Matrices [M, K], one after the other, into `out`, uint8 [number, panels, bytes of a panel]."""
     for packed, matrix in zip(out, matrices, strict=True):
         formats.pack_panels(matrix, format, out=packed)
-    return out
 
 
 def _mix(gate_up: Tensor, width: int) -> Tensor:
