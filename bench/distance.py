@@ -8,9 +8,11 @@ The trained pass attends in the naive form over whole sequences, the served one 
 packed weights. fp32 weights are served with activations in fp32, all others with activations in bf16; the trained pass
 computes in the precision of the activations. Printed are, over all tokens of the built-in text,
 
-    mean, largest  |Δ log p| of the next token of the text, in nats: what an importance ratio is off by in RL
+    mean, largest  |Δ log p| over the vocabulary, in nats: what an importance ratio is off by in RL
     KL             Σ p (log p − log q) over the vocabulary, of the served q from the trained p, mean
     routes         of the choices of experts, the share that both passes make
+
+and the first three again where the served pass replays the routes of the trained one, so that no token meets others.
 """
 
 from __future__ import annotations
@@ -39,19 +41,31 @@ from moestro.ops.serving.formats import FORMATS
 
 @dataclass
 class Distance:
-    """Of N tokens and C choices of experts: |Δ log p| [N], KL [N], and how many choices are equal."""
+    """Sums over tokens, and how many of the choices of experts are equal."""
 
-    changes: list[Tensor]
-    divergences: list[Tensor]
+    tokens: int = 0
+    change: float = 0.0
+    largest: float = 0.0
+    divergence: float = 0.0
     equal: int = 0
     choices: int = 0
 
+    def add(self, log_p: Tensor, log_q: Tensor) -> None:
+        """Log-probabilities [N, V] of the trained and the served pass."""
+        changes = (log_p - log_q).abs()
+        self.tokens += len(log_p)
+        self.change += float(changes.mean(-1).sum())
+        self.largest = max(self.largest, float(changes.max()))
+        self.divergence += float((log_p.exp() * (log_p - log_q)).sum())
+
+    def add_routes(self, ours: Tensor, theirs: Tensor) -> None:
+        """Expert ids [L, N, A] in any order."""
+        self.equal += int((ours[..., None] == theirs[..., None, :]).any(-1).sum())
+        self.choices += ours.numel()
+
     def describe(self) -> str:
-        """The columns of the table."""
-        changes, divergences = torch.cat(self.changes), torch.cat(self.divergences)
-        routes = f"{self.equal / self.choices:.4f}" if self.choices else "–"
-        mean, largest, divergence = float(changes.mean()), float(changes.max()), float(divergences.mean())
-        return f"{mean:>9.2g} {largest:>9.2g} {divergence:>9.2g} {routes:>8}"
+        """Columns of the table."""
+        return f"{self.change / self.tokens:>9.2g} {self.largest:>9.2g} {self.divergence / self.tokens:>9.2g}"
 
 
 def read_texts(tokenizer: Tokenizer, count: int, length: int) -> Iterator[list[int]]:
@@ -66,22 +80,22 @@ def read_texts(tokenizer: Tokenizer, count: int, length: int) -> Iterator[list[i
 
 
 @torch.inference_mode()
-def measure(model: Transformer, runtime: Runtime, texts: list[list[int]]) -> Distance:
-    """Both passes over each text."""
-    found = Distance([], [])
+def measure(model: Transformer, runtime: Runtime, texts: list[list[int]]) -> tuple[Distance, Distance]:
+    """Both passes over each text: with the routes of each, and with those of the trained one in both."""
+    free, replayed = Distance(), Distance()
     for ids in texts:
-        tokens, pages = torch.tensor(ids), range(pages_for(len(ids)))
+        pages = range(pages_for(len(ids)))
         cache = PagedCache(runtime.config, len(pages), runtime.dtype)
-        served = runtime.forward(cache.prepare([(ids, 0, pages)]), cache)
-        trained = model(tokens, AttentionBatch.causal(1, len(ids)))
-        log_q = runtime.logits(served.hidden)[:-1].log_softmax(-1)
-        log_p = model.logits(trained.hidden)[:-1].float().log_softmax(-1)
-        found.changes.append((log_q - log_p).gather(1, tokens[1:, None]).abs().flatten())
-        found.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        for ours, routes in zip(served.ids, trained.routes, strict=True):
-            found.equal += int((ours[..., None] == routes.ids[..., None, :]).any(-1).sum())
-            found.choices += ours.numel()
-    return found
+        step = cache.prepare([(ids, 0, pages)])
+        trained = model(torch.tensor(ids), AttentionBatch.causal(1, len(ids)))
+        routes = torch.stack([chosen.ids for chosen in trained.routes]) if trained.routes else None
+        log_p = model.logits(trained.hidden).float().log_softmax(-1)
+        for found, given in ((free, None), (replayed, routes)):
+            served = runtime.forward(step, cache, given)
+            found.add(log_p, runtime.logits(served.hidden).log_softmax(-1))
+            if routes is not None:
+                found.add_routes(served.ids, routes)
+    return free, replayed
 
 
 def main() -> None:
@@ -97,13 +111,16 @@ def main() -> None:
         if options.model is None:
             config = ModelConfig(**(load_preset("demo")["model"] | {"vocab_size": 8192, "init_std": 0.1}))
             write_random_model(config, path, seed=0, dtype="fp32")
-        print(f"{'weights':<8} {'compute':<8} {'mean':>9} {'largest':>9} {'KL':>9} {'routes':>8}")
+        columns = f"{'mean':>9} {'largest':>9} {'KL':>9}"
+        print(f"{'weights':<8} {'compute':<8} {columns} {'routes':>8}   {'replayed: ' + columns.strip():>32}")
         for name in options.formats:
             compute = "fp32" if name == "fp32" else "bf16"
             held = load(path, compute, weights=name)
             length = min(options.length, held.config.max_seq_len)
             texts = list(read_texts(held.tokenizer, options.texts, length))
-            print(f"{name:<8} {compute:<8} {measure(held.model, held.runtime, texts).describe()}", flush=True)
+            free, replayed = measure(held.model, held.runtime, texts)
+            routes = f"{free.equal / free.choices:.4f}" if free.choices else "–"
+            print(f"{name:<8} {compute:<8} {free.describe()} {routes:>8}   {replayed.describe():>32}", flush=True)
 
 
 if __name__ == "__main__":
