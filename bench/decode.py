@@ -30,15 +30,15 @@ PARTS = {"forward": "runtime", "logits": "runtime", "prepare": "cache", "_choose
 
 def make_engines(dtype: str) -> dict[int, Any]:
     """An engine without drafts and one with, of one model."""
+    from moestro.checkpoints.packing import pack_model
     from moestro.config import ModelConfig
     from moestro.data.tokenizer import Tokenizer
     from moestro.engine.engine import Engine
-    from moestro.engine.runtime import Runtime
     from moestro.model.transformer import Transformer, init_weights
 
     model = Transformer(ModelConfig(**SHAPE), dtype).eval()
     init_weights(model, 0)
-    runtime, tokenizer = Runtime(model), Tokenizer.builtin()  # which is for grammars and stop strings only
+    runtime, tokenizer = Runtime(pack_model(model)), Tokenizer.builtin()  # which is for grammars and stop strings only
     return {
         k: Engine(runtime, tokenizer, frozenset(), memory_bytes=2**27, draft_tokens=k, draft_cost=0.0) for k in (0, 1)
     }

@@ -2,7 +2,7 @@
 
     python bench/loading.py                            # Moonlight's layers, two of them, random weights in bf16
     python bench/loading.py --layers 8 --experts 64    # 4.5B parameters
-    python bench/loading.py --model DIR --kinds int4
+    python bench/loading.py --model DIR --formats int4
 
 Each case is a process of its own, which loads a tiny model first, so that what torch itself needs is there before
 anything is counted. Peaks are beyond that: of private memory (RssAnon), of mapped file pages, which the kernel may
@@ -61,32 +61,37 @@ class Peaks:
         return self.most[name] - self.before["VmRSS" if name == "VmHWM" else name]
 
 
-def measure(directory: str, tiny: str, kind: str, out: str) -> None:
+def measure(directory: str, tiny: str, format: str, out: str) -> None:
     """The worker: load and ask, or, where there is an `out`, pack into it; prints one JSON object."""
     from moestro.engine.engine import Engine
     from moestro.engine.language_model import load, pack
     from moestro.engine.sequence import Request, SamplingParams
 
-    list(load(tiny, weights=kind).stream_ids([1, 2], max_tokens=2))
+    list(load(tiny, weights=format).stream_ids([1, 2], max_tokens=2))
     times: list[float] = []
     start = time.perf_counter()
     with Peaks() as peaks:
         if out:
-            runtime = pack(Path(directory), Path(out), weights=kind)
+            packed = pack(Path(directory), Path(out), weights=format).nbytes
         else:
-            language_model = load(directory, weights=kind)
-            runtime = language_model.runtime
+            language_model = load(directory, weights=format)
+            packed = sum(tensor.nbytes for tensor in language_model.runtime.tensors.values())
     seconds = time.perf_counter() - start
     if not out:
-        engine = Engine(runtime, language_model.tokenizer, language_model.stop_ids, memory_bytes=2**28, draft_tokens=0)
+        engine = Engine(
+            language_model.runtime,
+            language_model.tokenizer,
+            language_model.stop_ids,
+            memory_bytes=2**28,
+            draft_tokens=0,
+        )
         engine.add(Request(list(range(16)), SamplingParams(max_tokens=9)))
         while engine.has_work:
             start = time.perf_counter()
             engine.step()
             times.append(time.perf_counter() - start)
     found = {name: peaks.over(name) for name in FIELDS}
-    found |= {"packed": sum(tensor.nbytes for tensor in runtime.tensors.values())}
-    print(json.dumps(found | {"seconds": seconds, "times": times}))
+    print(json.dumps(found | {"packed": packed, "seconds": seconds, "times": times}))
 
 
 def run_worker(*arguments: object) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def make_model(out: Path, *settings: str) -> Path:
     return out
 
 
-def compare(model: Path | None, kinds: list[str], settings: list[str]) -> None:
+def compare(model: Path | None, formats: list[str], settings: list[str]) -> None:
     """Print the table."""
     from moestro.machine import describe_machine
 
@@ -116,17 +121,17 @@ def compare(model: Path | None, kinds: list[str], settings: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="moestro-") as folder:
         tiny = make_model(Path(folder) / "tiny", *TINY)
         model = model or make_model(Path(folder) / "model", *PRESET, *settings)
-        for kind in kinds:
-            out = Path(folder) / kind
+        for format in formats:
+            out = Path(folder) / format
             for name, source, place in (("files", model, ""), ("pack", model, out), ("packed", out, "")):
-                found = run_worker(source, tiny, kind, place)
+                found = run_worker(source, tiny, format, place)
                 parts = " ".join(
                     f"{found[field] / found['packed']:>{width}.3f}"
                     for field, width in (("RssAnon", 8), ("RssFile", 7), ("VmHWM", 6))
                 )
                 first, *others = found["times"] or [math.nan]
                 following = 1000 * statistics.mean(others or [math.nan])
-                print(f"{kind:<8} {name:<9} {found['packed'] / 1e9:>10.2f} {parts} {found['seconds']:>8.2f}"
+                print(f"{format:<8} {name:<9} {found['packed'] / 1e9:>10.2f} {parts} {found['seconds']:>8.2f}"
                       f" {first:>9.2f} {following:>9.1f}", flush=True)  # fmt: skip
             shutil.rmtree(out)
 
@@ -138,12 +143,12 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model directory in place of random weights")
-    parser.add_argument("--kinds", default="bf16,int8,int4,fp32")
+    parser.add_argument("--formats", default="bf16,int8,int4,fp32")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=32)
     options = parser.parse_args()
     settings = [f"model.num_layers={options.layers}", f"model.num_experts={options.experts}"]
-    compare(options.model, options.kinds.split(","), settings)
+    compare(options.model, options.formats.split(","), settings)
 
 
 if __name__ == "__main__":

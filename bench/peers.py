@@ -1,7 +1,7 @@
 """Serving speed: Moestro beside llama.cpp and vLLM's CPU build, on one DeepSeek-V3-family model, in turn.
 
     python bench/peers.py --llama llama.cpp/build/bin --gguf bf16=m-bf16.gguf,q8_0=m-q8_0.gguf,q4_0=m-q4_0.gguf
-    python bench/peers.py --vllm-python vllm/bin/python --kinds bf16
+    python bench/peers.py --vllm-python vllm/bin/python --formats bf16
 
 Neither is a dependency: what is not found, or does not run here, is named with the reason, and the rest is compared.
 llama.cpp's tree lies in the source package of llama-cpp-python: build llama-batched-bench and llama-quantize with
@@ -49,7 +49,7 @@ CASES = {
     "decode-16": Case("decode 16 streams", 16, 16),
     "prefill": Case("prefill 512", 1, 512, prefill=True),
 }
-KINDS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # our weights and the GGUF type of the same width
+FORMATS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # our weights and the GGUF type of the same width
 BITS = {"bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}  # a weight
 LLAMA = "llama-batched-bench"
 
@@ -64,10 +64,10 @@ class Turn:
 
 @dataclass
 class Mode:
-    """One way to serve weights of our `kind`; `run(cases, count)` is a turn, `count` tokens decoded a stream."""
+    """One way to serve weights of our `format`; `run(cases, count)` is a turn, `count` tokens decoded a stream."""
 
     name: str
-    kind: str
+    format: str
     run: Callable[[list[Case], int], Turn]
     turns: list[Turn] = field(default_factory=list)
 
@@ -89,7 +89,7 @@ class Size:
 
     def step_bytes(self, mode: Mode, case: Case) -> float:
         """What a step of decoding reads."""
-        width = BITS[KINDS[mode.kind]] / 8
+        width = BITS[FORMATS[mode.format]] / 8
         counted = mode.turns[0].greeting or {"routed_bytes": self.routed * width, "other_bytes": self.other * width}
         share = serve.touched_share(self.num_experts, self.top_k, case.streams)
         cached = case.streams * case.context * self.cache_bytes
@@ -214,20 +214,20 @@ def find_modes(options: argparse.Namespace, threads: int) -> tuple[list[Mode], l
     """What can be compared, ours first, and a line for what cannot."""
     program, without_vllm = find_llama(options.llama), why_no_vllm(options.vllm_python)
     modes, missing = [], []
-    for kind in options.kinds:
+    for format in options.formats:
         modes.append(
-            Mode(f"moestro {kind}", kind, partial(ask_worker, serve.__file__, f"moestro {kind}", options.model))
+            Mode(f"moestro {format}", format, partial(ask_worker, serve.__file__, f"moestro {format}", options.model))
         )
-        file = options.gguf.get(KINDS[kind])
+        file = options.gguf.get(FORMATS[format])
         if program and file and file.is_file():
-            modes.append(Mode(f"llama.cpp {KINDS[kind]}", kind, partial(ask_llama, program, file, threads)))
+            modes.append(Mode(f"llama.cpp {FORMATS[format]}", format, partial(ask_llama, program, file, threads)))
         elif program:
-            missing.append(f"llama.cpp {KINDS[kind]}: {file or 'no such file was given (--gguf)'}")
+            missing.append(f"llama.cpp {FORMATS[format]}: {file or 'no such file was given (--gguf)'}")
     if not program:
         missing.append(f"llama.cpp: no {LLAMA} {f'at {options.llama}' if options.llama else 'on PATH (--llama)'}")
     if without_vllm:
         missing.append(f"vLLM: {without_vllm}")
-    elif "bf16" in options.kinds:
+    elif "bf16" in options.formats:
         run = partial(ask_worker, __file__, "vllm", options.model, python=options.vllm_python)
         modes.append(Mode("vLLM bf16", "bf16", run))
     return modes, missing
@@ -254,12 +254,12 @@ def print_table(modes: list[Mode], cases: list[Case], size: Size, bandwidth: flo
     """Medians, their spread and share of the limit, and how many times as fast ours are at the same width."""
     print(f"\n{'':<31} {'mode':<16} {'tokens/s':>9} {'spread':>15} {'limit':>7} {'of limit':>9} {'moestro is':>11}")
     for case in cases:
-        ours = {mode.kind: statistics.median(mode.speeds(case)) for mode in modes if mode.name.startswith("moestro")}
+        ours = {mode.format: statistics.median(mode.speeds(case)) for mode in modes if mode.name.startswith("moestro")}
         for mode in modes:
             speeds = mode.speeds(case)
             median, limit = statistics.median(speeds), size.limit(mode, case, bandwidth, peak)
-            is_peer = not mode.name.startswith("moestro") and mode.kind in ours
-            ratio = f"{ours[mode.kind] / median:.2f}" if is_peer else ""
+            is_peer = not mode.name.startswith("moestro") and mode.format in ours
+            ratio = f"{ours[mode.format] / median:.2f}" if is_peer else ""
             print(f"{case.name:<31} {mode.name:<16} {median:>9.1f} {f'{min(speeds):.1f}–{max(speeds):.1f}':>15}"
                   f" {limit:>7.1f} {median / limit:>9.0%} {ratio:>11}")  # fmt: skip
 
@@ -287,7 +287,7 @@ def gguf_files(text: str) -> dict[str, Path]:
     pairs = dict(part.split("=", 1) for part in text.split(","))
     if unknown := pairs.keys() - BITS.keys():
         raise ValueError(f"unknown GGUF type {unknown}")
-    return {kind: Path(file) for kind, file in pairs.items()}
+    return {format: Path(file) for format, file in pairs.items()}
 
 
 def main() -> None:
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help=f"{LLAMA}, or the folder it lies in")
     parser.add_argument("--gguf", type=gguf_files, default={}, help="bf16=FILE,q8_0=FILE,q4_0=FILE, any of them")
     parser.add_argument("--vllm-python", help="an interpreter that can import vllm")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)

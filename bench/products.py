@@ -37,7 +37,7 @@ class Case:
     """One call: what it reads from memory at least, what it computes, and at which peak."""
 
     name: str
-    kind: str
+    format: str
     rows: int
     nbytes: float
     operations: float
@@ -53,12 +53,12 @@ def linear_cases(rows: list[int]) -> Iterator[Case]:
     """The projections of a layer, of which the smallest one is hardest to keep busy."""
     for name, out, inner in (("q, kv down", 16 * 192 + 576, HIDDEN), ("out", HIDDEN, HEADS * VALUE)):
         weight = random(out, inner) / inner**0.5
-        for kind in ("bf16", "int8", "int4"):
-            first = PackedLinear.pack(weight, kind)
-            copies = [first, *(PackedLinear.pack(weight, kind) for _ in range(PAST_CACHES // first.nbytes))]
+        for format in ("bf16", "int8", "int4"):
+            first = PackedLinear.pack(weight, format)
+            copies = [first, *(PackedLinear.pack(weight, format) for _ in range(PAST_CACHES // first.nbytes))]
             for n in rows:
                 x, turn = random(n, inner), cycle(copies)
-                yield Case(name, kind, n, first.nbytes, 2.0 * n * out * inner, lambda t=turn, x=x: next(t)(x))  # type: ignore[misc]
+                yield Case(name, format, n, first.nbytes, 2.0 * n * out * inner, lambda t=turn, x=x: next(t)(x))  # type: ignore[misc]
 
 
 def expert_cases(rows: list[int]) -> Iterator[Case]:
@@ -66,15 +66,15 @@ def expert_cases(rows: list[int]) -> Iterator[Case]:
     gate_up, down = random(EXPERTS, 2 * WIDTH, HIDDEN), random(EXPERTS, HIDDEN, WIDTH)
     for weight in (gate_up, down):
         weight /= weight.shape[2] ** 0.5
-    for kind in ("bf16", "int8", "int4"):
-        packed = PackedExperts.pack(gate_up, down, kind)
+    for format in ("bf16", "int8", "int4"):
+        packed = PackedExperts.pack(gate_up, down, format)
         for n in rows:
             choices = [torch.rand(n, EXPERTS).topk(TOP_K).indices for _ in range(16)]
             touched = statistics.mean(len(ids.unique()) for ids in choices) / EXPERTS
             x, weights, turn = random(n, HIDDEN), torch.rand(n, TOP_K), cycle(choices)
             operations = 6.0 * n * TOP_K * HIDDEN * WIDTH
             call = lambda t=turn, x=x, w=weights, p=packed: p(x, next(t), w)  # noqa: E731
-            yield Case("experts", kind, n, packed.nbytes * touched, operations, call)
+            yield Case("experts", format, n, packed.nbytes * touched, operations, call)
 
 
 def head_cases(rows: list[int]) -> Iterator[Case]:
@@ -156,11 +156,11 @@ def main() -> None:
     for name in options.only:
         for case in CASES[name](options.rows):
             times = measure(case, options.rounds)
-            middle, peak = statistics.median(times), peaks.get(case.kind, 2 * peaks["bf16"])
+            middle, peak = statistics.median(times), peaks.get(case.format, 2 * peaks["bf16"])
             limit = max(case.nbytes / limits.read, case.operations / peak) / 1e9
             micro = [f"{value * 1e6:.1f} µs" for value in (middle, times[0])]
             rates = f"{case.nbytes / middle / 1e9:>7.1f} {case.operations / middle / 1e9:>8.0f} {limit / middle:>9.0%}"
-            print(f"{case.name:<15} {case.kind:<5} {case.rows:>5} {micro[0]:>10} {micro[1]:>10} {rates}", flush=True)
+            print(f"{case.name:<15} {case.format:<5} {case.rows:>5} {micro[0]:>10} {micro[1]:>10} {rates}", flush=True)
 
 
 if __name__ == "__main__":

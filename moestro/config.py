@@ -190,9 +190,14 @@ class ModelConfig(Frozen):
         return self.num_experts > 0 and past_dense >= 0 and past_dense % self.moe_every == 0
 
     @property
+    def moe_layers(self) -> list[int]:
+        """The main blocks with a router."""
+        return [index for index in range(self.num_layers) if self.is_moe(index)]
+
+    @property
     def num_moe_layers(self) -> int:
         """Blocks with a router, MTP blocks included."""
-        return sum(self.is_moe(index) for index in range(self.num_layers + self.mtp_depth))
+        return len(self.moe_layers) + (self.mtp_depth if self.num_experts else 0)
 
 
 class TrainConfig(Frozen):

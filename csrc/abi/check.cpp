@@ -221,10 +221,12 @@ inline int check_route(int64_t rows, int64_t num_experts, int64_t groups, int64_
     std::vector<int64_t> ids(rows * top_k);
     std::vector<float> weights(rows * top_k);
     int bad = 0;
-    for (int given : {0, 1})
+    for (int given : {0, 1}) {
+        for (int64_t row = 0; given && top_k && row < rows; row += 2) ids[row * top_k] = -1;  // to be chosen
         bad |= moestro_route(ids.data(), weights.data(), function == MOESTRO_CONSTANT ? nullptr : logits.data(),
                              bias.data(), rows, num_experts, groups, kept, top_k, 2.0f, function, 1 + num_experts % 2,
                              given, 1, given, 2);
+    }
     for (int64_t id : ids) bad |= id < 0 || id >= num_experts;
     return bad;
 }

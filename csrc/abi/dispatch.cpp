@@ -105,7 +105,15 @@ int check_experts(const int64_t *token, const int64_t *offsets, int64_t num_expe
     return MOESTRO_OK;
 }
 
-bool known_kind(int kind) { return kind >= MOESTRO_KIND_FP32 && kind <= MOESTRO_KIND_INT4; }
+bool known_kind(int kind) {
+    switch (kind) {
+        case MOESTRO_KIND_FP32:
+        case MOESTRO_KIND_BF16:
+        case MOESTRO_KIND_INT8:
+        case MOESTRO_KIND_INT4: return true;
+        default: return false;
+    }
+}
 bool sane(int threads) { return threads >= 1 && threads <= 1024; }
 bool fits(int64_t a, int64_t b, int64_t c) { return fits(a, b) && fits(a * b, c); }
 // A packed matrix is padded to whole panels and blocks of 64.
@@ -268,8 +276,7 @@ int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, in
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type) || !known_kind(kind)) return MOESTRO_BAD_TYPE;
     if (!fits_packed(1, m, k) || !sane(threads)) return MOESTRO_BAD_SIZE;
-    chosen->kernels->pack(static_cast<char *>(panels), x, m, k, kind, type, threads);
-    return MOESTRO_OK;
+    return chosen->kernels->pack(static_cast<char *>(panels), x, m, k, kind, type, threads);
 }
 
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
@@ -361,7 +368,7 @@ int moestro_route(int64_t *ids, float *weights, const float *logits, const float
         return MOESTRO_BAD_SIZE;
     if (top_k > num_experts / num_groups * top_k_groups) return MOESTRO_BAD_SIZE;
     for (int64_t i = 0; given && i < rows * top_k; i++)
-        if (ids[i] < 0 || ids[i] >= num_experts) return MOESTRO_BAD_SIZE;
+        if ((ids[i] < 0 && ids[i / top_k * top_k] != -1) || ids[i] >= num_experts) return MOESTRO_BAD_SIZE;
     return chosen->kernels->route({ids, weights, logits, bias, rows, num_experts, num_groups, top_k_groups, top_k,
                                    scale, function, group_best, multiply != 0, normalize != 0, given != 0},
                                   threads);

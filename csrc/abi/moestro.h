@@ -96,8 +96,8 @@ int moestro_rope(void *out, const void *x, const float *cos, const float *sin, i
 // A router: ids [rows, top_k] and weights of logits [rows, E]. Scores are compared with bias [E] added or, where
 // `multiply`, times 1 + bias. Experts of the top_k_groups best groups count, a group by the sum of its `group_best` (1
 // or 2) best. They come in descending order, of equal ones the lowest id first. Weights are scores without bias,
-// normalised to sum to 1 if asked, times scale. `given`: ids are an input, and only weights are computed. Logits of
-// MOESTRO_CONSTANT are not read.
+// normalised to sum to 1 if asked, times scale. `given`: ids are an input, and only their weights are computed; rows
+// whose ids are -1 are chosen as without it. Logits of MOESTRO_CONSTANT are not read.
 int moestro_route(int64_t *ids, float *weights, const float *logits, const float *bias, int64_t rows,
                   int64_t num_experts, int64_t num_groups, int64_t top_k_groups, int64_t top_k, float scale,
                   int function, int group_best, int multiply, int normalize, int given, int threads);

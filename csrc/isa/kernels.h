@@ -55,8 +55,8 @@ extern const Kernels KERNELS = {
                     hidden, threads);
     },
     [](char *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads) {
-        if (type == MOESTRO_FLOAT32) return pack_panels(panels, static_cast<const float *>(x), m, k, kind, threads);
-        pack_panels(panels, static_cast<const uint16_t *>(x), m, k, kind, threads);
+        return type == MOESTRO_FLOAT32 ? pack_panels(panels, static_cast<const float *>(x), m, k, kind, threads)
+                                       : pack_panels(panels, static_cast<const uint16_t *>(x), m, k, kind, threads);
     },
     [](const PackedLinear &p, int kind, int type, int threads) {
         return with_product(kind, type, [&](auto product, auto element) {

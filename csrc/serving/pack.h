@@ -52,6 +52,7 @@ template <int KIND> inline uint16_t make_words(uint32_t *words, const float *v) 
             memcpy(words, codes, N);
             return scale;
         } else {
+            static_assert(KIND == MOESTRO_KIND_INT4);
             constexpr int LANES = 8;
             float low[LANES] = {}, high[LANES] = {};
             for (int64_t i = 0; i < N; i += LANES)
@@ -128,13 +129,15 @@ template <int KIND, class T> void pack_panels(char *to, const T *x, int64_t m, i
         pack_panel_of<KIND>(to + p * bytes, x + p * PANEL * k, std::min<int64_t>(PANEL, m - p * PANEL), k);
 }
 
-template <class T> void pack_panels(char *to, const T *x, int64_t m, int64_t k, int kind, int threads) {
+template <class T> int pack_panels(char *to, const T *x, int64_t m, int64_t k, int kind, int threads) {
     switch (kind) {
-        case MOESTRO_KIND_FP32: return pack_panels<MOESTRO_KIND_FP32>(to, x, m, k, threads);
-        case MOESTRO_KIND_BF16: return pack_panels<MOESTRO_KIND_BF16>(to, x, m, k, threads);
-        case MOESTRO_KIND_INT8: return pack_panels<MOESTRO_KIND_INT8>(to, x, m, k, threads);
-        default: return pack_panels<MOESTRO_KIND_INT4>(to, x, m, k, threads);
+        case MOESTRO_KIND_FP32: pack_panels<MOESTRO_KIND_FP32>(to, x, m, k, threads); break;
+        case MOESTRO_KIND_BF16: pack_panels<MOESTRO_KIND_BF16>(to, x, m, k, threads); break;
+        case MOESTRO_KIND_INT8: pack_panels<MOESTRO_KIND_INT8>(to, x, m, k, threads); break;
+        case MOESTRO_KIND_INT4: pack_panels<MOESTRO_KIND_INT4>(to, x, m, k, threads); break;
+        default: return MOESTRO_BAD_TYPE;
     }
+    return MOESTRO_OK;
 }
 
 }  // namespace

@@ -337,7 +337,8 @@ template <class F> int with_product(int kind, int type, F f) {
             case MOESTRO_KIND_FP32: return f(FloatProduct<Mode::FLOATS>(), element);
             case MOESTRO_KIND_BF16: return f(FloatProduct<PAIRS ? Mode::PAIRS : Mode::WIDE_PANEL>(), element);
             case MOESTRO_KIND_INT8: return f(BlockProduct<8>(), element);
-            default: return f(BlockProduct<4>(), element);
+            case MOESTRO_KIND_INT4: return f(BlockProduct<4>(), element);
+            default: return int(MOESTRO_BAD_TYPE);
         }
     };
     return type == MOESTRO_FLOAT32 ? pick(float()) : pick(uint16_t());

@@ -67,7 +67,7 @@ inline bool route_one(const Route &a, int64_t row) {
     int64_t *ids = a.ids + row * a.top_k;
     float *weights = a.weights + row * a.top_k, sum = 0;
     score_row(scores, a.logits + row * a.num_experts, a.num_experts, a.function);
-    if (!a.given) {
+    if (!a.given || (a.top_k && ids[0] < 0)) {
         for (int64_t e = 0; e < a.num_experts; e++)
             choice[e] = comparable(a.multiply ? scores[e] * (1.0f + a.bias[e]) : scores[e] + a.bias[e]);
         if (a.num_groups > a.top_k_groups) mask_groups(choice, best, kept, a);

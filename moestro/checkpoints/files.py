@@ -77,6 +77,13 @@ def fill_model(model: Transformer, files: ModelFiles) -> None:
         files.fill(name, tensor.detach())
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter and buffer of a model, by name."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
 def _set_tensor(model: Transformer, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, value)
@@ -108,9 +115,7 @@ class ModelFiles:
         self.directory = directory
         config, sources = read_config(directory), tensor_files(directory)
         self.config = drop_absent_mtp(config, sources, f"model.layers.{config.num_layers}.")
-        with torch.device("meta"):
-            model = Transformer(self.config)
-        self.shapes = {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self.shapes = parameter_shapes(self.config)
         self._files: dict[Path, Any] = {}
         self._bytes_read = 0
         self._stored = self._account(sources)

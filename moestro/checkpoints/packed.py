@@ -32,7 +32,7 @@ from moestro.checkpoints.files import (
     sync_directory,
 )
 from moestro.errors import CheckpointError, ConfigError
-from moestro.ops.serving.formats import LAYOUTS
+from moestro.ops.serving.formats import FORMATS
 
 FORMAT, VERSION = "moestro-packed", 1
 INFO_NAME = "packed.json"
@@ -44,7 +44,7 @@ DTYPE_NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32", torc
 
 
 class PackedFiles:
-    """A directory of packed weights: `config`, `kind`, `dtype` of activations, and `tensors`, views of mapped files.
+    """A directory of packed weights: `config`, `format`, `dtype` of activations, and `tensors`, views of mapped files.
 
     CheckpointError where it is damaged, incomplete or of another version.
     """
@@ -52,7 +52,7 @@ class PackedFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         info = read_info(directory)
-        self.kind: str = info["weights"]
+        self.format: str = info["weights"]
         self.dtype = DTYPES[info["dtype"]]
         self.tensors: dict[str, Tensor] = {}
         for name, size in info["files"].items():
@@ -86,14 +86,14 @@ def read_info(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is {found}, and this reads {FORMAT} version {VERSION}: pack the original again")
     files = info.get("files")
     is_list = isinstance(files, dict) and all(isinstance(size, int) and Path(n).name == n for n, size in files.items())
-    if info.get("weights") not in LAYOUTS or info.get("dtype") not in DTYPES or not files or not is_list:
+    if info.get("weights") not in FORMATS or info.get("dtype") not in DTYPES or not files or not is_list:
         raise CheckpointError(f"{path} is damaged: it must name weights, dtype, and files with their sizes")
     return info
 
 
 @contextmanager
-def write_packed(out: Path, source: Path, kind: str, dtype: torch.dtype) -> Iterator[Save]:
-    """Gives a function that takes what a `Runtime` keeps, in parts; configuration and tokenizer come from `source`.
+def write_packed(out: Path, source: Path, format: str, dtype: torch.dtype) -> Iterator[Save]:
+    """Gives a function that takes the parts of a model one by one; configuration and tokenizer come from `source`.
 
     Parts are written when they fill a shard, so that memory holds one shard and the part that is packed. `out` is there
     when everything is on disk, and not before. ConfigError if something is there already, CheckpointError if the disk
@@ -101,7 +101,7 @@ def write_packed(out: Path, source: Path, kind: str, dtype: torch.dtype) -> Iter
     """
     claim(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    info = {"format": FORMAT, "version": VERSION, "weights": kind, "dtype": dtype_name(dtype)}
+    info = {"format": FORMAT, "version": VERSION, "weights": format, "dtype": dtype_name(dtype)}
     try:
         partial.mkdir()
         for name in COPIED:

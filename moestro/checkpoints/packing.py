@@ -1,34 +1,63 @@
-"""Where the matrices of a served model come from: packed as it is loaded, or packed before, and mapped.
+"""A model's weights as the parts that are served: packed from a model or its files, or mapped from packed ones.
 
-`runtime.py` asks a `Packer` for one part after the other, by name. Those calls are the only list of what is packed and
-how: they pack a model in memory, pack a model's files a matrix at a time, name what `packed_directory.py` saves, and
-take from mapped files what was saved, held against what config.json asks for.
+`model/parts.py` is the list of what is made. `pack_model` gives all parts of a source, `write_parts` packs one part
+after the other and saves it, and `refill` packs another model into the memory that the parts have. A model's files are
+read a matrix at a time, so that memory holds what is packed and little more; packed files stay mapped, and each part
+is held against what config.json asks for.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moestro import machine
-from moestro.checkpoints.files import ModelFiles, kept_dtype, refuse_misfits
+from moestro.checkpoints.files import DTYPES, ModelFiles, parameter_shapes, refuse_misfits
 from moestro.checkpoints.packed import PackedFiles, Save
+from moestro.config import ModelConfig
 from moestro.errors import CheckpointError, ConfigError
+from moestro.model.parts import PackedPart, Part, saved_tensors, served_parts
 from moestro.model.transformer import Transformer
-from moestro.ops.precision import precision_of
-from moestro.ops.serving.formats import LAYOUTS, RowSource, Stack
+from moestro.ops.serving.formats import FORMATS, RowSource, plain_format
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
 Source = Transformer | ModelFiles | PackedFiles
-Part = TypeVar("Part", PackedLinear, PackedHeads, PackedExperts)
+Shapes = Mapping[str, Sequence[int]]
+Sizes = tuple[str, tuple[int, ...]]  # the format, and the dimensions of the matrices or of the parameter
+PACKED: Mapping[str, type[PackedLinear] | type[PackedHeads] | type[PackedExperts]]
+PACKED = {"linear": PackedLinear, "heads": PackedHeads, "experts": PackedExperts}
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """The parts of a served model by name, in the order of `served_parts`.
+
+    Matrices are packed as `format` (`Part.format` has the exceptions), activations are computed in `dtype`, and weights
+    were rounded to it first. `mapped` is the directory whose files the parts are views of, None where they have memory
+    of their own.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    format: str
+    parts: Mapping[str, PackedPart]
+    mapped: Path | None = None
+
+
+class Weights(Protocol):
+    """Where parameters are read: `ModelFiles`, or a model in memory."""
+
+    def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
+        """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in."""
 
 
 class HeldWeights:
-    """The weights of a model in memory, given as `ModelFiles` gives those of a directory."""
+    """The weights of a model in memory, read as `ModelFiles` reads those of a directory."""
 
     def __init__(self, model: Transformer) -> None:
         self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -39,130 +68,141 @@ class HeldWeights:
         return [whole if expert is None else whole[expert]]
 
 
-class Packer:
-    """Gives the parts of a served model, by name; names are below the place `at` which it stands.
+def pack_model(source: Source, format: str | None = None) -> PackedModel:
+    """All parts of a model in memory, of a model's files, or of packed files, which stay mapped.
 
-    `model` is the structure, without weights. Weights are rounded to `dtype`, that of the activations, before they are
-    packed as `kind`; routers stay in fp32. `parts` is everything packed so far. With `save`, every part goes there when
-    it is packed, and only its outline is kept and given, on the meta device.
+    `format` is one of `FORMATS`, by default that of the packed files or the one that keeps weights as they are
+    computed with. ConfigError for a format that is not known, or not that of packed files; CheckpointError where packed
+    files do not hold what config.json asks for.
     """
-
-    def __init__(self, source: Source, kind: str | None = None, save: Save | None = None) -> None:
-        """ConfigError for a kind that is not known, or not that of packed files."""
-        self.kind, self.dtype = choose_kind(source, kind), source.dtype
-        with torch.device("meta"):
-            self.model = Transformer(source.config, precision_of(source.dtype)).eval()
-        self.parts: dict[str, PackedLinear | PackedHeads | PackedExperts] = {}
-        self._plain: dict[str, Tensor] = {}
-        self._saved = source if isinstance(source, PackedFiles) else None
-        self._outline = HeldWeights(self.model)
-        self._weights: HeldWeights | ModelFiles = self._outline
-        if not isinstance(source, PackedFiles):
-            self._weights = HeldWeights(source) if isinstance(source, Transformer) else source
-        self._place, self._save = "", save
-
-    def at(self, name: str) -> Packer:
-        """The same packer for what lies below `name`."""
-        inner = copy.copy(self)
-        inner._place = f"{self._place}{name}."
-        return inner
-
-    def plain(self, name: str) -> Tensor:
-        """A parameter that stays as it is."""
-        name = self._place + name
-        shape, dtype = self._outline.parts(name)[0].shape, kept_dtype(name, self.dtype)
-        if self._saved is None:
-            value = torch.empty(shape, dtype=dtype).copy_(self._weights.parts(name)[0])
-        else:
-            value = self._saved.tensor(name)
-            if (value.shape, value.dtype) != (shape, dtype):
-                found, wanted = f"{value.dtype} {list(value.shape)}", f"{dtype} {list(shape)}"
-                raise CheckpointError(f"{self._saved.directory}: {name} is {found}; config.json asks for {wanted}")
-        if self._save is not None:
-            self._save({name: value})
-            value = value.to("meta")
-        self._plain[name] = value
-        return value
-
-    def linear(self, name: str, *parameters: str, kind: str | None = None) -> PackedLinear:
-        """One product for parameters [M, K] with the same input, their outputs one after the other."""
-        kind, parameters = kind or self.kind, tuple(self._place + parameter for parameter in parameters)
-        shapes = [self._outline.parts(parameter)[0].shape for parameter in parameters]
-        dtype = kept_dtype(parameters[0], self.dtype)
-
-        def pack() -> PackedLinear:
-            rows = [part for parameter in parameters for part in self._weights.parts(parameter)]
-            return PackedLinear.pack(RowSource(rows, dtype), kind)
-
-        return self._part(name, PackedLinear, (kind, sum(rows for rows, _ in shapes), shapes[0][1]), pack)
-
-    def heads(self, name: str, parameter: str, count: int, choose: Callable[[Tensor], Tensor]) -> PackedHeads:
-        """A matrix [V, K] per head, in the precision of activations: `choose` takes it out of [heads, …, columns]."""
-        parameter, kind = self._place + parameter, plain_kind(self.dtype)
-
-        def chosen(weights: HeldWeights | ModelFiles) -> Tensor:
-            return choose(torch.cat(weights.parts(parameter)).to(self.dtype).unflatten(0, (count, -1)))
-
-        sizes = [kind, *map(int, chosen(self._outline).shape)]
-        return self._part(name, PackedHeads, sizes, lambda: PackedHeads.pack(chosen(self._weights), kind))
-
-    def experts(self, name: str) -> PackedExperts:
-        """The routed experts of a layer, read one at a time."""
-
-        def stack(parameter: str) -> Stack:
-            parameter = f"{self._place}{name}.{parameter}"
-            shape = self._outline.parts(parameter)[0].shape
-            matrices = (torch.cat(self._weights.parts(parameter, e)).to(self.dtype) for e in range(shape[0]))
-            return Stack(shape, matrices)
-
-        gate_up, down = stack("gate_up"), stack("down")
-        sizes = (self.kind, *down.shape)
-        part = self._part(name, PackedExperts, sizes, lambda: PackedExperts.pack(gate_up, down, self.kind))
-        machine.return_freed_memory()  # what was read
-        return part
-
-    def finish(self) -> dict[str, Tensor]:
-        """Everything that was given, by name. CheckpointError if packed files hold more."""
-        tensors = dict(self._plain)
-        for name, part in self.parts.items():
-            tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors().items()}
-        if self._saved is not None:
-            refuse_misfits({"unexpected tensors": self._saved.tensors.keys() - tensors.keys()})
-        return tensors
-
-    def _part(self, name: str, form: type[Part], sizes: Sequence[object], pack: Callable[[], Part]) -> Part:
-        name = self._place + name
-        part = pack() if self._saved is None else self._take(self._saved, name, form, sizes)
-        if self._save is not None:
-            tensors = part.tensors()
-            self._save({f"{name}.{key}": tensor for key, tensor in tensors.items()})
-            outlines = {key: tensor if key == "sizes" else tensor.to("meta") for key, tensor in tensors.items()}
-            part = form.from_tensors(outlines)
-        self.parts[name] = part
-        return part
-
-    def _take(self, saved: PackedFiles, name: str, form: type[Part], sizes: Sequence[object]) -> Part:
-        try:
-            part = form.from_tensors({key: saved.tensor(f"{name}.{key}") for key in form.names})
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{saved.directory}: {name} is damaged: {error}") from error
-        if part.sizes != tuple(sizes):
-            found, wanted = (" x ".join(map(str, numbers)) for numbers in (part.sizes, sizes))
-            raise CheckpointError(f"{saved.directory}: {name} is {found}; config.json asks for {wanted}")
-        return part
+    format = choose_format(source, format)
+    config, dtype, shapes = source.config, source.dtype, parameter_shapes(source.config)
+    parts: dict[str, PackedPart] = {}
+    if isinstance(source, PackedFiles):
+        for part in served_parts(config):
+            parts[part.name] = _map_part(part, source, _sizes(part, shapes, format, dtype))
+        names = [name for part in parts.items() for name in saved_tensors(*part)]
+        refuse_misfits({"unexpected tensors": source.tensors.keys() - set(names)})
+        return PackedModel(config, dtype, format, parts, source.directory)
+    weights = _weights_of(source)
+    for part in served_parts(config):
+        parts[part.name] = _pack_part(part, weights, _sizes(part, shapes, format, dtype), dtype)
+    return PackedModel(config, dtype, format, parts)
 
 
-def choose_kind(source: Source, kind: str | None) -> str:
-    """How matrices are packed; ConfigError for a kind that is not known, or not that of packed files."""
-    if kind is not None and kind not in LAYOUTS:
-        raise ConfigError(f"weights must be one of {', '.join(LAYOUTS)}, not '{kind}'")
+def write_parts(source: Transformer | ModelFiles, format: str, save: Save) -> int:
+    """Pack one part after the other and give it to `save`, keeping none; returns the bytes of all."""
+    weights, shapes = _weights_of(source), parameter_shapes(source.config)
+
+    def write(part: Part) -> int:
+        sizes = _sizes(part, shapes, format, source.dtype)
+        tensors = saved_tensors(part.name, _pack_part(part, weights, sizes, source.dtype))
+        save(tensors)
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    return sum(write(part) for part in served_parts(source.config))
+
+
+def refill(packed: PackedModel, model: Transformer) -> None:
+    """Pack another model of the same configuration into the same memory, rounded to the same `dtype` first.
+
+    ConfigError for another configuration, and where the parts are mapped files; nothing has been changed then.
+    """
+    if packed.mapped is not None:
+        raise ConfigError(f"{packed.mapped} is mapped and only read: load the original to change its weights")
+    if model.config != packed.config:
+        ours, theirs = packed.config.model_dump(), model.config.model_dump()
+        names = [name for name in ours if ours[name] != theirs[name]]
+        raise ConfigError(f"the new weights are of another model: {', '.join(names)} differ")
+    weights = HeldWeights(model)
+    for part in served_parts(packed.config):
+        _fill_part(packed.parts[part.name], part, weights, packed.dtype)
+
+
+def choose_format(source: Source, format: str | None) -> str:
+    """How matrices are packed; ConfigError for a format that is not known, or not that of packed files."""
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"weights must be one of {', '.join(FORMATS)}, not '{format}'")
     if not isinstance(source, PackedFiles):
-        return kind or plain_kind(source.dtype)
-    if kind not in (None, source.kind):
-        raise ConfigError(f"{source.directory} holds {source.kind} weights, not {kind}: pack the original as {kind}")
-    return source.kind
+        return format or plain_format(source.dtype)
+    if format not in (None, source.format):
+        held = source.format
+        raise ConfigError(f"{source.directory} holds {held} weights, not {format}: pack the original as {format}")
+    return source.format
 
 
-def plain_kind(dtype: torch.dtype) -> str:
-    """The kind that keeps weights as they are computed with."""
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
+def _weights_of(source: Transformer | ModelFiles) -> Weights:
+    return HeldWeights(source) if isinstance(source, Transformer) else source
+
+
+def _sizes(part: Part, shapes: Shapes, format: str, dtype: torch.dtype) -> Sizes:
+    """What a part must be."""
+    first = shapes[part.parameters[0]]
+    match part.form:
+        case "plain":
+            sizes = tuple(first)
+        case "linear":
+            sizes = (sum(shapes[parameter][0] for parameter in part.parameters), first[1])
+        case "heads":
+            assert part.cut is not None
+            sizes = part.cut.shape(first[1])
+        case "experts":
+            sizes = tuple(shapes[part.parameters[1]])
+    return part.format(format, dtype), sizes
+
+
+def _pack_part(part: Part, weights: Weights, sizes: Sizes, dtype: torch.dtype) -> PackedPart:
+    format, numbers = sizes
+    packed: PackedPart
+    if part.form == "plain":
+        packed = torch.empty(numbers, dtype=DTYPES[format])
+    else:
+        packed = PACKED[part.form].empty(format, *numbers)
+    _fill_part(packed, part, weights, dtype)
+    return packed
+
+
+def _fill_part(packed: PackedPart, part: Part, weights: Weights, dtype: torch.dtype) -> None:
+    """Read the parameters of a part, large ones a matrix at a time, into the memory that it has."""
+    dtype, first = part.dtype(dtype), part.parameters[0]
+    match packed:
+        case Tensor():
+            packed.copy_(weights.parts(first)[0])
+        case PackedLinear():
+            packed.fill(RowSource([rows for name in part.parameters for rows in weights.parts(name)], dtype))
+        case PackedHeads():
+            assert part.cut is not None
+            packed.fill(part.cut.take(torch.cat(weights.parts(first)).to(dtype)))
+        case PackedExperts():
+            gate_up, down = (_read_experts(weights, name, packed.num_experts, dtype) for name in part.parameters)
+            packed.fill(gate_up, down)
+            machine.return_freed_memory()  # what was read
+
+
+def _read_experts(weights: Weights, parameter: str, num_experts: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The matrices of a parameter, one expert at a time."""
+    for expert in range(num_experts):
+        yield torch.cat(weights.parts(parameter, expert)).to(dtype)
+
+
+def _map_part(part: Part, files: PackedFiles, sizes: Sizes) -> PackedPart:
+    packed: PackedPart
+    if part.form == "plain":
+        packed = files.tensor(part.name)
+        found = _name_dtype(packed.dtype), tuple(packed.shape)
+    else:
+        form = PACKED[part.form]
+        tensors = {key: files.tensor(f"{part.name}.{key}") for key in form.names}
+        try:
+            packed = form.from_tensors(tensors)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{files.directory}: {part.name} is damaged: {error}") from error
+        found = packed.format, packed.sizes
+    if found != sizes:
+        ours, wanted = (" x ".join([format, *map(str, numbers)]) for format, numbers in (found, sizes))
+        raise CheckpointError(f"{files.directory}: {part.name} is {ours}; config.json asks for {wanted}")
+    return packed
+
+
+def _name_dtype(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))

@@ -35,14 +35,12 @@ def pack(
     json_output
         Print {"model", "weights", "dtype", "bytes"}.
     """
-    from moestro.checkpoints.packed import dtype_name
     from moestro.engine import language_model
 
     use_threads(threads)
-    runtime = language_model.pack(model, out, dtype, weights=weights)
-    num_bytes = sum(tensor.nbytes for tensor in runtime.tensors.values())
+    packed = language_model.pack(model, out, dtype, weights=weights)
     if json_output:
-        kept = {"weights": runtime.kind, "dtype": dtype_name(runtime.dtype), "bytes": num_bytes}
+        kept = {"weights": packed.format, "dtype": packed.dtype, "bytes": packed.nbytes}
         print_json({"model": str(out), **kept})
     else:
-        print(f"{out}: {runtime.kind} weights, {num_bytes / 1e9:.2f} GB")
+        print(f"{out}: {packed.format} weights, {packed.nbytes / 1e9:.2f} GB")

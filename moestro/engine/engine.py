@@ -33,7 +33,8 @@ from moestro.engine.scheduler import Row, Scheduler, pages_for
 from moestro.engine.sequence import MAX_DRAFT_TOKENS, Request, Sequence
 from moestro.engine.speculative import Drafter, draft_reach, estimate_cost
 from moestro.engine.stats import Counters, EngineStats
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, MoestroError
+from moestro.model.transformer import Transformer
 
 SCORED_ROWS = 64  # of a prompt at a time: their logits over the whole vocabulary are large
 
@@ -111,7 +112,7 @@ class Engine:
         self._requests: dict[int, list[Sequence]] = {}
         self._streams: dict[int, deque[Event]] = {}  # what `stream` has still to give, by request
         self._unclaimed: list[Event] = []  # computed for a stream's sake, to be returned by the next `step`
-        self._num_requests = self._num_sequences = 0
+        self._num_requests = self._num_sequences = self._num_updates = 0
 
     @property
     def has_work(self) -> bool:
@@ -208,6 +209,16 @@ class Engine:
             self._forget(sequence)
         return bool(sequences)
 
+    def update(self, model: Transformer) -> None:
+        """Take the weights of another model of the same configuration, in place, and forget every cached prefix.
+
+        ConfigError while requests run or wait, and for what `Runtime.update` refuses; nothing has been changed then.
+        """
+        if self.has_work:
+            raise ConfigError("weights cannot be updated while requests run: finish or abort them first")
+        self.runtime.update(model)
+        self._follow_updates()
+
     def step(self) -> list[Event]:
         """Compute one batch; returns the tokens it gave, in the order of arrival among decoding sequences.
 
@@ -251,6 +262,7 @@ class Engine:
         return [completions[request_id] for request_id in ids]
 
     def _step(self) -> list[Event]:
+        self._follow_updates()
         rows = self.scheduler.schedule()
         if not rows:
             return []
@@ -268,6 +280,14 @@ class Engine:
         for sequence in ended:
             self._forget(sequence)
         return events
+
+    def _follow_updates(self) -> None:
+        """What was computed with other weights is forgotten, whoever updated them; MoestroError amid a request."""
+        if self._num_updates != self.runtime.num_updates:
+            if any(sequence.num_computed or sequence.num_generated for sequence in self._continuations):
+                raise MoestroError("the model's weights were updated while requests were running")
+            self.scheduler.pool.forget()
+            self._num_updates = self.runtime.num_updates
 
     def _run(self, rows: list[Row]) -> list[Computed]:
         """Compute the rows' tokens and drafts, and the logits of the last ones; scores prompts on the way."""

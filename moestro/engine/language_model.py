@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moestro.checkpoints.files import DTYPES, ModelFiles, read_json, read_model
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
-from moestro.checkpoints.packing import Source, choose_kind
+from moestro.checkpoints.packing import Source, choose_format, pack_model, write_parts
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Engine
 from moestro.engine.runtime import Runtime
@@ -45,7 +45,7 @@ class LanguageModel:
         self.source, self.config = source, source.config
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
-        self.weights = choose_kind(source, weights) if weights or isinstance(source, PackedFiles) else None
+        self.weights = choose_format(source, weights) if weights or isinstance(source, PackedFiles) else None
 
     @cached_property
     def model(self) -> Transformer:
@@ -59,7 +59,7 @@ class LanguageModel:
     @cached_property
     def runtime(self) -> Runtime:
         """The model packed for serving."""
-        return Runtime(self.source, self.weights)
+        return Runtime(pack_model(self.source, self.weights))
 
     @cached_property
     def engine(self) -> Engine:
@@ -144,17 +144,24 @@ def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
     return files
 
 
-def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> Runtime:
-    """Pack a run, a checkpoint or a Hugging Face directory into `out`; gives the outline of what is there.
+@dataclass(frozen=True)
+class PackedSize:
+    """What `pack` wrote: the format of the weights, the dtype of activations, and the bytes of all tensors."""
 
-    See `packed_directory.write_packed`.
-    """
+    format: str
+    dtype: str
+    nbytes: int
+
+
+def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> PackedSize:
+    """Pack a run, a checkpoint or a Hugging Face directory into `out`, a part at a time; see `write_packed`."""
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
-    kind = choose_kind(source, weights)
-    with write_packed(out, source.directory, kind, source.dtype) as save:
-        return Runtime(source, kind, save)
+    format = choose_format(source, weights)
+    with write_packed(out, source.directory, format, source.dtype) as save:
+        nbytes = write_parts(source, format, save)
+    return PackedSize(format, dtype_name(source.dtype), nbytes)
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -34,7 +34,7 @@ class StepInput(StepLayout):
 
 def count_moe_layers(config: ModelConfig) -> int:
     """Main blocks with a router."""
-    return sum(config.is_moe(index) for index in range(config.num_layers))
+    return len(config.moe_layers)
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -123,6 +123,13 @@ class PagePool:
                 self._digest_to_page[before.digest] = pages[index]
                 self._page_to_prefix[pages[index]] = before
 
+    def forget(self) -> None:
+        """No prefix is known any more: the pages that are held stay so, and no other request finds them."""
+        self._free += self._idle
+        self._idle.clear()
+        self._page_to_prefix.clear()
+        self._digest_to_page.clear()
+
     def _key(self, tokens: Sequence[int], index: int) -> tuple[int, ...]:
         return tuple(tokens[index * PAGE_SIZE : (index + 1) * PAGE_SIZE + self.lookahead])
 

@@ -6,22 +6,27 @@ packed parts come from `checkpoints/packing.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from itertools import pairwise
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moestro.checkpoints.packed import Save
-from moestro.checkpoints.packing import Packer, Source
-from moestro.config import ModelConfig
+from moestro.checkpoints.packing import PackedModel, refill
 from moestro.engine.paged_cache import PagedCache, StepInput
+from moestro.engine.scheduler import pages_for
+from moestro.model.parts import Parts, count_bytes, saved_tensors
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
-from moestro.model.transformer import Block, MTPModule
+from moestro.model.transformer import Transformer
 from moestro.ops import library
 from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
-from moestro.ops.serving.weights import PackedExperts
+from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
+
+SCORED_ROWS = 1024  # whose logits over the whole vocabulary are in memory at one time
+CHOOSE = -1  # as an expert id: the router chooses
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,29 @@ class StepOutput:
     """hidden [N, D] after the final norm; expert ids [L, N, A] of every MoE layer passed through, in order."""
 
     hidden: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Whole sequences to score, one after another: sequence s is tokens[starts[s] : starts[s + 1]].
+
+    tokens [N] int64; targets [N] int64, negative where there is none; `ids` [L, N, A] int64 where routes are replayed,
+    see `Runtime.forward`.
+    """
+
+    tokens: Tensor
+    starts: Sequence[int]
+    targets: Tensor
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """nll [N] fp32 in nats, 0 without a target; argmax [N] int64, −1 without one; expert ids [L, N, A]."""
+
+    nll: Tensor
+    argmax: Tensor
     ids: Tensor
 
 
@@ -55,60 +83,84 @@ class Pass:
         num_inputs: int = 1,
     ) -> None:
         self.forward, self.layer, self.dtype = forward, layer, dtype
-        self.routers = [block.router for block in blocks if block.router is not None]
+        self.selections = [block.selection for block in blocks if block.selection is not None]
         self.tape: Tape | None = None
         if library.is_available():
             self.tape = Tape(dtype)
             self.inputs = [self.tape.value(hidden_dim) for _ in range(num_inputs)]
             self.output: Operand = forward(self.tape, self.inputs, layer)
 
-    def __call__(self, inputs: Sequence[Tensor], step: StepInput, cache: PagedCache) -> StepOutput:
-        """Inputs [N, D] of any type."""
-        ids = step.tokens.new_empty(len(self.routers), len(step.tokens), cache.routes.shape[-1])
-        for router, chosen in zip(self.routers, ids, strict=True):
-            if router.hashed:
-                chosen.copy_(router.choose(chosen, step.tokens))
+    def __call__(
+        self, inputs: Sequence[Tensor], step: StepInput, cache: PagedCache, ids: Tensor | None = None
+    ) -> StepOutput:
+        """Inputs [N, D] of any type; `ids`: see `Runtime.forward`."""
+        ids = self._begin_routes(step.tokens, cache.routes.shape[-1], ids)
         if self.tape is not None:
             hidden = self.tape.run(list(zip(self.inputs, inputs, strict=True)), step, cache.layers, ids, self.output)
             return StepOutput(hidden, ids)
         eager = Eager(step, cache.layers, ids)
         return StepOutput(self.forward(eager, [x.to(self.dtype)[:, None] for x in inputs], self.layer).flatten(1), ids)
 
+    def _begin_routes(self, tokens: Tensor, top_k: int, replayed: Tensor | None) -> Tensor:
+        """The ids [L, N, A] that are known before the pass: replayed, or hashed from the tokens."""
+        shape = (len(self.selections), len(tokens), top_k)
+        ids = tokens.new_full(shape, CHOOSE)
+        if replayed is not None:
+            check_routes(replayed, shape, self.selections[0].bias.shape[0] if self.selections else 0)
+            ids.copy_(replayed)
+        for selection, known in zip(self.selections, ids, strict=True):
+            if selection.hashed:
+                known.copy_(torch.where(known == CHOOSE, selection.hash(tokens), known))
+        return ids
+
 
 class Runtime:
-    """A model with its matrices packed as `weights` (fp32, bf16, int8, int4; None: as they are computed with).
+    """A model that computes with packed parts; `format` says how its matrices are kept (fp32, bf16, int8, int4).
 
-    `source` is a model, a model's files, or files of packed weights, which stay mapped. Embeddings, norms and routers
-    stay as they are, and the head has 8 bits at least. `tensors` is all that is kept, by name: what to save. It goes to
-    `save` part by part, where that is given; what remains is an outline that computes nothing.
-    `routed_bytes` and `other_bytes` are what the main model's packed matrices take: all routed experts, and what every
-    token reads.
+    Embeddings, norms and biases stay as they are, routers in fp32, and the head has 8 bits at least. `routed_bytes` and
+    `other_bytes` are what the main model's packed matrices take: all routed experts, and what every token reads.
+    `num_updates` tells what was computed with which weights.
     """
 
-    def __init__(self, source: Source, weights: str | None = None, save: Save | None = None) -> None:
-        packer = Packer(source, weights, save)
-        model, config = packer.model, packer.model.config
-        self.config: ModelConfig = config
-        self.dtype, self.kind = packer.dtype, packer.kind
-        self.embedding = packer.plain("embed.weight")
-        head = "embed.weight" if config.tie_embeddings else "head.weight"
-        self.head = packer.linear("head", head, kind="int8" if self.kind == "int4" else None)
-        self.norm = ServedNorm(model.norm, packer.at("norm"))
-        layers, modules = cast(list[Block], model.layers), cast(list[MTPModule], model.mtp)
-        self.blocks = [ServedBlock(block, packer.at(f"layers.{i}")) for i, block in enumerate(layers)]
-        sizes = [(part.nbytes, isinstance(part, PackedExperts)) for part in packer.parts.values()]
-        self.routed_bytes = sum(size for size, is_routed in sizes if is_routed)
-        self.other_bytes = sum(size for size, is_routed in sizes if not is_routed)
-        self.mtp = [ServedMTP(module, packer.at(f"mtp.{k}")) for k, module in enumerate(modules)]
-        self.tensors = packer.finish()
+    def __init__(self, packed: PackedModel) -> None:
+        self.packed, self.num_updates = packed, 0
+        self.config, self.dtype, self.format = packed.config, packed.dtype, packed.format
+        config, parts = packed.config, Parts(packed.parts)
+        self.embedding, self.head = parts.plain("embed.weight"), parts.linear("head")
+        self.norm = ServedNorm(config.norm_eps, parts.at("norm"))
+        self.blocks = [ServedBlock(config, i, parts.at(f"layers.{i}")) for i in range(config.num_layers)]
+        self.mtp = [ServedMTP(config, k, parts.at(f"mtp.{k}")) for k in range(config.mtp_depth)]
+        main = {name: part for name, part in packed.parts.items() if not name.startswith("mtp.")}
+        self.routed_bytes = count_bytes(main, [PackedExperts])
+        self.other_bytes = count_bytes(main, [PackedLinear, PackedHeads])
         shape = (self.dtype, config.hidden_dim)
         self._main = Pass(self._compute, self.blocks, 0, *shape)
         depths = enumerate(self.mtp, config.num_layers)
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
 
-    def forward(self, step: StepInput, cache: PagedCache) -> StepOutput:
-        """Compute the tokens of a step; their rows are written to the cache."""
-        return self._main([self.embedding.index_select(0, step.tokens)], step, cache)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept, by the names under which it is saved."""
+        saved = [saved_tensors(name, part) for name, part in self.packed.parts.items()]
+        return {name: tensor for tensors in saved for name, tensor in tensors.items()}
+
+    @torch.inference_mode()
+    def update(self, model: Transformer) -> None:
+        """Take the weights of another model of the same configuration, in place: passes and memory stay.
+
+        What caches hold is then of other weights: an engine is updated by `Engine.update`. ConfigError for another
+        configuration and where the weights are mapped from packed files; nothing has been changed then.
+        """
+        refill(self.packed, model)
+        self.num_updates += 1
+
+    def forward(self, step: StepInput, cache: PagedCache, ids: Tensor | None = None) -> StepOutput:
+        """Compute the tokens of a step; their rows are written to the cache.
+
+        `ids` [L, N, A] int64 are experts to be used instead of those that the routers would choose, their weights being
+        the routers' own scores; rows of −1 are chosen as ever. ValueError for ids that do not fit.
+        """
+        return self._main([self.embedding.index_select(0, step.tokens)], step, cache, ids)
 
     def forward_mtp(self, depth: int, hidden: Tensor, step: StepInput, cache: PagedCache) -> Tensor:
         """Module `depth` (from 0) on the hidden states [N, D] of the depth before -> its own [N, D].
@@ -118,13 +170,48 @@ class Runtime:
         embedded = self.embedding.index_select(0, step.tokens)
         return self._ahead[depth]([embedded, hidden], step, cache).hidden
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, D] -> [N, V] fp32."""
+        return self.head(hidden).float()
+
+    @torch.inference_mode()
+    def score(self, batches: Iterable[Texts]) -> Iterator[Scores]:
+        """How well the model predicts the targets of texts, batch by batch, with the experts that it chose.
+
+        One cache serves all batches; it grows with the largest. MTP modules do not take part.
+        """
+        cache: PagedCache | None = None
+        for texts in batches:
+            parts, num_pages = [], 0
+            for first, last in pairwise(texts.starts):
+                pages = range(num_pages, num_pages := num_pages + pages_for(last - first))
+                parts.append((texts.tokens[first:last].tolist(), 0, pages))
+            if cache is None or len(cache.layers[0]) < num_pages:
+                cache = None  # before the next one is made
+                cache = PagedCache(self.config, num_pages, self.dtype)
+            output = self.forward(cache.prepare(parts), cache, texts.ids)
+            yield self._score(output, texts.targets)
+
+    def _score(self, output: StepOutput, targets: Tensor) -> Scores:
+        nll, argmax = torch.zeros(len(targets)), torch.full_like(targets, -1)
+        for rows in (targets >= 0).nonzero().flatten().split(SCORED_ROWS):
+            logits = self.logits(output.hidden[rows])
+            nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+            argmax[rows] = logits.argmax(-1)
+        return Scores(nll, argmax, output.ids)
+
     def _compute(self, rows: Operations[Value], inputs: Sequence[Value], layer: int) -> Value:
         (x,), index = inputs, 0
         for block in self.blocks:
             x = block(rows, x, layer, index)
-            layer, index = layer + 1, index + (block.router is not None)
+            layer, index = layer + 1, index + (block.selection is not None)
         return self.norm(rows, x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, D] -> [N, V] fp32."""
-        return self.head(hidden).float()
+
+def check_routes(ids: Tensor, shape: tuple[int, ...], num_experts: int) -> None:
+    """ValueError for expert ids to be replayed that are not of this shape, or name experts that there are not."""
+    if tuple(ids.shape) != shape or ids.is_floating_point():
+        raise ValueError(f"expert ids {list(ids.shape)} of {ids.dtype} where [layers, tokens, top_k] are {list(shape)}")
+    chosen = ids == CHOOSE
+    if (((ids < 0) | (ids >= num_experts)) & ~chosen).any() or (chosen.any(-1) != chosen.all(-1)).any():
+        raise ValueError(f"expert ids must lie between 0 and {num_experts - 1}, or be {CHOOSE} for all of a token")

@@ -33,7 +33,7 @@ from moestro.engine.sampler import Draft, Sampler
 from moestro.engine.sequence import Sequence
 from moestro.engine.stats import DraftCounts
 from moestro.errors import MoestroError
-from moestro.model.attention import cache_width
+from moestro.model.size import measure_size
 
 WINDOW = 64  # checks of drafts over which it is measured whether they pay
 
@@ -208,22 +208,10 @@ def estimate_cost(config: ModelConfig) -> float:
     Decoding few sequences takes as long as reading the weights. A step reads attention, FFN and head for its one token;
     a draft adds an MTP block and the head once more, and in the check, for a row beside the other one, the experts that
     the other did not choose. An estimate, not a measurement, so that a request gives the same tokens every time.
+    The model must have an MTP module.
     """
-    d, heads = config.hidden_dim, config.num_heads
-    if config.attention == "mla":
-        rank, per_head = config.kv_lora_rank, config.nope_dim + config.rope_dim
-        queries = d * heads * per_head
-        if config.q_lora_rank:
-            queries = config.q_lora_rank * (d + heads * per_head)
-        latents = d * (rank + config.rope_dim) + rank * heads * (config.nope_dim + config.v_dim)
-        attention = queries + latents + heads * config.v_dim * d
-    else:
-        attention = d * (heads * (config.nope_dim + config.rope_dim + config.v_dim) + cache_width(config))
-    expert = 3 * d * config.expert_dim
-    chosen, shared, dense = config.top_k * expert, config.num_shared_experts * expert, 3 * d * config.dense_dim
-    num_moe = sum(config.is_moe(index) for index in range(config.num_layers))
-    head = config.vocab_size * d
-    step = config.num_layers * attention + num_moe * (chosen + shared) + (config.num_layers - num_moe) * dense + head
-    module = attention + 2 * d * d + (chosen + shared if config.num_experts else dense) + head
-    others = num_moe * chosen * (1 - config.top_k / config.num_experts) if num_moe else 0.0
-    return (module + others) / step
+    size = measure_size(config)
+    module = size.mtp_active / config.mtp_depth + config.vocab_size * config.hidden_dim
+    share = config.top_k / config.num_experts if config.num_experts else 0.0
+    others = size.routed * share * (1 - share)
+    return (module + others) / (size.active if config.tie_embeddings else size.active_without_embedding)

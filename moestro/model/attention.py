@@ -20,6 +20,7 @@ from moestro.model.rope import softmax_scale
 from moestro.ops.precision import Precision
 
 RopeTables = tuple[Tensor, Tensor]
+LATENT_EPS = 1e-6  # of the norms of latents, whatever `norm_eps` is
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class LatentAttention(nn.Module):
         self.scale = softmax_scale(config)
         if config.q_lora_rank:
             self.q_down = Linear(config.hidden_dim, config.q_lora_rank, precision)
-            self.q_norm = RMSNorm(config.q_lora_rank, 1e-6)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_up = Linear(config.q_lora_rank, heads * query_dim, precision)
         else:
             self.q = Linear(config.hidden_dim, heads * query_dim, precision)
         self.kv_down = Linear(config.hidden_dim, config.kv_lora_rank + config.rope_dim, precision)
-        self.kv_norm = RMSNorm(config.kv_lora_rank, 1e-6)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.nope_dim + config.v_dim), precision)
         self.out = Linear(heads * config.v_dim, config.hidden_dim, precision)
 

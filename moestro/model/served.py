@@ -9,48 +9,27 @@ chunks, wherever its prefix comes from, and however often it is preempted.
 MLA attends in the absorbed form only: the cached latents serve as keys and values of all heads (V2 §2.1.2). The naive
 form rounds otherwise, so a prefix cached by one request would change the bits of another; what the absorbed form costs
 more in prefill is a few percent until thousands of tokens (docs/serving.md).
+
+Layers take their packed parts by name; `model/parts.py` is the list of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from moestro.model.attention import HeadAttention, LatentAttention
-from moestro.model.experts import MoE
-from moestro.model.layers import RMSNorm
-from moestro.model.transformer import Block, MTPModule
+from moestro.config import ModelConfig
+from moestro.model.attention import LATENT_EPS, num_kv_heads
+from moestro.model.parts import Parts
+from moestro.model.rope import softmax_scale
 from moestro.ops.serving.program import Heads, Operations, Value
-from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
-from moestro.routing.router import Router
-
-
-class Parts(Protocol):
-    """Gives the parts that a served layer is made of, by name; names are below the place `at` which it stands."""
-
-    def at(self, name: str) -> Parts:
-        """The parts below `name`."""
-
-    def plain(self, name: str) -> Tensor:
-        """A parameter that stays as it is."""
-
-    def linear(self, name: str, *parameters: str, kind: str | None = None) -> PackedLinear:
-        """One product for parameters [M, K] with the same input, their outputs one after the other."""
-
-    def heads(self, name: str, parameter: str, count: int, choose: Callable[[Tensor], Tensor]) -> PackedHeads:
-        """A matrix [V, K] per head."""
-
-    def experts(self, name: str) -> PackedExperts:
-        """The routed experts of a layer."""
+from moestro.routing.selection import Selection, describe_selection
 
 
 class ServedNorm:
     """RMSNorm of rows [N, 1, D]."""
 
-    def __init__(self, norm: RMSNorm, parts: Parts) -> None:
-        self.weight, self.eps = parts.plain("weight"), norm.eps
+    def __init__(self, eps: float, parts: Parts) -> None:
+        self.weight, self.eps = parts.plain("weight"), eps
 
     def __call__(self, rows: Operations[Value], x: Value) -> Value:
         return rows.norm(x, self.weight, self.eps)
@@ -59,19 +38,17 @@ class ServedNorm:
 class ServedLatentAttention:
     """MLA over pages of latents and rotated keys. x [N, 1, D] -> [N, 1, D]."""
 
-    def __init__(self, attention: LatentAttention, parts: Parts) -> None:
-        config = self.config = attention.config
-        self.scale = attention.scale
-        query = "q_down.weight" if config.q_lora_rank else "q.weight"
-        self.down = parts.linear("down", query, "kv_down.weight")  # queries or their latents, latents, keys
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+        self.config = config
+        self.scale = softmax_scale(config)
+        self.down = parts.linear("down")  # queries or their latents, latents, keys
         if config.q_lora_rank:
-            self.q_norm = ServedNorm(attention.q_norm, parts.at("q_norm"))
-            self.q_up = parts.linear("q_up", "q_up.weight")
-        self.kv_norm = ServedNorm(attention.kv_norm, parts.at("kv_norm"))
-        num_heads, nope_dim = config.num_heads, config.nope_dim
-        self.absorb = parts.heads("absorb", "kv_up.weight", num_heads, lambda up: up[:, :nope_dim].transpose(1, 2))
-        self.expand = parts.heads("expand", "kv_up.weight", num_heads, lambda up: up[:, nope_dim:])
-        self.out = parts.linear("out", "out.weight")
+            self.q_norm = ServedNorm(LATENT_EPS, parts.at("q_norm"))
+            self.q_up = parts.linear("q_up")
+        self.kv_norm = ServedNorm(LATENT_EPS, parts.at("kv_norm"))
+        self.absorb = parts.heads("absorb")
+        self.expand = parts.heads("expand")
+        self.out = parts.linear("out")
 
     def __call__(self, rows: Operations[Value], x: Value, layer: int) -> Value:
         config = self.config
@@ -90,21 +67,24 @@ class ServedLatentAttention:
 class ServedHeadAttention:
     """MHA, GQA and MQA over pages of keys and values. x [N, 1, D] -> [N, 1, D]."""
 
-    def __init__(self, attention: HeadAttention, parts: Parts) -> None:
-        self.attention = attention
-        self.down = parts.linear("down", "q.weight", "kv.weight")
-        self.out = parts.linear("out", "out.weight")
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
+        self.config = config
+        self.scale = softmax_scale(config)
+        self.num_kv_heads = num_kv_heads(config)
+        self.key_dim = config.nope_dim + config.rope_dim
+        self.down = parts.linear("down")
+        self.out = parts.linear("out")
 
     def __call__(self, rows: Operations[Value], x: Value, layer: int) -> Value:
-        attention, config = self.attention, self.attention.config
-        num_heads, groups, key_dim = config.num_heads, attention.num_kv_heads, attention.key_dim
+        config = self.config
+        num_heads, groups, key_dim = config.num_heads, self.num_kv_heads, self.key_dim
         widths = (num_heads * key_dim, groups * (key_dim + config.v_dim))
         q, kv = rows.split(rows.linear(self.down, x), widths)
         parts = (config.nope_dim, config.rope_dim)
         k_nope, k_rope, v = rows.split(rows.group(kv, groups), (*parts, config.v_dim))
         rows.store(layer, rows.join([k_nope, rows.rope(k_rope), v]))
         q_nope, q_rope = rows.split(rows.group(q, num_heads), parts)
-        heads = Heads(groups, key_dim, config.v_dim, attention.scale)
+        heads = Heads(groups, key_dim, config.v_dim, self.scale)
         mixed = rows.attend(layer, rows.join([q_nope, rows.rope(q_rope)]), heads)
         return rows.linear(self.out, mixed)
 
@@ -113,8 +93,8 @@ class ServedMLP:
     """SwiGLU. x [N, 1, D] -> [N, 1, D]."""
 
     def __init__(self, parts: Parts) -> None:
-        self.gate_up = parts.linear("gate_up", "gate_up.weight")
-        self.down = parts.linear("down", "down.weight")
+        self.gate_up = parts.linear("gate_up")
+        self.down = parts.linear("down")
 
     def __call__(self, rows: Operations[Value], x: Value) -> Value:
         return rows.linear(self.down, rows.swiglu(rows.linear(self.gate_up, x)))
@@ -123,43 +103,38 @@ class ServedMLP:
 class ServedMoE:
     """Router in fp32, packed experts, shared expert. x [N, 1, D] -> [N, 1, D]; `index` counts the routers of a pass.
 
-    Every choice is carried out, also of models whose experts had limited room (`router.capacity`): who finds room there
-    depends on the batch. A token alone always does.
+    `layer` is the index of the block. Every choice is carried out, also of models whose experts had limited room
+    (`router.capacity`): who finds room there depends on the batch. A token alone always does.
     """
 
-    def __init__(self, moe: MoE, parts: Parts) -> None:
-        self.router: Router = moe.router
-        self.router.bias = parts.plain("router.bias")
-        self.gate = None if moe.router.weight is None else parts.linear("gate", "router.weight", kind="fp32")
+    def __init__(self, config: ModelConfig, layer: int, parts: Parts) -> None:
+        self.selection = describe_selection(config, layer, parts.plain("router.bias"))
+        self.gate = None if config.router.score == "constant" else parts.linear("gate")
         self.experts = parts.experts("experts")
-        self.shared = None if moe.shared is None else ServedMLP(parts.at("shared"))
+        self.shared = ServedMLP(parts.at("shared")) if config.num_shared_experts else None
 
     def __call__(self, rows: Operations[Value], x: Value, index: int) -> Value:
         logits = None if self.gate is None else rows.linear(self.gate, rows.widen(x))
-        out = rows.experts(index, self.experts, x, rows.route(index, logits, self.router.selection))
+        out = rows.experts(index, self.experts, x, rows.route(index, logits, self.selection))
         return out if self.shared is None else rows.add(out, self.shared(rows, x))
 
 
 class ServedBlock:
-    """Pre-norm residual block over one layer's pages."""
+    """Pre-norm residual block over one layer's pages; `index` is its own among all blocks."""
 
-    def __init__(self, block: Block, parts: Parts) -> None:
-        self.attention_norm = ServedNorm(block.attention_norm, parts.at("attention_norm"))
-        self.ffn_norm = ServedNorm(block.ffn_norm, parts.at("ffn_norm"))
-        attention, inner = block.attention, parts.at("attention")
-        self.attention: ServedLatentAttention | ServedHeadAttention
-        if isinstance(attention, LatentAttention):
-            self.attention = ServedLatentAttention(attention, inner)
-        else:
-            self.attention = ServedHeadAttention(attention, inner)
-        inner = parts.at("ffn")
+    def __init__(self, config: ModelConfig, index: int, parts: Parts) -> None:
+        self.attention_norm = ServedNorm(config.norm_eps, parts.at("attention_norm"))
+        self.ffn_norm = ServedNorm(config.norm_eps, parts.at("ffn_norm"))
+        attention = ServedLatentAttention if config.attention == "mla" else ServedHeadAttention
+        self.attention = attention(config, parts.at("attention"))
         self.ffn: ServedMoE | ServedMLP
-        self.ffn = ServedMoE(block.ffn, inner) if isinstance(block.ffn, MoE) else ServedMLP(inner)
+        inner = parts.at("ffn")
+        self.ffn = ServedMoE(config, index, inner) if config.is_moe(index) else ServedMLP(inner)
 
     @property
-    def router(self) -> Router | None:
-        """If it has one."""
-        return self.ffn.router if isinstance(self.ffn, ServedMoE) else None
+    def selection(self) -> Selection | None:
+        """How its router chooses, if it has one."""
+        return self.ffn.selection if isinstance(self.ffn, ServedMoE) else None
 
     def __call__(self, rows: Operations[Value], x: Value, layer: int, index: int) -> Value:
         """x [N, 1, D], the cache layer and the place among the routers."""
@@ -173,12 +148,12 @@ class ServedBlock:
 class ServedMTP:
     """One prediction depth: combines the hidden states of the depth before with the tokens ahead, runs its block."""
 
-    def __init__(self, module: MTPModule, parts: Parts) -> None:
-        self.embed_norm = ServedNorm(module.embed_norm, parts.at("embed_norm"))
-        self.hidden_norm = ServedNorm(module.hidden_norm, parts.at("hidden_norm"))
-        self.project = parts.linear("project", "project.weight")
-        self.block = ServedBlock(module.block, parts.at("block"))
-        self.norm = ServedNorm(module.norm, parts.at("norm"))
+    def __init__(self, config: ModelConfig, depth: int, parts: Parts) -> None:
+        self.embed_norm = ServedNorm(config.norm_eps, parts.at("embed_norm"))
+        self.hidden_norm = ServedNorm(config.norm_eps, parts.at("hidden_norm"))
+        self.project = parts.linear("project")
+        self.block = ServedBlock(config, config.num_layers + depth, parts.at("block"))
+        self.norm = ServedNorm(config.norm_eps, parts.at("norm"))
 
     def __call__(self, rows: Operations[Value], inputs: Sequence[Value], layer: int) -> Value:
         embedded, hidden = inputs

@@ -46,7 +46,7 @@ def measure_size(config: ModelConfig) -> Size:
     total = sum(counts.values()) - mtp
     expert = 3 * config.hidden_dim * config.expert_dim
     idle = (config.num_experts - config.top_k) * expert if config.num_experts else 0
-    moe_layers = config.num_moe_layers - config.mtp_depth if config.num_experts else 0
+    moe_layers = len(config.moe_layers)
     return Size(
         total=total,
         active=total - moe_layers * idle,

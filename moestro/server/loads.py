@@ -18,7 +18,7 @@ Loads = npt.NDArray[np.int64]
 
 def layer_names(config: ModelConfig) -> list[str]:
     """The numbers of the blocks that have experts."""
-    return [str(index) for index in range(config.num_layers) if config.is_moe(index)] if config.num_experts else []
+    return [str(index) for index in config.moe_layers]
 
 
 class LoadHistory:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,9 +22,7 @@ from moestro.data.batches import PADDING, Batch, evaluation_batches
 from moestro.data.corpus import iterate_documents
 from moestro.data.shards import ShardSet, Split, open_shards, prepare
 from moestro.engine.language_model import LanguageModel
-from moestro.engine.paged_cache import PagedCache, count_moe_layers
-from moestro.engine.runtime import Runtime
-from moestro.engine.scheduler import pages_for
+from moestro.engine.runtime import Runtime, Texts
 from moestro.errors import DataError
 from moestro.model.transformer import Transformer
 from moestro.routing.balance import count_loads
@@ -75,25 +72,23 @@ def score_served(runtime: Runtime, batches: Iterable[Batch], token_bytes: Tensor
     """The same by the model as it is served: packed weights, attention over pages. MTP modules do not take part."""
     nll, tokens, text_bytes = 0.0, 0, 0
     config = runtime.config
-    loads = torch.zeros(count_moe_layers(config), config.num_experts, dtype=torch.int64)
-    for batch in batches:
-        starts = attention_batch(batch, mask_documents=True).starts.tolist()
-        inputs, targets = batch.inputs.flatten(), batch.targets(0).flatten()
-        parts, num_pages = [], 0
-        for first, last in itertools.pairwise(starts):
-            pages = range(num_pages, num_pages := num_pages + pages_for(last - first))
-            parts.append((inputs[first:last].tolist(), 0, pages))
-        cache = PagedCache(config, num_pages, runtime.dtype)
-        output = runtime.forward(cache.prepare(parts), cache)
+    loads = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.int64)
+    for_counts, for_scores = itertools.tee(batches)
+    for batch, scores in zip(for_counts, runtime.score(map(texts_of, for_scores)), strict=True):
+        targets = batch.targets(0).flatten()
         valid, present = targets >= 0, (batch.segments[:, :-1] != PADDING).flatten()
-        for rows in valid.nonzero().flatten().split(SCORED_ROWS):
-            logits = runtime.logits(output.hidden[rows])
-            nll += float(F.cross_entropy(logits, targets[rows], reduction="sum"))
+        nll += float(scores.nll.sum(dtype=torch.float64))
         tokens += int(valid.sum())
         text_bytes += int(token_bytes[targets[valid]].sum())
-        for layer, ids in enumerate(output.ids):
+        for layer, ids in enumerate(scores.ids):
             loads[layer] += count_loads(ids, config.num_experts, present)
     return Score(nll, tokens, text_bytes, loads.numpy())
+
+
+def texts_of(batch: Batch) -> Texts:
+    """The documents of a batch as texts of their own."""
+    starts = attention_batch(batch, mask_documents=True).starts.tolist()
+    return Texts(batch.inputs.flatten(), starts, batch.targets(0).flatten())
 
 
 def score_domains(
@@ -115,7 +110,6 @@ def score_domains(
 
 
 EVALUATION_ROWS = 16  # sequences per forward pass
-SCORED_ROWS = 1024  # logits at one time
 
 
 def score_source(

@@ -6,7 +6,8 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from moestro.checkpoints import files as weights
 from moestro.checkpoints import packed as packed_directory
-from moestro.checkpoints.files import load_model
+from moestro.checkpoints.files import ModelFiles, load_model, parameter_shapes
 from moestro.checkpoints.packed import PackedFiles
+from moestro.checkpoints.packing import pack_model, write_parts
 from moestro.checkpoints.random_weights import write_random_model
 from moestro.config import Config
 from moestro.data.tokenizer import Tokenizer
@@ -26,7 +28,8 @@ from moestro.engine.language_model import LanguageModel, load, pack
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError
-from moestro.ops.serving.formats import LAYOUTS
+from moestro.model.parts import served_parts
+from moestro.ops.serving.formats import FORMATS
 
 Make = Callable[..., Config]
 SCHEMES = {
@@ -84,17 +87,17 @@ def answers(language_model: LanguageModel) -> list[Any]:
     return [(c.ids, c.logprobs, c.drafts) for (c,) in completions]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("overrides", SCHEMES.values(), ids=SCHEMES)
 def test_packed_in_memory_from_files_and_saved_are_the_same_bits(
-    make_config: Make, tokenizer: Tokenizer, tmp_path: Path, overrides: list[str], kind: str
+    make_config: Make, tokenizer: Tokenizer, tmp_path: Path, overrides: list[str], format: str
 ) -> None:
     directory = write_model(tmp_path / "model", make_config("model.init_std=0.2", *overrides), tokenizer)
-    held, original = Runtime(load_model(directory), kind), load(directory, weights=kind)
-    pack(directory, tmp_path / "packed", weights=kind)
+    held, original = Runtime(pack_model(load_model(directory), format)), load(directory, weights=format)
+    pack(directory, tmp_path / "packed", weights=format)
     mapped = load(tmp_path / "packed")
     assert equal(held, original.runtime) and equal(held, mapped.runtime)
-    assert (mapped.weights, mapped.runtime.kind, mapped.runtime.dtype) == (kind, kind, torch.bfloat16)
+    assert (mapped.weights, mapped.runtime.format, mapped.runtime.dtype) == (format, format, torch.bfloat16)
     assert mapped.config == original.config
     assert (mapped.runtime.routed_bytes, mapped.runtime.other_bytes) == (held.routed_bytes, held.other_bytes)
     assert answers(mapped) == answers(original)
@@ -125,7 +128,7 @@ def test_every_spelling_of_the_files_is_packed_alike(
 ) -> None:
     """Experts one by one and fused, one file and many, each opened again after a few tensors."""
     directory = write_model(tmp_path / "model", make_config("model.init_std=0.2", *V3), tokenizer, stored)
-    expected = Runtime(load_model(directory, weights.DTYPES[dtype]), "int4")
+    expected = Runtime(pack_model(load_model(directory, weights.DTYPES[dtype]), "int4"))
     assert expected.dtype == weights.DTYPES[dtype]
     monkeypatch.setattr(weights, "REMAP_BYTES", 3000)
     assert equal(load(directory, dtype, weights="int4").runtime, expected)
@@ -146,7 +149,7 @@ def test_tensors_begin_at_multiples_of_64_and_stay_in_the_file(packed: Path) -> 
     assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]  # no holes
     assert spans[-1][1] == len(data) - 8 - length
     files = PackedFiles(packed)
-    runtime = Runtime(files)
+    runtime = Runtime(pack_model(files))
     assert sum(tensor.nbytes % 64 > 0 for tensor in files.tensors.values()) > 1
     for name, tensor in files.tensors.items():
         assert tensor.data_ptr() % (tensor.element_size() if tensor.nbytes % 64 else 64) == 0, name
@@ -159,15 +162,37 @@ def test_large_models_are_written_in_shards(
     directory: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_directory, "SHARD_BYTES", 30_000)
-    outline = pack(directory, tmp_path / "sharded", weights="int8")
-    held = [name for name, tensor in outline.tensors.items() if not tensor.is_meta]
-    assert held and all(name.endswith(".sizes") for name in held)  # nothing else stays in memory
+    size = pack(directory, tmp_path / "sharded", weights="int8")
+    assert size.nbytes == sum(tensor.nbytes for tensor in load(packed).runtime.tensors.values())
     names = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert len(names) > 2 and names[0] == f"packed-00001-of-{len(names):05d}.safetensors"
     assert equal(load(tmp_path / "sharded").runtime, load(packed).runtime)
     (tmp_path / "sharded" / names[1]).unlink()
     with pytest.raises(CheckpointError, match=f"{names[1]} is missing"):
         load(tmp_path / "sharded")
+
+
+def test_packing_holds_one_part_at_a_time(directory: Path) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def save(tensors: Mapping[str, torch.Tensor]) -> None:
+        assert not any(ref() is not None for ref in alive)
+        alive[:] = [weakref.ref(tensor) for tensor in tensors.values()]
+
+    assert write_parts(ModelFiles(directory), "int8", save) > 0
+    assert alive
+
+
+def test_every_parameter_is_in_a_part(make_config: Make) -> None:
+    """But those that only training needs."""
+    for overrides in (*SCHEMES.values(), ["model.router.noise=learned"]):
+        config = make_config(*overrides).model
+        used = {parameter for part in served_parts(config) for parameter in part.parameters}
+        left = parameter_shapes(config).keys() - used
+        assert all(name.endswith("router.noise") for name in left), left
+        assert used <= parameter_shapes(config).keys()
+        names = [part.name for part in served_parts(config)]
+        assert len(set(names)) == len(names)
 
 
 def test_absent_mtp_modules_stay_absent(directory: Path, tmp_path: Path) -> None:
@@ -197,7 +222,7 @@ DAMAGE: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
     (lambda t: t.pop("layers.0.attention.down.sizes"), r"lacks layers\.0\.attention\.down\.sizes"),
     (lambda t: t.pop("norm.weight"), r"lacks norm\.weight"),
     (lambda t: t.update(extra=torch.ones(2)), "unexpected tensors: extra"),
-    (lambda t: t.update({"norm.weight": torch.ones(5)}), r"norm\.weight is torch.float32 \[5\]"),
+    (lambda t: t.update({"norm.weight": torch.ones(5)}), r"norm\.weight is fp32 x 5; config"),
     (lambda t: t.update({"head.panels": t["head.panels"][:2].clone()}), "head is damaged"),
     (lambda t: t.update({"head.sizes": t["head.sizes"] + torch.tensor([0, 1, 0])}), "head is int8 x 301 x 32"),
     (lambda t: t.update({"head.sizes": torch.ones(3)}), "head is damaged"),
@@ -243,7 +268,7 @@ def test_damaged_directories_are_named(packed: Path) -> None:
 
 
 def test_other_weights_and_precisions_than_the_packed_ones_are_refused(packed: Path, tmp_path: Path) -> None:
-    assert load(packed, "bf16", weights="int8").runtime.kind == "int8"
+    assert load(packed, "bf16", weights="int8").runtime.format == "int8"
     with pytest.raises(ConfigError, match="holds int8 weights, not bf16"):
         load(packed, weights="bf16")
     with pytest.raises(ConfigError, match="packed for bf16, not fp32"):

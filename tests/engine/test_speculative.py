@@ -351,15 +351,16 @@ def test_the_cost_of_a_draft_counts_the_weights_it_reads(make_config: Make, over
     config = make_config("model.num_layers=3", *overrides).model
     model = Transformer(config)
 
-    def matrices(module: torch.nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    def count(module: torch.nn.Module) -> int:
+        """Numbers that a token reads, routed experts apart."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        return sum(tensor.numel() for name, tensor in tensors if ".experts." not in name)
 
     experts = config.top_k * 3 * config.expert_dim * config.hidden_dim
-    routers = sum(router.weight.numel() for _, router in model.routers() if router.weight is not None)
     num_moe = sum(isinstance(block.ffn, MoE) for block in model.layers)  # type: ignore[union-attr]
     head = config.vocab_size * config.hidden_dim
-    step = matrices(model.layers) + num_moe * experts + head - routers * num_moe // (num_moe + 1)
-    module = matrices(model.mtp) + experts + head - routers // (num_moe + 1)
+    step = count(model.layers) + count(model.norm) + num_moe * experts + head
+    module = count(model.mtp) + experts + head
     others = num_moe * experts * (1 - config.top_k / config.num_experts)
     assert estimate_cost(config) == pytest.approx((module + others) / step)
 

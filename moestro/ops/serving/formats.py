@@ -3,15 +3,17 @@
 A matrix [M, K] becomes ⌈M / 64⌉ panels of equal size that follow each other, zeros where M and K do not fill them. A
 panel is a row of blocks along k, so it is read once from front to end; the same bytes serve every instruction set:
 
-    kind  k of a block  bytes  what lies in a block                                                        bits a weight
-    fp32            1    256   float [64]                                                                         32
-    bf16            2    256   bf16 [64][2]: the two k of an output side by side                                  16
-    int8           64   4224   uint8 [16][64][4], 128 + code, k = 4 i + j; then bf16 scale [64]                   8.25
-    int4           32   1152   nibbles [4][64][4], 8 + code, k = 4 i + j in the low and 16 + 4 i + j in           4.5
-                               the high half of a byte; then bf16 scale [64]
+    format  k of a block  bytes  bits a weight  what lies in a block
+    fp32               1    256             32  float [64]
+    bf16               2    256             16  bf16 [64][2]: the two k of an output side by side
+    int8              64   4224           8.25  uint8 [16][64][4], 128 + code, k = 4 i + j; then bf16 scale [64]
+    int4              32   1152            4.5  nibbles [4][64][4], 8 + code, k = 4 i + j in the low and 16 + 4 i + j in
+                                                the high half of a byte; then bf16 scale [64]
+
+`FORMATS` is this table as data: the packer, the packed directory and the kernels' codes come from it.
 
 value = scale · code. int8: scale = largest magnitude / 127. int4: the largest magnitude is code −8 and its sign goes
-into the scale, as in llama.cpp's Q4_0; then the scale that fits these codes best, Σ w·code / Σ code². RowSource of
+into the scale, as in llama.cpp's Q4_0; then the scale that fits these codes best, Σ w·code / Σ code². Rows of
 activations are quantised to 8 bits by blocks of the same length when they meet such weights: code = x · (127 / largest
 magnitude), rounded to even.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,25 +40,64 @@ PLAIN_CHUNK = 1 << 18  # elements packed at a time in plain torch, which needs s
 
 
 @dataclass(frozen=True)
-class Layout:
-    """k and bytes of a block of one panel; `code` is the kind's number in the C interface."""
+class WeightFormat:
+    """How a block of a panel is stored: values of `bits` for `length` k of 64 outputs, then their scales.
 
+    `code` is the format's number in the C interface and in saved sizes. `scale` is the dtype of the scales, one of each
+    output, which end the block; None where there are none.
+    """
+
+    name: str
     code: int
     length: int
-    nbytes: int
+    bits: int
+    scale: torch.dtype | None = None
 
     @property
     def quantised(self) -> bool:
         """Whether the values are codes and scales."""
-        return self.length > 2
+        return self.scale is not None
+
+    @property
+    def offset(self) -> int:
+        """What is added to a code, so that it is stored without a sign."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def scale_offset(self) -> int:
+        """Bytes of the values of a block, behind which its scales begin."""
+        return PANEL * self.length * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of a block."""
+        return PANEL * self.scale.itemsize if self.scale else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a block."""
+        return self.scale_offset + self.scale_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, its share of the scales included."""
+        return 8 * self.nbytes / (PANEL * self.length)
 
 
-LAYOUTS = {
-    "fp32": Layout(0, 1, 256),
-    "bf16": Layout(1, 2, 256),
-    "int8": Layout(2, 64, 4224),
-    "int4": Layout(3, 32, 1152),
+FORMATS = {
+    one.name: one
+    for one in (
+        WeightFormat("fp32", code=0, length=1, bits=32),
+        WeightFormat("bf16", code=1, length=2, bits=16),
+        WeightFormat("int8", code=2, length=64, bits=8, scale=torch.bfloat16),
+        WeightFormat("int4", code=3, length=32, bits=4, scale=torch.bfloat16),
+    )
 }
+
+
+def plain_format(dtype: torch.dtype) -> str:
+    """The format that keeps weights as they are computed with."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 class RowSource:
@@ -77,21 +118,10 @@ class RowSource:
         return torch.cat([rows.to(self._dtype) for rows in found])
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Matrices of one shape, read one at a time: together [E, M, K]."""
-
-    shape: Sequence[int]
-    matrices: Iterable[Tensor]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.matrices)
-
-
-def panel_shape(rows: int, columns: int, kind: str) -> tuple[int, int]:
+def panel_shape(rows: int, columns: int, format: str) -> tuple[int, int]:
     """(panels, bytes of a panel) of a matrix [rows, columns]."""
-    layout = LAYOUTS[kind]
-    return -(-rows // PANEL), -(-columns // layout.length) * layout.nbytes
+    spec = FORMATS[format]
+    return -(-rows // PANEL), -(-columns // spec.length) * spec.nbytes
 
 
 def new_panels(shape: Sequence[int]) -> Tensor:
@@ -106,14 +136,14 @@ def new_panels(shape: Sequence[int]) -> Tensor:
     return out
 
 
-def pack_panels(weight: Tensor | RowSource, kind: str, out: Tensor | None = None) -> Tensor:
+def pack_panels(weight: Tensor | RowSource, format: str, out: Tensor | None = None) -> Tensor:
     """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], contiguous `out` where it is given.
 
     Native where it can be, to the bit the same.
     """
     rows, columns = weight.shape
     if out is None:
-        out = new_panels(panel_shape(rows, columns, kind))
+        out = new_panels(panel_shape(rows, columns, format))
     is_native = library.serves(weight[:0])
     chunk = PLAIN_CHUNK if not is_native else CHUNK if isinstance(weight, RowSource) else rows * columns
     step = PANEL * max(1, -(-chunk // (PANEL * max(columns, 1))))
@@ -122,49 +152,58 @@ def pack_panels(weight: Tensor | RowSource, kind: str, out: Tensor | None = None
         panels = out[first // PANEL : -(-(first + len(part)) // PANEL)]
         if is_native:
             part = part.contiguous()
-            sizes = (*part.shape, LAYOUTS[kind].code, library.TYPES[part.dtype], torch.get_num_threads())
+            sizes = (*part.shape, FORMATS[format].code, library.TYPES[part.dtype], torch.get_num_threads())
             library.call("moestro_pack", panels, part, *sizes)
         else:
-            filled = F.pad(part, (0, -columns % LAYOUTS[kind].length, 0, -len(part) % PANEL))
-            panels.copy_(_pack(filled.unflatten(0, (-1, PANEL)), kind))
+            filled = F.pad(part, (0, -columns % FORMATS[format].length, 0, -len(part) % PANEL))
+            panels.copy_(_pack(filled.unflatten(0, (-1, PANEL)), format))
     return out
 
 
-def unpack_panels(panels: Tensor, kind: str) -> Tensor:
+def unpack_panels(panels: Tensor, format: str) -> Tensor:
     """uint8 [..., bytes of a panel] -> their values, fp32 [..., K, 64], K filled up with zeros to whole blocks."""
-    layout = LAYOUTS[kind]
-    blocks = panels.unflatten(-1, (-1, layout.nbytes))  # [..., B, bytes]
-    if kind == "fp32":
-        return blocks.contiguous().view(torch.float32)
-    if kind == "bf16":
-        pairs = blocks.contiguous().view(torch.bfloat16).unflatten(-1, (PANEL, 2)).float()
-        return pairs.transpose(-1, -2).flatten(-3, -2)
-    codes, scales = blocks.split([layout.nbytes - 2 * PANEL, 2 * PANEL], -1)
-    if kind == "int4":
-        codes = torch.cat([codes & 15, codes >> 4], -1)
-    values = codes.unflatten(-1, (layout.length // 4, PANEL, 4)).float() - (128 if kind == "int8" else 8)
+    spec = FORMATS[format]
+    blocks = panels.unflatten(-1, (-1, spec.nbytes))  # [..., B, bytes]
+    codes, scales = blocks.split([spec.scale_offset, spec.scale_bytes], -1)
+    match format:
+        case "fp32":
+            return blocks.contiguous().view(torch.float32)
+        case "bf16":
+            pairs = blocks.contiguous().view(torch.bfloat16).unflatten(-1, (PANEL, 2)).float()
+            return pairs.transpose(-1, -2).flatten(-3, -2)
+        case "int8":
+            pass
+        case "int4":
+            codes = torch.cat([codes & 15, codes >> 4], -1)
+        case _:
+            raise _unknown(format)
+    values = codes.unflatten(-1, (spec.length // 4, PANEL, 4)).float() - spec.offset
     values = values.transpose(-1, -2).flatten(-3, -2)  # [..., B, length, 64]
-    return (values * scales.contiguous().view(torch.bfloat16).float().unsqueeze(-2)).flatten(-3, -2)
+    return (values * scales.contiguous().view(spec.scale).float().unsqueeze(-2)).flatten(-3, -2)
 
 
-def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """weight [..., K], K whole blocks -> codes [..., K] as fp32 (−127 … 127 or −8 … 7), scales [..., B] bf16."""
-    blocks = weight.float().unflatten(-1, (-1, LAYOUTS[kind].length))
-    if kind == "int8":
-        scale = (blocks.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
-        codes = _scaled(blocks, scale).round_().clamp_(-127, 127)
-        return codes.flatten(-2), scale.squeeze(-1).bfloat16()
-    low, high = blocks.aminmax(dim=-1, keepdim=True)
-    scale = torch.where(-low > high, low, high) / -8
-    scaled = _scaled(blocks, scale)
-    codes = scaled.round().clamp_(-8, 7)
-    fit = (scaled * codes).sum(-1, dtype=torch.float64).float() / codes.square().sum(-1).clamp(min=1)  # sums are exact
-    return codes.flatten(-2), (scale.squeeze(-1) * fit + 0.0).bfloat16()  # no −0
+    blocks = weight.float().unflatten(-1, (-1, FORMATS[format].length))
+    match format:
+        case "int8":
+            scale = (blocks.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
+            codes = _scaled(blocks, scale).round_().clamp_(-127, 127)
+            return codes.flatten(-2), scale.squeeze(-1).bfloat16()
+        case "int4":
+            low, high = blocks.aminmax(dim=-1, keepdim=True)
+            scale = torch.where(-low > high, low, high) / -8
+            scaled = _scaled(blocks, scale)
+            codes = scaled.round().clamp_(-8, 7)
+            fit = (scaled * codes).sum(-1, dtype=torch.float64).float()  # sums are exact
+            fit /= codes.square().sum(-1).clamp(min=1)
+            return codes.flatten(-2), (scale.squeeze(-1) * fit + 0.0).bfloat16()  # no −0
+    raise _unknown(format)
 
 
-def round_rows(x: Tensor, kind: str) -> Tensor:
-    """x [N, K] fp32, K whole blocks -> the values [N, K] that rows keep when they meet weights of a quantised kind."""
-    blocks = x.unflatten(-1, (-1, LAYOUTS[kind].length))
+def round_rows(x: Tensor, format: str) -> Tensor:
+    """x [N, K] fp32, K whole blocks -> the values [N, K] that rows keep when they meet quantised weights."""
+    blocks = x.unflatten(-1, (-1, FORMATS[format].length))
     largest = blocks.abs().amax(-1, keepdim=True)
     scale = torch.where(largest > 1e-30, largest / 127, 0)
     inverse = torch.tensor(127.0) / largest  # 127 / largest would be 127 · (1 / largest), rounded twice
@@ -176,20 +215,25 @@ def _scaled(blocks: Tensor, scale: Tensor) -> Tensor:
     return blocks * torch.where(scale.abs() > LEAST_SCALE, 1 / scale, 0)
 
 
-def _pack(panels: Tensor, kind: str) -> Tensor:
+def _pack(panels: Tensor, format: str) -> Tensor:
     """panels [p, 64, K], K whole blocks -> uint8 [p, bytes of a panel]."""
-    if kind == "fp32":
-        return panels.float().transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
-    if kind == "bf16":
-        return _turn(panels.bfloat16().contiguous()).flatten(1)
-    layout = LAYOUTS[kind]
-    codes, scales = quantize(panels, kind)
-    bits = (codes + (128 if kind == "int8" else 8)).to(torch.uint8)
-    if kind == "int4":
-        low, high = bits.unflatten(-1, (-1, 2, layout.length // 2)).unbind(-2)
+    match format:
+        case "fp32":
+            return panels.float().transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
+        case "bf16":
+            return _turn(panels.bfloat16().contiguous()).flatten(1)
+    spec = FORMATS[format]
+    codes, scales = quantize(panels, format)
+    bits = (codes + spec.offset).to(torch.uint8)
+    if spec.bits == 4:
+        low, high = bits.unflatten(-1, (-1, 2, spec.length // 2)).unbind(-2)
         bits = (low | high << 4).flatten(-2)
     by_block = _turn(bits.contiguous()).unflatten(1, (scales.shape[-1], -1)).flatten(2)  # [p, B, bytes of codes]
     return torch.cat([by_block, scales.transpose(1, 2).contiguous().view(torch.uint8)], -1).flatten(1)
+
+
+def _unknown(format: str) -> ValueError:
+    return ValueError(f"nothing here packs, unpacks or quantises {format}")
 
 
 def _turn(values: Tensor) -> Tensor:

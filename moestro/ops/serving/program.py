@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.serving import attention, rows
-from moestro.ops.serving.formats import LAYOUTS
+from moestro.ops.serving.formats import FORMATS
 from moestro.ops.serving.rows import SCORES
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
@@ -113,7 +113,7 @@ class Operations(Protocol[Value]):
 
 
 class Eager:
-    """Operations at once. `ids` [L, N, A] int64: of hashed routers, and what the others choose; `layers`: the cache."""
+    """Operations at once. `ids` [L, N, A] int64: experts that are known, −1 to be chosen; `layers`: the cache."""
 
     def __init__(self, layout: StepLayout, layers: Sequence[Tensor], ids: Tensor) -> None:
         self.layout, self.layers, self.ids = layout, layers, ids
@@ -164,7 +164,7 @@ class Eager:
     def route(self, index: int, logits: Tensor | None, selection: Selection) -> Tensor:
         if logits is None:
             logits = torch.zeros(self.ids.shape[1], len(selection.bias))
-        ids, weights = rows.route(logits.flatten(1), selection, self.ids[index] if selection.hashed else None)
+        ids, weights = rows.route(logits.flatten(1), selection, self.ids[index])
         self.ids[index] = ids
         return weights
 
@@ -290,7 +290,7 @@ class Tape:
     def route(self, index: int, logits: Operand | None, selection: Selection) -> Operand:
         s, out = selection, self.value(selection.top_k, wide=True)
         sizes = (len(s.bias), s.num_groups, s.top_k_groups)
-        kinds = (SCORES[s.score], s.group_best, s.multiply, s.normalize, s.hashed)
+        kinds = (SCORES[s.score], s.group_best, s.multiply, s.normalize, 1)
         bias = self._keep(s.bias.float().contiguous())
         self._note(ROUTE, index, out.at, 0 if logits is None else logits.at, bias, *sizes, _bits(s.scale), *kinds)
         return out
@@ -298,7 +298,7 @@ class Tape:
     def experts(self, index: int, weight: PackedExperts, x: Operand, weights: Operand) -> Operand:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
-        sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, LAYOUTS[weight.kind].code, self._type)
+        sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, FORMATS[weight.format].code, self._type)
         self._note(EXPERTS, out.at, x.at, weights.at, index, weight.gate_up.data_ptr(), weight.down.data_ptr(), *sizes)
         return out
 
@@ -371,7 +371,7 @@ class Tape:
         x = self._whole(x)
         self._check(x, groups * weight.in_features)
         kind = library.TYPES[torch.float32] if x.wide else self._type
-        sizes = (groups, weight.out_features, weight.in_features, LAYOUTS[weight.kind].code, kind)
+        sizes = (groups, weight.out_features, weight.in_features, FORMATS[weight.format].code, kind)
         self._note(LINEAR, out.at, x.at, weight.panels.data_ptr(), *sizes)
         return out
 

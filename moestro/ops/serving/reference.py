@@ -61,32 +61,32 @@ def multiply(x: Tensor, tiles: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2).flatten(0, 1)[:n]
 
 
-def linear(x: Tensor, panels: Tensor, kind: str) -> Tensor:
+def linear(x: Tensor, panels: Tensor, format: str) -> Tensor:
     """x [N, K], packed panels -> [N, panels · 64] fp32."""
-    length = formats.LAYOUTS[kind].length
+    length = formats.FORMATS[format].length
     rows = F.pad(x.float(), (0, -x.shape[1] % length))
-    if formats.LAYOUTS[kind].quantised:
-        rows = formats.round_rows(rows, kind)
+    if formats.FORMATS[format].quantised:
+        rows = formats.round_rows(rows, format)
     rows = F.pad(rows, (0, -rows.shape[1] % TILE))
     parts = []
     for some in panels.split(PANELS_AT_ONCE):
-        values = formats.unpack_panels(some, kind)  # [p, K, 64]
+        values = formats.unpack_panels(some, format)  # [p, K, 64]
         values = F.pad(values, (0, 0, 0, rows.shape[1] - values.shape[1])).unflatten(1, (-1, TILE))
         parts.append(multiply(rows, values.transpose(0, 1)))
     return torch.cat(parts, 1) if parts else rows.new_empty(len(x), 0)
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, kind: str) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, format: str) -> Tensor:
     """x [N, D] through packed experts, gate_up and down [E, panels, bytes] -> [N, at least D] fp32."""
     slots = torch.zeros(*ids.shape, down.shape[1] * PANEL)  # [N, A, D]
     for expert in ids[ids < len(down)].unique().tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
-        halves = linear(x[token], gate_up[expert], kind).unflatten(1, (-1, 2, PANEL // 2))
+        halves = linear(x[token], gate_up[expert], format).unflatten(1, (-1, 2, PANEL // 2))
         gate, up = halves.unbind(2)
         act = (activate(F.silu, gate) * up).flatten(1)
-        if kind == "bf16" and x.dtype == torch.bfloat16:
+        if format == "bf16" and x.dtype == torch.bfloat16:
             act = act.bfloat16()
-        slots[token, choice] = linear(_cut(act, down, kind), down[expert], kind)
+        slots[token, choice] = linear(_cut(act, down, format), down[expert], format)
     out = torch.zeros(len(x), slots.shape[2])
     for choice in range(ids.shape[1]):
         out = out + slots[:, choice] * weights[:, choice, None].float()
@@ -133,8 +133,8 @@ FIXED_ORDER = FixedOrder()
 def route(logits: Tensor, selection: Selection, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `rows.route`."""
     scores = score_experts(logits, selection.score, FIXED_ORDER)
-    if ids is None:
-        ids = choose(add_bias(scores, selection), selection)
+    chosen = choose(add_bias(scores, selection), selection)
+    ids = chosen if ids is None else torch.where(ids < 0, chosen, ids)
     return ids, weigh(scores, ids, selection, FIXED_ORDER)
 
 
@@ -172,7 +172,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _cut(act: Tensor, down: Tensor, kind: str) -> Tensor:
+def _cut(act: Tensor, down: Tensor, format: str) -> Tensor:
     """The columns of act [N, panels · 32] that `down` takes: zeros beyond them meet zeros."""
-    layout = formats.LAYOUTS[kind]
-    return act[:, : down.shape[2] // layout.nbytes * layout.length]
+    spec = formats.FORMATS[format]
+    return act[:, : down.shape[2] // spec.nbytes * spec.length]

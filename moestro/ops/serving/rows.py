@@ -60,13 +60,20 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
 
 
 def route(logits: Tensor, selection: Selection, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits [N, E] fp32 -> ids [N, A] int64 and weights [N, A] fp32; `ids` where they are given."""
+    """logits [N, E] fp32 -> ids [N, A] int64 and weights [N, A] fp32.
+
+    `ids` [N, A] are experts that are known already: only their weights are computed. Rows of −1 are chosen.
+    """
     n, num_experts = logits.shape
     if not library.serves(logits) or logits.dtype != torch.float32:
         return reference.route(logits, selection, ids)
     logits = logits.contiguous()
     given = ids is not None
-    ids = logits.new_empty(n, selection.top_k, dtype=torch.int64) if ids is None else ids.contiguous()
+    ids = (
+        logits.new_empty(n, selection.top_k, dtype=torch.int64)
+        if ids is None
+        else ids.clone(memory_format=torch.contiguous_format)
+    )
     if ids.shape != (n, selection.top_k) or selection.bias.shape != (num_experts,):
         raise ValueError(f"ids {list(ids.shape)} or bias {list(selection.bias.shape)} do not fit {list(logits.shape)}")
     weights = logits.new_empty(n, selection.top_k)

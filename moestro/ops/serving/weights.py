@@ -10,7 +10,7 @@ No operation here has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
@@ -18,9 +18,7 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.serving import formats, reference
-from moestro.ops.serving.formats import LAYOUTS, PANEL, RowSource, Stack
-
-_KIND_OF = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+from moestro.ops.serving.formats import FORMATS, PANEL, RowSource
 
 
 class _Matrices:
@@ -29,37 +27,50 @@ class _Matrices:
     leading: int
     names = ("panels", "sizes")  # of `tensors`
 
-    def __init__(self, panels: Tensor, kind: str, out_features: int, in_features: int) -> None:
+    def __init__(self, panels: Tensor, format: str, out_features: int, in_features: int) -> None:
         """Takes panels as `tensors` gives them; ValueError where they do not fit the sizes."""
-        shape = formats.panel_shape(out_features, in_features, kind)
+        shape = formats.panel_shape(out_features, in_features, format)
         if tuple(panels.shape[self.leading :]) != shape or panels.dtype != torch.uint8:
-            raise ValueError(f"{list(panels.shape)} bytes are not {kind} panels of {out_features} x {in_features}")
-        self.panels, self.kind = panels.contiguous(), kind
+            raise ValueError(f"{list(panels.shape)} bytes are not {format} panels of {out_features} x {in_features}")
+        self.panels, self.format = panels.contiguous(), format
         self.out_features, self.in_features = out_features, in_features
-        self.sizes = (kind, *panels.shape[: self.leading], out_features, in_features)
+        self.sizes = (*panels.shape[: self.leading], out_features, in_features)
         self.nbytes = panels.nbytes
-        self._address, self._code = self.panels.data_ptr(), LAYOUTS[kind].code
+        self._address, self._code = self.panels.data_ptr(), FORMATS[format].code
+
+    @classmethod
+    def empty(cls, format: str, *sizes: int) -> Self:
+        """Memory for matrices of some `sizes`, (…, outputs, inputs), to be filled."""
+        *number, rows, columns = sizes
+        panels = formats.new_panels((*number, *formats.panel_shape(rows, columns, format)))
+        return cls(panels, format, rows, columns)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """What `tensors` gave, perhaps memory-mapped."""
-        kind, rows, columns = _read_sizes(tensors["sizes"], 3)
-        return cls(tensors["panels"], kind, rows, columns)
+        format, rows, columns = _read_sizes(tensors["sizes"], 3)
+        return cls(tensors["panels"], format, rows, columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What to save: the panels, and the kind with the sizes."""
+        """What to save: the panels, and the format with the sizes."""
         return {"panels": self.panels, "sizes": torch.tensor([self._code, self.out_features, self.in_features])}
 
 
 class PackedLinear(_Matrices):
-    """y = x Wᵀ. Sums are in fp32, products in fp32 or, where both are bf16, in bf16; quantised kinds multiply codes."""
+    """y = x Wᵀ. Sums are in fp32, products in fp32 or, where both are bf16, in bf16; quantised ones multiply codes."""
 
     leading = 0
 
     @classmethod
-    def pack(cls, weight: Tensor | RowSource, kind: str) -> PackedLinear:
-        """weight [M, K] fp32 or bf16; kind fp32, bf16, int8 or int4."""
-        return cls(formats.pack_panels(weight, kind), kind, *weight.shape)
+    def pack(cls, weight: Tensor | RowSource, format: str) -> PackedLinear:
+        """weight [M, K] fp32 or bf16; format fp32, bf16, int8 or int4."""
+        packed = cls.empty(format, *weight.shape)
+        packed.fill(weight)
+        return packed
+
+    def fill(self, weight: Tensor | RowSource) -> None:
+        """Pack another matrix of the same shape into the same memory."""
+        formats.pack_panels(weight, self.format, out=self.panels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, K] fp32 or bf16 -> [N, M] of its type."""
@@ -67,7 +78,7 @@ class PackedLinear(_Matrices):
         if k != self.in_features:
             raise ValueError(f"rows of {k} values for a matrix of {self.in_features}")
         if not library.serves(x):
-            return reference.linear(x, self.panels, self.kind)[:, : self.out_features].to(x.dtype)
+            return reference.linear(x, self.panels, self.format)[:, : self.out_features].to(x.dtype)
         x = x.contiguous()
         out = x.new_empty(n, self.out_features)
         sizes = (1, n, self.out_features, k, self._code, library.TYPES[x.dtype], torch.get_num_threads())
@@ -81,10 +92,15 @@ class PackedHeads(_Matrices):
     leading = 1
 
     @classmethod
-    def pack(cls, weight: Tensor, kind: str | None = None) -> PackedHeads:
-        """weight [H, V, K] fp32 or bf16; kept in its own type unless a kind is given."""
-        kind = kind or _KIND_OF[weight.dtype]
-        return cls(_pack_each(weight, weight.shape, kind), kind, weight.shape[1], weight.shape[2])
+    def pack(cls, weight: Tensor, format: str | None = None) -> PackedHeads:
+        """weight [H, V, K] fp32 or bf16; kept in its own type unless a format is given."""
+        packed = cls.empty(format or formats.plain_format(weight.dtype), *weight.shape)
+        packed.fill(weight)
+        return packed
+
+    def fill(self, weight: Tensor) -> None:
+        """Pack other matrices of the same shape into the same memory."""
+        _pack_each(weight, self.format, self.panels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, H, K] fp32 or bf16 -> [N, H, V] of its type."""
@@ -92,7 +108,7 @@ class PackedHeads(_Matrices):
         if (heads, k) != (len(self.panels), self.in_features):
             raise ValueError(f"{heads} heads of {k} values for {len(self.panels)} matrices of {self.in_features}")
         if not library.serves(x):
-            parts = [reference.linear(a, p, self.kind) for a, p in zip(x.unbind(1), self.panels, strict=True)]
+            parts = [reference.linear(a, p, self.format) for a, p in zip(x.unbind(1), self.panels, strict=True)]
             return torch.stack(parts, 1)[..., : self.out_features].to(x.dtype)
         x = x.contiguous()
         out = x.new_empty(n, heads, self.out_features)
@@ -106,35 +122,46 @@ class PackedExperts:
 
     names = ("gate_up", "down", "sizes")  # of `tensors`
 
-    def __init__(self, gate_up: Tensor, down: Tensor, kind: str, hidden_dim: int, expert_dim: int) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, format: str, hidden_dim: int, expert_dim: int) -> None:
         """Panels [E, panels, bytes] as `tensors` gives them; ValueError where they do not fit the sizes."""
-        up_shape = formats.panel_shape(2 * -(-expert_dim // 32) * 32, hidden_dim, kind)
-        shapes = ((len(gate_up), *up_shape), (len(gate_up), *formats.panel_shape(hidden_dim, expert_dim, kind)))
+        shapes = tuple((len(gate_up), *shape) for shape in _expert_panels(format, hidden_dim, expert_dim))
         if (tuple(gate_up.shape), tuple(down.shape)) != shapes or {gate_up.dtype, down.dtype} != {torch.uint8}:
             raise ValueError(
-                f"{list(gate_up.shape)} and {list(down.shape)} bytes are not {kind} experts of {expert_dim}"
+                f"{list(gate_up.shape)} and {list(down.shape)} bytes are not {format} experts of {expert_dim}"
             )
-        self.gate_up, self.down, self.kind = gate_up.contiguous(), down.contiguous(), kind
+        self.gate_up, self.down, self.format = gate_up.contiguous(), down.contiguous(), format
         self.num_experts, self.hidden_dim, self.expert_dim = len(gate_up), hidden_dim, expert_dim
-        self.sizes = (kind, len(gate_up), hidden_dim, expert_dim)
+        self.sizes = (len(gate_up), hidden_dim, expert_dim)
         self.nbytes = gate_up.nbytes + down.nbytes
-        self._addresses, self._code = (self.gate_up.data_ptr(), self.down.data_ptr()), LAYOUTS[kind].code
+        self._addresses, self._code = (self.gate_up.data_ptr(), self.down.data_ptr()), FORMATS[format].code
 
     @classmethod
-    def pack(cls, gate_up: Tensor | Stack, down: Tensor | Stack, kind: str) -> PackedExperts:
-        """gate_up [E, 2F, D], gates first, and down [E, D, F], fp32 or bf16; kind fp32, bf16, int8 or int4."""
-        experts, hidden, width = down.shape
-        mixed = _pack_each((_mix(one, width) for one in gate_up), (experts, 2 * -(-width // 32) * 32, hidden), kind)
-        return cls(mixed, _pack_each(down, down.shape, kind), kind, hidden, width)
+    def pack(cls, gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
+        """gate_up [E, 2F, D], gates first, and down [E, D, F], fp32 or bf16; format fp32, bf16, int8 or int4."""
+        packed = cls.empty(format, *down.shape)
+        packed.fill(gate_up, down)
+        return packed
+
+    @classmethod
+    def empty(cls, format: str, num_experts: int, hidden_dim: int, expert_dim: int) -> PackedExperts:
+        """Memory for experts of some sizes, to be filled."""
+        up_shape, down_shape = _expert_panels(format, hidden_dim, expert_dim)
+        gate_up, down = formats.new_panels((num_experts, *up_shape)), formats.new_panels((num_experts, *down_shape))
+        return cls(gate_up, down, format, hidden_dim, expert_dim)
+
+    def fill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
+        """Pack other experts of the same shapes into the same memory, a matrix at a time."""
+        _pack_each((_mix(one, self.expert_dim) for one in gate_up), self.format, self.gate_up)
+        _pack_each(down, self.format, self.down)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedExperts:
         """What `tensors` gave, perhaps memory-mapped."""
-        kind, hidden, width = _read_sizes(tensors["sizes"], 3)
-        return cls(tensors["gate_up"], tensors["down"], kind, hidden, width)
+        format, hidden, width = _read_sizes(tensors["sizes"], 3)
+        return cls(tensors["gate_up"], tensors["down"], format, hidden, width)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What to save: the panels, and the kind with the sizes."""
+        """What to save: the panels, and the format with the sizes."""
         sizes = torch.tensor([self._code, self.hidden_dim, self.expert_dim])
         return {"gate_up": self.gate_up, "down": self.down, "sizes": sizes}
 
@@ -144,23 +171,26 @@ class PackedExperts:
         if hidden != self.hidden_dim or ids.shape != weights.shape or len(ids) != n:
             raise ValueError(f"x {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)} do not fit")
         if not library.serves(x):
-            parts = (self.gate_up, self.down, self.kind)
+            parts = (self.gate_up, self.down, self.format)
             return reference.experts(x, ids, weights, *parts)[:, :hidden].to(x.dtype)
         x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
         out = torch.empty_like(x)
         sizes = (n, ids.shape[1], self.num_experts, hidden, self.expert_dim)
-        kinds = (self._code, library.TYPES[x.dtype], torch.get_num_threads())
-        library.call("moestro_packed_experts", out, x, ids, weights, *self._addresses, *sizes, *kinds)
+        flags = (self._code, library.TYPES[x.dtype], torch.get_num_threads())
+        library.call("moestro_packed_experts", out, x, ids, weights, *self._addresses, *sizes, *flags)
         return out
 
 
-def _pack_each(matrices: Iterable[Tensor], shape: Sequence[int], kind: str) -> Tensor:
-    """Matrices, together of `shape` [number, M, K] -> uint8 [number, panels, bytes of a panel]."""
-    number, rows, columns = shape
-    out = formats.new_panels((number, *formats.panel_shape(rows, columns, kind)))
+def _expert_panels(format: str, hidden_dim: int, expert_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Panels and their bytes of an expert's gate_up and down."""
+    up_rows = 2 * -(-expert_dim // 32) * 32
+    return formats.panel_shape(up_rows, hidden_dim, format), formats.panel_shape(hidden_dim, expert_dim, format)
+
+
+def _pack_each(matrices: Iterable[Tensor], format: str, out: Tensor) -> None:
+    """Matrices [M, K], one after the other, into `out`, uint8 [number, panels, bytes of a panel]."""
     for packed, matrix in zip(out, matrices, strict=True):
-        formats.pack_panels(matrix, kind, out=packed)
-    return out
+        formats.pack_panels(matrix, format, out=packed)
 
 
 def _mix(gate_up: Tensor, width: int) -> Tensor:
@@ -171,9 +201,9 @@ def _mix(gate_up: Tensor, width: int) -> Tensor:
 
 
 def _read_sizes(sizes: Tensor, count: int) -> tuple[str, int, int]:
-    """(kind, rows, columns) from what `tensors` saved; ValueError for anything else."""
+    """(format, rows, columns) from what `tensors` saved; ValueError for anything else."""
     numbers = sizes.tolist()
-    names = {layout.code: name for name, layout in LAYOUTS.items()}
+    names = {one.code: name for name, one in FORMATS.items()}
     if sizes.dtype != torch.int64 or len(numbers) != count or numbers[0] not in names or min(numbers) < 0:
-        raise ValueError(f"{numbers} are not the kind and sizes of a packed weight")
+        raise ValueError(f"{numbers} are not the format and sizes of a packed weight")
     return names[numbers[0]], numbers[1], numbers[2]

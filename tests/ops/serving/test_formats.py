@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +13,8 @@ from moestro.ops import library
 from moestro.ops.serving import formats
 from moestro.ops.serving.weights import PackedLinear
 
-KINDS = list(formats.LAYOUTS)
+ROOT = Path(__file__).parents[3]
+FORMATS = list(formats.FORMATS)
 SHAPES = [(1, 1), (64, 64), (65, 33), (130, 129), (3, 0), (0, 5)]
 
 
@@ -22,82 +26,97 @@ def bf16(low: int, high: int) -> float:
     return float(torch.tensor([low, high], dtype=torch.uint8).view(torch.bfloat16))
 
 
-def read(panels: Tensor, kind: str, m: int, k: int) -> float:
-    """W[m, k] from the bytes, by the table in `quantize.py`."""
-    length, size = {"fp32": (1, 256), "bf16": (2, 256), "int8": (64, 4224), "int4": (32, 1152)}[kind]
+def read(panels: Tensor, format: str, m: int, k: int) -> float:
+    """W[m, k] from the bytes, by the table in `formats.py`."""
+    length, size = {"fp32": (1, 256), "bf16": (2, 256), "int8": (64, 4224), "int4": (32, 1152)}[format]
     block = panels[m // 64].tolist()[k // length * size :][:size]
     m, k = m % 64, k % length
-    if kind == "fp32":
+    if format == "fp32":
         return float(torch.tensor(block[4 * m : 4 * m + 4], dtype=torch.uint8).view(torch.float32))
-    if kind == "bf16":
+    if format == "bf16":
         return bf16(*block[4 * m + 2 * k : 4 * m + 2 * k + 2])
     codes = size - 128
     scale = bf16(*block[codes + 2 * m : codes + 2 * m + 2])
-    if kind == "int8":
+    if format == "int8":
         return scale * (block[k // 4 * 256 + 4 * m + k % 4] - 128)
     byte = block[k % 16 // 4 * 256 + 4 * m + k % 4]
     return scale * ((byte >> 4 if k >= 16 else byte & 15) - 8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_the_tables_of_the_documentation_are_the_table_of_the_code() -> None:
+    code = {one.name: (one.length, one.nbytes, one.bits_per_weight) for one in formats.FORMATS.values()}
+    written = [line.split() for line in (formats.__doc__ or "").splitlines()]
+    pages = [line.strip("| ").split("|") for line in (ROOT / "docs" / "kernels.md").read_text("utf-8").splitlines()]
+    for rows in (written, pages):
+        cells = [[cell.strip() for cell in row[:4]] for row in rows if row and row[0].strip() in code]
+        assert {name: (int(k), int(size), float(bits)) for name, k, size, bits in cells if k.isdigit()} == code
+
+
+def test_the_numbers_of_formats_are_those_of_the_kernels() -> None:
+    header = (ROOT / "csrc" / "abi" / "moestro.h").read_text("utf-8")
+    numbers = {name.lower(): int(number) for name, number in re.findall(r"MOESTRO_KIND_(\w+) = (\d+)", header)}
+    assert numbers == {one.name: one.code for one in formats.FORMATS.values()}
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bytes_lie_where_the_table_says(kind: str, shape: tuple[int, int]) -> None:
+def test_bytes_lie_where_the_table_says(format: str, shape: tuple[int, int]) -> None:
     weight = random(*shape)
-    panels = formats.pack_panels(weight, kind)
-    assert tuple(panels.shape) == formats.panel_shape(*shape, kind)
-    values = formats.unpack_panels(panels, kind).transpose(1, 2).flatten(0, 1)
-    bound = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.005, "int4": 0.15}[kind]  # of the largest magnitude in its block
+    panels = formats.pack_panels(weight, format)
+    assert tuple(panels.shape) == formats.panel_shape(*shape, format)
+    values = formats.unpack_panels(panels, format).transpose(1, 2).flatten(0, 1)
+    bound = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.005, "int4": 0.15}[format]  # of the largest magnitude in its block
     if weight.numel():
         largest = float(weight.abs().max())
         assert float((values[: shape[0], : shape[1]] - weight).abs().max()) <= bound * largest
     for m in range(0, shape[0], 7):
         for k in range(0, shape[1], 5):
-            assert read(panels, kind, m, k) == values[m, k]
+            assert read(panels, format, m, k) == values[m, k]
     assert not values[shape[0] :].any() and not values[:, shape[1] :].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_packing_is_plain_packing(
-    isa: str, two_threads: None, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+    isa: str, two_threads: None, monkeypatch: pytest.MonkeyPatch, format: str, dtype: torch.dtype
 ) -> None:
     weights = [random(*shape, seed=i).to(dtype) for i, shape in enumerate([*SHAPES, (200, 1000), (64, 97), (1, 64)])]
     spread = random(128, 256) * torch.logspace(-38, 37, 128)[:, None]  # blocks of all magnitudes
     spread[:, 64:] *= random(128, 192).exp2()  # and of values far apart
     spread[5], spread[6, 64:], spread[7] = 0, -0.0, random(256).sign()
-    found = [formats.pack_panels(weight, kind) for weight in [*weights, spread.to(dtype), spread.T.to(dtype)]]
+    found = [formats.pack_panels(weight, format) for weight in [*weights, spread.to(dtype), spread.T.to(dtype)]]
     monkeypatch.setattr(library, "PLAIN", True)
     for weight, panels in zip([*weights, spread.to(dtype), spread.T.to(dtype)], found, strict=True):
-        assert torch.equal(formats.pack_panels(weight, kind), panels)
+        assert torch.equal(formats.pack_panels(weight, format), panels)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_weights_that_are_not_finite_give_no_finite_results(path: str, kind: str) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_weights_that_are_not_finite_give_no_finite_results(path: str, format: str) -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
         weight = random(70, 130)
         weight[3, 65] = bad
-        result = PackedLinear.pack(weight, kind)(random(2, 130))
+        result = PackedLinear.pack(weight, format)(random(2, 130))
         assert not result[:, 3].isfinite().any() and result[:, :3].isfinite().all() and result[:, 4:].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packing_by_pieces_changes_nothing(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_packing_by_pieces_changes_nothing(path: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(300, 70).bfloat16()
-    whole = formats.pack_panels(weight, kind)
+    whole = formats.pack_panels(weight, format)
     monkeypatch.setattr(formats, "CHUNK", 1)
     monkeypatch.setattr(formats, "PLAIN_CHUNK", 1)
     out = torch.zeros_like(whole)
-    assert formats.pack_panels(weight, kind, out=out) is out
+    assert formats.pack_panels(weight, format, out=out) is out
     assert torch.equal(out, whole)
     parts = formats.RowSource([weight[:70], weight[70:]], weight.dtype)
-    assert torch.equal(formats.pack_panels(parts, kind), whole)
-    assert torch.equal(formats.pack_panels(weight[64:128], kind)[0], whole[1])
+    assert torch.equal(formats.pack_panels(parts, format), whole)
+    assert torch.equal(formats.pack_panels(weight[64:128], format)[0], whole[1])
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.006), ("int4", 0.09)])
-def test_quantising_costs_little(kind: str, bound: float) -> None:
+@pytest.mark.parametrize(("format", "bound"), [("int8", 0.006), ("int4", 0.09)])
+def test_quantising_costs_little(format: str, bound: float) -> None:
     weight = random(256, 512)
-    values = formats.unpack_panels(formats.pack_panels(weight, kind), kind).transpose(1, 2).flatten(0, 1)
+    values = formats.unpack_panels(formats.pack_panels(weight, format), format).transpose(1, 2).flatten(0, 1)
     assert (values - weight).norm() < bound * weight.norm()
 
 
@@ -113,25 +132,25 @@ def test_int4_scales_are_the_best_for_their_codes() -> None:
     assert codes.min() == -8 and codes.max() <= 7
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_extreme_weights_stay_finite(kind: str) -> None:
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_extreme_weights_stay_finite(format: str) -> None:
     weight = torch.zeros(4, 64)
     weight[1], weight[2, 5], weight[3] = 1e-40, 3e38, -1e-30
-    values = formats.unpack_panels(formats.pack_panels(weight, kind), kind).transpose(1, 2).flatten(0, 1)
+    values = formats.unpack_panels(formats.pack_panels(weight, format), format).transpose(1, 2).flatten(0, 1)
     assert values.isfinite().all() and not values[0].any()
     assert values[2, 5] == pytest.approx(3e38, rel=0.01)
 
 
-@pytest.mark.parametrize(("kind", "length"), [("int8", 64), ("int4", 32)])
-def test_rows_are_rounded_to_127ths_of_their_blocks(kind: str, length: int) -> None:
+@pytest.mark.parametrize(("format", "length"), [("int8", 64), ("int4", 32)])
+def test_rows_are_rounded_to_127ths_of_their_blocks(format: str, length: int) -> None:
     x = random(3, 128)
     x[0, :length] = 0
-    rounded = formats.round_rows(x, kind)
+    rounded = formats.round_rows(x, format)
     for block, kept in zip(x.split(length, 1), rounded.split(length, 1), strict=True):
         step = block.abs().amax(1, keepdim=True) / 127
         assert ((block - kept).abs() <= step * 0.5001).all()
     x[1, 3] = torch.inf
-    assert formats.round_rows(x, kind)[1, :length].isnan().all()
+    assert formats.round_rows(x, format)[1, :length].isnan().all()
 
 
 def test_rows_are_those_of_the_whole() -> None:

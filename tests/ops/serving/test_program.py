@@ -85,6 +85,11 @@ def test_route_is_the_specification(sizes: tuple[int, ...], change: dict[str, ob
     same, turned = route(logits, s, given)
     assert torch.equal(same, given)
     torch.testing.assert_close(turned, weights.flip(1))
+    some = torch.where(torch.arange(len(logits))[:, None] % 2 == 0, given, -1)  # −1: chosen
+    mixed, both = route(logits, s, some)
+    assert torch.equal(mixed[1::2], ids[1::2]) and torch.equal(mixed[::2], given[::2])
+    assert torch.equal(both[1::2], weights[1::2]) and torch.equal(both[::2], turned[::2])
+    assert (some[1::2] == -1).all()  # not written to
 
 
 def test_equal_scores_go_to_the_lowest_ids() -> None:
@@ -106,15 +111,15 @@ def test_what_is_not_a_number_still_chooses_experts_that_exist() -> None:
 
 
 def small_model(dtype: torch.dtype) -> tuple[dict[str, Any], Selection]:
-    kind = "fp32" if dtype == torch.float32 else "bf16"
+    format = "fp32" if dtype == torch.float32 else "bf16"
     return {
-        "down": PackedLinear.pack(random(2 * 12 + 8 + 4, 20, seed=1) / 4, kind),
+        "down": PackedLinear.pack(random(2 * 12 + 8 + 4, 20, seed=1) / 4, format),
         "gate": PackedLinear.pack(random(8, 20, seed=2), "fp32"),
         "heads": PackedHeads.pack((random(2, 8, 8, seed=3) / 3).to(dtype)),
-        "back": PackedLinear.pack(random(20, 16, seed=4) / 4, kind),
-        "experts": PackedExperts.pack(random(8, 20, 20, seed=5) / 4, random(8, 20, 10, seed=6) / 3, kind),
+        "back": PackedLinear.pack(random(20, 16, seed=4) / 4, format),
+        "experts": PackedExperts.pack(random(8, 20, 20, seed=5) / 4, random(8, 20, 10, seed=6) / 3, format),
         "weight": random(20, seed=7) * 0.1 + 1,
-        "half": PackedLinear.pack(random(40, 20, seed=8) / 4, kind),
+        "half": PackedLinear.pack(random(40, 20, seed=8) / 4, format),
     }, selection(8, 2, 4, 2)
 
 
@@ -147,7 +152,7 @@ def places(lengths: list[int], rows: list[int]) -> StepLayout:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tape_computes_what_its_operations_do(path: str, dtype: torch.dtype) -> None:
-    """Bit for bit, for any number of rows and threads; the cache and the chosen experts too."""
+    """Bit for bit, for any number of rows and threads; the cache and the experts, chosen or known before, too."""
     if path == "plain":
         pytest.skip("a tape needs the native kernels")
     model, chosen = small_model(dtype)
@@ -156,14 +161,16 @@ def test_a_tape_computes_what_its_operations_do(path: str, dtype: torch.dtype) -
     end: Operand = compute(tape, begin, model, chosen)
     for lengths, rows in (([9, 30, 1], [9, 30, 1]), ([10, 31, 2], [1, 1, 1]), ([64], [64]), ([1], [1])):
         x, where, caches, found = random(sum(rows), 20).to(dtype), places(lengths, rows), [], []
+        known = torch.full((2, len(x), 2), -1)
+        known[1, ::2] = torch.tensor([7, 0])
         for threads in (1, 2):
             torch.set_num_threads(threads)
             cache = [torch.ones(3, 64, 12, dtype=dtype) for _ in range(2)]
-            ids = torch.zeros(2, len(x), 2, dtype=torch.int64)
+            ids = known.clone()
             found.append((tape.run([(begin, x)], where, cache, ids, end), ids))
             caches.append(torch.stack(cache))
         cache = [torch.ones(3, 64, 12, dtype=dtype) for _ in range(2)]
-        ids = torch.zeros(2, len(x), 2, dtype=torch.int64)
+        ids = known.clone()
         expected = compute(Eager(where, cache, ids), x[:, None], model, chosen).flatten(1)
         for (out, chose), kept in zip(found, caches, strict=True):
             assert torch.equal(out, expected) and torch.equal(chose, ids) and torch.equal(kept, torch.stack(cache))

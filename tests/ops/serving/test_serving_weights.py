@@ -1,7 +1,7 @@
 """Serving operations on every instruction set of this CPU and in plain torch: values, independent rows, hostile sizes.
 
 Values are held against fp64. Bounds: a sum of K products in fp32 errs by at most about K · eps · Σ |a||b|; inputs and
-outputs in bf16 add 2⁻⁸ each way; codes are exact, so quantised kinds are held against the values that codes stand for.
+outputs in bf16 add 2⁻⁸ each way; codes are exact, so quantised weights are held against what codes stand for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moestro.ops.training import reference
 
 pytestmark = pytest.mark.usefixtures("path")
 DTYPES = [torch.float32, torch.bfloat16]
-KINDS = ["fp32", "bf16", "int8", "int4"]
+FORMATS = ["fp32", "bf16", "int8", "int4"]
 SLICES = (slice(0, 1), slice(5, 7), slice(3, 19), slice(40, 129))
 
 
@@ -28,14 +28,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def values_of(panels: Tensor, kind: str, rows: int, columns: int) -> Tensor:
+def values_of(panels: Tensor, format: str, rows: int, columns: int) -> Tensor:
     """The matrix that panels stand for, fp64."""
-    return formats.unpack_panels(panels, kind).transpose(-1, -2).flatten(-3, -2)[..., :rows, :columns].double()
+    return formats.unpack_panels(panels, format).transpose(-1, -2).flatten(-3, -2)[..., :rows, :columns].double()
 
 
-def rounded(x: Tensor, kind: str) -> Tensor:
-    """What rows become before they meet weights of a kind, fp64, by the definition."""
-    length = {"int8": 64, "int4": 32}.get(kind)
+def rounded(x: Tensor, format: str) -> Tensor:
+    """What rows become before they meet weights of a format, fp64, by the definition."""
+    length = {"int8": 64, "int4": 32}.get(format)
     if length is None:
         return x.double()
     blocks = F.pad(x.float(), (0, -x.shape[1] % length)).unflatten(1, (-1, length))
@@ -45,13 +45,13 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear_is_within_the_bound(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_linear_is_within_the_bound(format: str, dtype: torch.dtype) -> None:
     sizes = [(1, 1, 1), (3, 65, 77), (7, 64, 128), (16, 200, 96), (25, 130, 333), (100, 70, 515), (0, 3, 4), (2, 0, 4)]
     for n, m, k in [*sizes, (2, 3, 0), (200, 300, 31)]:
         x = random(n, k).to(dtype)
-        packed = PackedLinear.pack(random(m, k, seed=1), kind)
-        weight, rows = values_of(packed.panels, kind, m, k), rounded(x, kind)
+        packed = PackedLinear.pack(random(m, k, seed=1), format)
+        weight, rows = values_of(packed.panels, format, m, k), rounded(x, format)
         exact = rows @ weight.T
         bound = (k + 4) * 2.0**-24 * (rows.abs() @ weight.abs().T)
         if dtype == torch.bfloat16:
@@ -62,9 +62,9 @@ def test_linear_is_within_the_bound(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_of_a_linear_depends_on_itself_alone(kind: str, dtype: torch.dtype) -> None:
-    packed, x = PackedLinear.pack(random(130, 300, seed=1), kind), random(130, 300).to(dtype)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_of_a_linear_depends_on_itself_alone(format: str, dtype: torch.dtype) -> None:
+    packed, x = PackedLinear.pack(random(130, 300, seed=1), format), random(130, 300).to(dtype)
     whole = packed(x)
     for rows in SLICES:
         assert torch.equal(packed(x[rows]), whole[rows])
@@ -83,7 +83,7 @@ def test_heads_are_a_linear_each(shape: tuple[int, int, int], dtype: torch.dtype
     whole = packed(x)
     assert whole.shape == (9, heads, out)
     for h in range(heads):
-        assert torch.equal(whole[:, h], PackedLinear.pack(weight[h], packed.kind)(x[:, h]))
+        assert torch.equal(whole[:, h], PackedLinear.pack(weight[h], packed.format)(x[:, h]))
     assert torch.equal(packed(x[4:5]), whole[4:5])
 
 
@@ -97,22 +97,22 @@ def expert_inputs(n: int, loads: list[float], hidden: int, width: int, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("loads", "hidden", "width"),
     [([1.0, 1, 1, 1, 0], 64, 32), ([0.0, 5, 0, 1, 1], 33, 17), ([1.0, 0], 100, 70), ([0.0, 0, 1], 8, 4)],
 )
 def test_experts_equal_the_reference(
-    kind: str, dtype: torch.dtype, loads: list[float], hidden: int, width: int
+    format: str, dtype: torch.dtype, loads: list[float], hidden: int, width: int
 ) -> None:
     x, gate_up, down, ids, weights = expert_inputs(37, loads, hidden, width, dtype)
-    packed = PackedExperts.pack(gate_up, down, kind)
-    halves = values_of(packed.gate_up, kind, -(-width // 32) * 64, hidden).unflatten(1, (-1, 2, 32))
+    packed = PackedExperts.pack(gate_up, down, format)
+    halves = values_of(packed.gate_up, format, -(-width // 32) * 64, hidden).unflatten(1, (-1, 2, 32))
     exact_up = halves.transpose(1, 2).flatten(2, 3)[:, :, :width].flatten(1, 2)
-    exact_down = values_of(packed.down, kind, hidden, width)
-    rows = rounded(x, kind)
+    exact_down = values_of(packed.down, format, hidden, width)
+    rows = rounded(x, format)
     exact = reference.grouped_experts(rows, exact_up, exact_down, ids, weights.double())
-    quantised, narrow = kind in ("int8", "int4"), dtype == torch.bfloat16
+    quantised, narrow = format in ("int8", "int4"), dtype == torch.bfloat16
     close = 0.02 if quantised else 0.01 if narrow else 1e-5  # activations between the products are rounded to 8 bits
     out = packed(x, ids, weights)
     assert out.dtype == dtype
@@ -120,10 +120,10 @@ def test_experts_equal_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_of_the_experts_depends_on_itself_alone(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_token_of_the_experts_depends_on_itself_alone(format: str, dtype: torch.dtype) -> None:
     x, gate_up, down, ids, weights = expert_inputs(130, [4.0, 1, 1, 0, 1], 66, 34, dtype)
-    packed = PackedExperts.pack(gate_up, down, kind)
+    packed = PackedExperts.pack(gate_up, down, format)
     whole = packed(x, ids, weights)
     for rows in SLICES:
         assert torch.equal(packed(x[rows], ids[rows], weights[rows]), whole[rows])
@@ -253,11 +253,11 @@ def test_norm_and_activation(width: int, dtype: torch.dtype) -> None:
         assert torch.equal(swiglu(both[rows]), act[rows])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_weights_survive_their_tensors(kind: str) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_weights_survive_their_tensors(format: str) -> None:
     x, gate_up, down, ids, weights = expert_inputs(5, [1.0, 1, 0], 40, 24, torch.float32)
-    experts, linear = PackedExperts.pack(gate_up, down, kind), PackedLinear.pack(random(70, 40), kind)
-    heads = PackedHeads.pack(random(2, 70, 20), kind)
+    experts, linear = PackedExperts.pack(gate_up, down, format), PackedLinear.pack(random(70, 40), format)
+    heads = PackedHeads.pack(random(2, 70, 20), format)
     for packed, arguments in ((experts, (x, ids, weights)), (linear, (x,)), (heads, (x.view(5, 2, 20),))):
         again = type(packed).from_tensors({name: t.clone() for name, t in packed.tensors().items()})
         assert torch.equal(again(*arguments), packed(*arguments))
@@ -265,7 +265,7 @@ def test_packed_weights_survive_their_tensors(kind: str) -> None:
         broken = packed.tensors() | {"sizes": packed.tensors()["sizes"] + torch.tensor([0, 64, 0])}
         with pytest.raises(ValueError, match="bytes are not"):
             type(packed).from_tensors(broken)
-    with pytest.raises(ValueError, match="kind and sizes"):
+    with pytest.raises(ValueError, match="format and sizes"):
         PackedLinear.from_tensors(linear.tensors() | {"sizes": torch.tensor([9, 70, 40])})
 
 
@@ -293,20 +293,20 @@ def test_a_choice_of_no_expert_is_refused(path: str) -> None:
     ("change", "code"),
     [
         ({"n": -1}, 2), ({"n": 2**62}, 2), ({"m": 2**41}, 2), ({"k": 2**62}, 2), ({"k": -1}, 2), ({"groups": 2**40}, 2),
-        ({"threads": 0}, 2), ({"threads": 2**20}, 2), ({"type": 7}, 1), ({"kind": 4}, 1), ({"kind": -1}, 1),
+        ({"threads": 0}, 2), ({"threads": 2**20}, 2), ({"type": 7}, 1), ({"format": 4}, 1), ({"format": -1}, 1),
     ],
 )  # fmt: skip
 def test_hostile_sizes_are_refused(path: str, change: dict[str, int], code: int) -> None:
     kernels = library.load_library()
     if kernels is None:
         pytest.skip("needs the native kernels")
-    sizes = {"groups": 1, "n": 4, "m": 4, "k": 4, "kind": 0, "type": 0, "threads": 1}
+    sizes = {"groups": 1, "n": 4, "m": 4, "k": 4, "format": 0, "type": 0, "threads": 1}
     out = torch.full((4, 4), 5.0)
     address = out.data_ptr()
     assert kernels.moestro_packed_linear(address, address, address, *(sizes | change).values()) == code
     if not {"groups", "n"} & change.keys():
-        m, k, *kinds = [(sizes | change)[name] for name in ("m", "k", "kind", "type", "threads")]
-        assert kernels.moestro_pack(address, address, m, k, *kinds) == code
+        m, k, *flags = [(sizes | change)[name] for name in ("m", "k", "format", "type", "threads")]
+        assert kernels.moestro_pack(address, address, m, k, *flags) == code
     assert (out == 5).all()
 
 
