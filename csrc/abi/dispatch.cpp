@@ -61,7 +61,7 @@ bool runs_avx512bf16() { return runs_avx512vnni() && bit(cpuid(7, 1).eax, 5); }
 #endif
 
 const Choice CHOICES[] = {
-    // the best one first; a compiler that is too old leaves some out (setup.py)
+// the best one first; a compiler that is too old leaves some out (setup.py)
 #ifndef MOESTRO_WITHOUT_AVX512BF16
     {"avx512bf16", &kernels_avx512bf16, runs_avx512bf16},
 #endif
@@ -175,6 +175,8 @@ int check_documents(const Documents &d, const int64_t *strides) {
 }  // namespace
 
 extern "C" {
+
+uint32_t moestro_abi(void) { return MOESTRO_ABI; }
 
 const char *moestro_isa(void) { return chosen ? chosen->name : ""; }
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.ops import library
+from moestro.ops.abi import KINDS
 
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
@@ -52,10 +53,10 @@ class Layout:
 
 
 LAYOUTS = {
-    "fp32": Layout(0, 1, 256),
-    "bf16": Layout(1, 2, 256),
-    "int8": Layout(2, 64, 4224),
-    "int4": Layout(3, 32, 1152),
+    "fp32": Layout(KINDS["fp32"], 1, 256),
+    "bf16": Layout(KINDS["bf16"], 2, 256),
+    "int8": Layout(KINDS["int8"], 64, 4224),
+    "int4": Layout(KINDS["int4"], 32, 1152),
 }
 
 
