@@ -1,4 +1,4 @@
-"""One table for both sides: `moestro/ops/abi.py`, the header that people read, what compilers make of it, the library."""
+"""One table for both sides: `moestro/ops/abi.py` against the header that people read, compilers and the library."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_compiler_refuses_declarations_that_disagree(tmp_path: Path) -> None:
 def test_the_version_changes_with_the_table(old: str, new: str, tmp_path: Path) -> None:
     text = Path(abi.__file__).read_text("utf-8")
     assert old in text or old == new
-    (tmp_path / "abi.py").write_text(text.replace(old, new, 1), "utf-8")
+    (tmp_path / "abi.py").write_text(text.replace(old, new), "utf-8")
     assert (runpy.run_path(str(tmp_path / "abi.py"))["VERSION"] == abi.VERSION) == (old == new)
 
 
