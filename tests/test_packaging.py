@@ -95,6 +95,16 @@ def test_a_wheel_without_kernels_is_not_called_like_one_with(
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "bench/"))]
 
 
+def test_a_failed_build_in_place_leaves_no_older_kernels(sources: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(sources, tmp_path / "source")
+    (source / LIBRARY).write_bytes(b"built long ago")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    for required in ("1", ""):
+        environment = os.environ | NO_COMPILER | {"MOESTRO_REQUIRE_KERNELS": required}
+        said = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=60)
+        assert bool(said.returncode) == bool(required) == (source / LIBRARY).exists(), said.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
 def test_a_wheel_serves_without_the_repository(sources: Path, tmp_path: Path) -> None:
