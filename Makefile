@@ -1,15 +1,19 @@
 # make demo   a trained model, a report and a sample, from nothing but Python and this folder
-# make test   the whole fast suite           make lint   ruff and mypy           make clean   all but runs/
+# make test   the whole fast suite           make lint   ruff, clang-format, mypy       make clean   all but runs/
 #
 # Everything is installed into .venv, editable, at the versions of constraints.txt. The stamps make a second call
-# start at once; they are renewed when pyproject.toml or constraints.txt changes.
+# start at once; they are renewed when the requirements, the kernels or what builds them change.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location \
           --root-user-action ignore --constraint constraints.txt
+CSRC   := $(filter-out csrc/abi/generated.h,$(wildcard csrc/*/*.h csrc/*/*.cpp))
+NEEDS  := pyproject.toml constraints.txt setup.py moestro/ops/abi.py $(CSRC)
 CACHES := build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+NEWER  := 3.12 3.13  # what lint checks beside the Python that runs it
 
 .PHONY: demo test lint clean
 
@@ -22,18 +26,29 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	$(BIN)/mypy
+	@for version in $(NEWER); do \
+	  echo "$(BIN)/mypy --python-version $$version" && $(BIN)/mypy --python-version $$version || exit 1; \
+	  python$$version --version >/dev/null 2>&1 || { echo "no python$$version here: compiled nothing with it"; continue; }; \
+	  echo "python$$version -m compileall" && PYTHONPYCACHEPREFIX=build/pycache \
+	    python$$version -W error -m compileall -qf moestro tests bench setup.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(CACHES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.installed: $(NEEDS) | $(BIN)/pip
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/pip
+# Without kernels the tests of most of Moestro would be skipped, so where they can be built they have to be.
+ifeq ($(shell uname -m),x86_64)
+$(VENV)/.installed-test: export MOESTRO_REQUIRE_KERNELS ?= 1
+endif
+$(VENV)/.installed-test: $(NEEDS) | $(BIN)/pip
 	@echo "Installing into $(VENV), with what the tests need (a few minutes the first time)"
 	@$(PIP) --editable ".[test]"
 	@touch $(VENV)/.installed $@

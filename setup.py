@@ -1,14 +1,20 @@
 """Builds the native kernels of `csrc/` into `moestro/ops/libmoestro.so`, given a C++ compiler and an x86-64 CPU.
 
-The library speaks C and knows neither Python nor torch, so one wheel serves every Python. Without a compiler the
-package installs all the same and computes with plain torch; `moestro doctor` says which it is. All else is in
-`pyproject.toml`.
+The library speaks C and knows neither Python nor torch, so one wheel serves every Python. Where it cannot be built the
+package installs all the same and computes with plain torch; `moestro doctor` says which it is, and a wheel's name does:
+
+    py3-none-linux_x86_64     with kernels
+    py3-none-any              built on x86-64, but without: they failed to build
+    py3-none-linux_aarch64    for another CPU, for which there are none
+
+With MOESTRO_REQUIRE_KERNELS=1 a build without kernels is an error. All else is in `pyproject.toml`.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -31,27 +37,49 @@ COMMON = [
 ]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-FLAGS = {
+ALWAYS = {
     "csrc/abi/dispatch.cpp": [],
     "csrc/abi/run.cpp": [],
     "csrc/isa/kernels_avx2.cpp": AVX2,
+}
+FLAGS = ALWAYS | {
     "csrc/isa/kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "csrc/isa/kernels_avx512.cpp": AVX512,
     "csrc/isa/kernels_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
     "csrc/isa/kernels_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 LIBRARY = "moestro.ops.libmoestro"
+REQUIRED = os.environ.get("MOESTRO_REQUIRE_KERNELS", "") not in ("", "0")
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def write_header() -> None:
+    """`csrc/abi/generated.h` from the table that Python reads, too."""
+    text, path = runpy.run_path("moestro/ops/abi.py")["header"](), Path("csrc/abi/generated.h")
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
 
 
 class BuildNative(build_ext):
     """One translation unit per instruction set, each with its own flags, linked into one shared library.
 
-    A compiler that does not know a newer instruction set builds the others.
+    A compiler that does not know a newer instruction set builds the others. After a build that failed there is no
+    library, not even an older one.
     """
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.unlink(missing_ok=True)  # an earlier build's
+        if not is_x86():
+            raise CompileError(f"the native kernels need an x86-64 CPU, and this is {platform.machine()}")
+        write_header()
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         missing = [source for source, flags in FLAGS.items() if not self._knows(flags)]
+        if not ALWAYS.keys().isdisjoint(missing):
+            raise CompileError("the native kernels need a C++17 compiler that knows -mavx2 (g++ or clang++)")
         without = [f"-DMOESTRO_WITHOUT_{source.stem.partition('_')[2].upper()}" for source in map(Path, missing)]
 
         def build(source: str) -> list[str]:
@@ -60,9 +88,13 @@ class BuildNative(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = chain.from_iterable(pool.map(build, [source for source in FLAGS if source not in missing]))
-        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object([*objects], str(target), extra_postargs=["-fopenmp"], target_lang="c++")
+
+    def copy_extensions_to_source(self) -> None:
+        """Into the source tree, where an editable install finds it."""
+        Path(self.get_ext_filename(LIBRARY)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def _knows(self, flags: list[str]) -> bool:
         """Whether the compiler takes flags for a program without code."""
@@ -80,15 +112,16 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for this platform and every Python 3."""
+    """A wheel for every Python 3 and this platform, or for any where the kernels that it could have are missing."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
+        build = self.get_finalized_command("build_ext")
+        is_complete = not is_x86() or Path(build.get_ext_fullpath(LIBRARY)).exists()
+        return ("py3", "none", super().get_tag()[2] if is_complete else "any")
 
 
-x86 = platform.machine().lower() in ("x86_64", "amd64")
 headers = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 setup(
-    ext_modules=[Extension(LIBRARY, list(FLAGS), depends=headers, optional=True)] if x86 else [],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel} if x86 else {},
+    ext_modules=[Extension(LIBRARY, list(FLAGS), depends=headers, optional=not REQUIRED)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

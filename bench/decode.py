@@ -34,6 +34,7 @@ def make_engines(dtype: str) -> dict[int, Any]:
     from moestro.config import ModelConfig
     from moestro.data.tokenizer import Tokenizer
     from moestro.engine.engine import Engine
+    from moestro.engine.runtime import Runtime
     from moestro.model.transformer import Transformer, init_weights
 
     model = Transformer(ModelConfig(**SHAPE), dtype).eval()

@@ -422,7 +422,7 @@ template <class T> int check_type() {
 
 int main() {
     int paths = 0;
-    for (const char *isa : {"avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"}) {
+    for (const char *isa : MOESTRO_ISAS) {
         if (moestro_set_isa(isa)) continue;
         paths++;
         if (check_type<float>() | check_type<uint16_t>() | check_serving<float>() | check_serving<uint16_t>())

@@ -184,6 +184,8 @@ int check_documents(const Documents &d, const int64_t *strides) {
 
 extern "C" {
 
+uint32_t moestro_abi(void) { return MOESTRO_ABI; }
+
 const char *moestro_isa(void) { return chosen ? chosen->name : ""; }
 
 int moestro_set_isa(const char *name) {

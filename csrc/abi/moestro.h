@@ -1,21 +1,21 @@
-// The C ABI of Moestro's native kernels: no Python, no torch. Called through ctypes by moestro/ops/training/native.py.
+// The C ABI of Moestro's native kernels: no Python, no torch. Called through ctypes by moestro/ops/library.py.
+//
+// Numbers, the struct and all declarations come from moestro/ops/abi.py, through generated.h, which setup.py writes.
+// Here each function is declared once more, with what it means; where the two disagree, nothing compiles.
 //
 // Conventions: matrices are row-major with the stride of a row in elements; `type` is FLOAT32 or BFLOAT16; every
 // function returns 0, or an error code for arguments it refuses (nothing has been read or written then). Results depend
 // neither on the number of threads nor on what else is in the batch: every sum has one fixed order.
 #pragma once
-#include <stdint.h>
+#include "abi/generated.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { MOESTRO_FLOAT32 = 0, MOESTRO_BFLOAT16 = 1 };
-enum { MOESTRO_KIND_FP32 = 0, MOESTRO_KIND_BF16 = 1, MOESTRO_KIND_INT8 = 2, MOESTRO_KIND_INT4 = 3 };
-enum { MOESTRO_SIGMOID = 0, MOESTRO_SOFTMAX = 1, MOESTRO_SQRT_SOFTPLUS = 2, MOESTRO_CONSTANT = 3 };
-enum { MOESTRO_OK = 0, MOESTRO_BAD_TYPE = 1, MOESTRO_BAD_SIZE = 2, MOESTRO_NO_MEMORY = 3, MOESTRO_NO_ISA = 4 };
-
-// Name of the instruction set in use: "avx512bf16", "avx512", "avx2", or "" where none of them can run.
+// The version of moestro/ops/abi.py that this library was built from.
+uint32_t moestro_abi(void);
+// Name of the instruction set in use, one of MOESTRO_ISAS, or "" where none of them can run.
 const char *moestro_isa(void);
 // Use at most this one of the names above; returns MOESTRO_NO_ISA where the machine cannot run it.
 int moestro_set_isa(const char *name);
@@ -105,20 +105,9 @@ int moestro_route(int64_t *ids, float *weights, const float *logits, const float
 // out = a + b, [rows, width] each; out may be either.
 int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 
-// What a program (csrc/abi/run.cpp) runs on: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k]; the
-// cache, num_layers times pages [num_pages, 64, page_width]; the rest as for attention and rotation, slots [num_rows]
-// where the tokens' rows go, page · 64 + place.
-typedef struct {
-    char *memory;
-    int64_t *ids;
-    void *const *pages;
-    const float *cos, *sin;
-    const int64_t *slots, *starts, *first;
-    const int32_t *tables;
-    int64_t num_rows, row_bytes, num_routers, top_k, num_layers, num_pages, page_width, half_angles, num_sequences,
-        max_pages;
-    int threads;
-} MoestroStep;
+// Runs a program (csrc/abi/run.cpp) on a step: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k];
+// the cache, num_layers times pages [num_pages, 64, page_width]; the rest as for attention and rotation, slots
+// [num_rows] where the tokens' rows go, page · 64 + place.
 int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);
 
 // Attention of whole documents, for training: out [N, H, W] of q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses

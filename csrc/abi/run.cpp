@@ -12,8 +12,8 @@
 
 namespace {
 
-enum { LINEAR, EXPERTS, ATTENTION, NORM, SWIGLU, ADD, ROPE, COPY, STORE, WIDEN, ROUTE };
-
+constexpr int OPERANDS[] = MOESTRO_OPERANDS;  // how many an operation has, by opcode
+constexpr int64_t NUM_OPCODES = sizeof(OPERANDS) / sizeof(int);
 constexpr int64_t MOST = int64_t(1) << 40;
 
 int64_t size_of(int64_t type) { return type == MOESTRO_FLOAT32 ? 4 : 2; }
@@ -51,7 +51,7 @@ struct Program {
         if (layer < 0 || layer >= step.num_layers) error = MOESTRO_BAD_SIZE;
         return error ? nullptr : static_cast<char *>(step.pages[layer]);
     }
-    int run(int64_t operation);
+    int run(int64_t opcode);
     int linear();
     int experts();
     int attention();
@@ -197,19 +197,19 @@ int Program::route() {
                                  step.top_k, scale, function, group_best, multiply, normalize, given, step.threads);
 }
 
-int Program::run(int64_t operation) {
-    switch (operation) {
-        case LINEAR: return linear();
-        case EXPERTS: return experts();
-        case ATTENTION: return attention();
-        case NORM: return norm();
-        case SWIGLU: return swiglu();
-        case ADD: return add();
-        case ROPE: return rope();
-        case COPY: return copy();
-        case STORE: return store();
-        case WIDEN: return widen();
-        case ROUTE: return route();
+int Program::run(int64_t opcode) {
+    switch (opcode) {
+        case MOESTRO_OP_LINEAR: return linear();
+        case MOESTRO_OP_EXPERTS: return experts();
+        case MOESTRO_OP_ATTENTION: return attention();
+        case MOESTRO_OP_NORM: return norm();
+        case MOESTRO_OP_SWIGLU: return swiglu();
+        case MOESTRO_OP_ADD: return add();
+        case MOESTRO_OP_ROPE: return rope();
+        case MOESTRO_OP_COPY: return copy();
+        case MOESTRO_OP_STORE: return store();
+        case MOESTRO_OP_WIDEN: return widen();
+        case MOESTRO_OP_ROUTE: return route();
     }
     return MOESTRO_BAD_SIZE;
 }
@@ -226,6 +226,12 @@ extern "C" int moestro_run(const int64_t *program, int64_t length, const Moestro
         !fits(s.num_routers * s.top_k, s.num_rows) || !fits(64 * s.num_pages, s.page_width))
         return MOESTRO_BAD_SIZE;
     Program p = {program, program + length, s};
-    while (!p.error && p.next < p.end) p.error = p.run(p.number());
+    while (!p.error && p.next < p.end) {
+        const int64_t opcode = p.number();
+        if (opcode < 0 || opcode >= NUM_OPCODES || OPERANDS[opcode] > p.end - p.next) return MOESTRO_BAD_SIZE;
+        const int64_t *after = p.next + OPERANDS[opcode];
+        p.error = p.run(opcode);
+        if (!p.error && p.next != after) return MOESTRO_BAD_SIZE;  // moestro/ops/abi.py says otherwise
+    }
     return p.error;
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
 from moestro.cli.process import Threads, use_threads
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def doctor(
@@ -33,12 +36,12 @@ def doctor(
     if not 0.5 <= seconds <= 60:
         raise ConfigError(f"--seconds must lie between 0.5 and 60, not {seconds:g}")
     use_threads(threads)
-    isa = library.current_isa()  # first of all, because the kernels may bring an OpenMP runtime with them
+    isa = library.current_isa()  # first, so that the description has the OpenMP runtime that the kernels bring
     machine = machines.describe_machine()
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
     if not isa and "avx2" in machine.instruction_sets:
-        problems.append("native kernels are not built; install a C++ compiler, then moestro again, for faster experts")
+        problems.append(f"native kernels are not built: install a C++ compiler, then {_how_to_build(ROOT)}")
     if json_output:
         print_json({"machine": asdict(machine), "measured": asdict(measured), "native": isa, "problems": problems})
         return
@@ -59,3 +62,10 @@ def doctor(
         ]
     )
     print("\n".join(f"! {problem}" for problem in problems) or "All is well.")
+
+
+def _how_to_build(root: Path) -> str:
+    """What builds the kernels of the package in `root`. pip would give an installed copy its cached wheel again."""
+    if (root / "setup.py").exists():
+        return f"run `pip install -e .` in {root}"
+    return "install moestro from where it came with `pip install --force-reinstall --no-deps --no-cache-dir ...`"

@@ -3,7 +3,7 @@
 Optional and never the specification: where the library was not built, or the CPU lacks AVX2, or a tensor is not a plain
 one of fp32 or bf16 in CPU memory, plain torch computes the same. Results depend neither on the number of threads nor on
 what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one, `MOESTRO_LIBRARY` names
-another build, `MOESTRO_OPS` (reference or fused) forces plain torch.
+another build, `MOESTRO_OPS` (reference or fused) forces plain torch. What is called, and how, is in `abi.py`.
 """
 
 from __future__ import annotations
@@ -19,40 +19,19 @@ from torch import Tensor
 
 from moestro import machine
 from moestro.errors import ConfigError
+from moestro.ops import abi
+from moestro.ops.abi import ISAS
 
-ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
-ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
+TYPES = {torch.float32: abi.TYPES["float32"], torch.bfloat16: abi.TYPES["bfloat16"]}
+MESSAGES = {
+    abi.ERRORS["bad_type"]: "unsupported type",
+    abi.ERRORS["bad_size"]: "impossible size",
+    abi.ERRORS["no_memory"]: "out of memory",
+    abi.ERRORS["no_isa"]: "unsupported instruction set",
+}
 WISH = os.environ.get("MOESTRO_OPS", "")  # which form computes: reference, fused, or the best
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # what has memory of its own; a DTensor or a FakeTensor has none
 LIBRARY = Path(os.environ.get("MOESTRO_LIBRARY") or Path(__file__).parent / "libmoestro.so")
-
-_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_SIGNATURES = {
-    "moestro_matmul": [_POINTER] * 3 + [_SIZE] * 6 + [_INT] * 5,
-    "moestro_experts_forward": [_POINTER] * 8 + [_SIZE] * 4 + [_INT] * 2,
-    "moestro_experts_backward": [_POINTER] * 12 + [_SIZE] * 4 + [_INT] * 2,
-    "moestro_combine": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 2,
-    "moestro_multiply_in_registers": [_POINTER, _SIZE] + [_INT] * 2,
-    "moestro_cross_entropy": [_POINTER] * 8 + [_SIZE] * 3 + [_INT] * 2,
-    "moestro_pack": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 3,
-    "moestro_packed_linear": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3,
-    "moestro_packed_experts": [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3,
-    "moestro_paged_attention": [_POINTER] * 6 + [_SIZE] * 10 + [_FLOAT] + [_INT] * 2,
-    "moestro_rms_norm": [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
-    "moestro_swiglu": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
-    "moestro_flash_forward": [_POINTER] * 7 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 2,
-    "moestro_flash_backward": [_POINTER] * 11 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 2,
-    "moestro_rms_norm_backward": [_POINTER] * 5 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
-    "moestro_swiglu_backward": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
-    "moestro_join_heads": [_POINTER] * 5 + [_SIZE] * 8 + [_INT] * 2,
-    "moestro_split_heads": [_POINTER] * 5 + [_SIZE] * 4 + [_INT] * 3,
-    "moestro_set_isa": [ctypes.c_char_p],
-    "moestro_rope": [_POINTER] * 4 + [_SIZE] * 7 + [_INT] * 3,
-    "moestro_route": [_POINTER] * 4 + [_SIZE] * 5 + [_FLOAT] + [_INT] * 6,
-    "moestro_add": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
-    "moestro_run": [_POINTER, _SIZE, _POINTER],
-}
 
 
 if WISH not in ("", "reference", "fused"):
@@ -63,7 +42,8 @@ if WISH not in ("", "reference", "fused"):
 def load_library() -> ctypes.CDLL | None:
     """The library on its best path, or the one `MOESTRO_ISA` names; None where it is missing or cannot run.
 
-    Loaded after torch, so that both use the one OpenMP runtime. ConfigError for a name that this CPU cannot run.
+    Loaded after torch, so that both use the one OpenMP runtime. ConfigError for a name that this CPU cannot run, and
+    for a library that was built from another version of `abi.py`.
     """
     wish = os.environ.get("MOESTRO_ISA", "")
     try:
@@ -74,12 +54,22 @@ def load_library() -> ctypes.CDLL | None:
         if wish:
             raise ConfigError(f"MOESTRO_ISA={wish}, but the native kernels are not built (moestro doctor)")
         return None
-    library.moestro_isa.restype = ctypes.c_char_p
-    for name, arguments in _SIGNATURES.items():
-        getattr(library, name).argtypes = arguments
+    if _version_of(library) != abi.VERSION:
+        raise ConfigError(
+            f"the native kernels ({LIBRARY}) are of another version: rebuild them with `pip install -e .` (or `make`)"
+        )
+    abi.bind(library)
     if wish and library.moestro_set_isa(wish.encode()):
         raise ConfigError(f"MOESTRO_ISA={wish} is not one of {', '.join(ISAS)} that was built and this CPU can run")
     return library if library.moestro_isa() else None
+
+
+def _version_of(library: ctypes.CDLL) -> int | None:
+    """The version of `abi.py` that a library was built from; None where it cannot tell."""
+    if not hasattr(library, "moestro_abi"):
+        return None
+    library.moestro_abi.restype = ctypes.c_uint32
+    return int(library.moestro_abi())
 
 
 def current_isa() -> str:
@@ -124,7 +114,7 @@ def call(name: str, *arguments: Tensor | int | float | None) -> None:
     raw = [_address(a) if isinstance(a, Tensor) else a for a in arguments]
     code = getattr(library, name)(*raw)
     if code:
-        raise RuntimeError(f"{name}: {ERRORS.get(code, code)}")
+        raise RuntimeError(f"{name}: {MESSAGES.get(code, code)}")
 
 
 def _address(tensor: Tensor) -> int:

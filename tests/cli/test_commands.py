@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -147,6 +148,30 @@ def test_doctor_measures(call: Call) -> None:
     assert tree["machine"]["cores"] >= 1 and tree["measured"]["fp32_gflops"] > 0
     assert isinstance(tree["problems"], list)
     assert tree["native"] == library.current_isa()
+
+
+def test_doctor_looks_at_openmp_when_the_kernels_are_loaded(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moestro import machine
+
+    asked, describe = [], machine.describe_machine
+    monkeypatch.setattr(library, "current_isa", lambda: asked.append("kernels") or "avx2")
+    monkeypatch.setattr(machine, "describe_machine", lambda: asked.append("machine") or describe())
+    assert last_json(call("doctor", "--seconds", "0.5", "--json"))["native"] == "avx2"
+    assert asked == ["kernels", "machine"]
+
+
+def test_doctor_says_how_to_build_kernels(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moestro import machine
+    from moestro.cli import doctor
+
+    described = dataclasses.replace(machine.describe_machine(), instruction_sets=("avx2",))
+    monkeypatch.setattr(machine, "describe_machine", lambda: described)
+    monkeypatch.setattr(library, "current_isa", lambda: "")
+    advice = {doctor.ROOT: f"`pip install -e .` in {doctor.ROOT}", tmp_path: "pip install --force-reinstall"}
+    for root, expected in advice.items():
+        monkeypatch.setattr(doctor, "ROOT", root)
+        problems = last_json(call("doctor", "--seconds", "0.5", "--json"))["problems"]
+        assert [expected in problem for problem in problems if "native kernels are not built" in problem] == [True]
 
 
 def test_prompts_come_from_standard_input(call: Call, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

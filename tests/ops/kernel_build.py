@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import shutil
 import subprocess
@@ -15,9 +16,11 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def build_settings() -> dict[str, Any]:
-    """What setup.py compiles with."""
-    with mock.patch("setuptools.setup"):
-        return runpy.run_path(str(ROOT / "setup.py"))
+    """What setup.py compiles with; the header that it writes is there afterwards."""
+    with mock.patch("setuptools.setup"), contextlib.chdir(ROOT):
+        settings = runpy.run_path("setup.py")
+        settings["write_header"]()
+    return settings
 
 
 def compile_all(folder: Path, sources: Mapping[str, Sequence[str]], common: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.ops import library
+from moestro.ops.abi import KINDS
 
 PANEL = 64
 LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
@@ -87,10 +88,10 @@ class WeightFormat:
 FORMATS = {
     one.name: one
     for one in (
-        WeightFormat("fp32", code=0, length=1, bits=32),
-        WeightFormat("bf16", code=1, length=2, bits=16),
-        WeightFormat("int8", code=2, length=64, bits=8, scale=torch.bfloat16),
-        WeightFormat("int4", code=3, length=32, bits=4, scale=torch.bfloat16),
+        WeightFormat("fp32", KINDS["fp32"], length=1, bits=32),
+        WeightFormat("bf16", KINDS["bf16"], length=2, bits=16),
+        WeightFormat("int8", KINDS["int8"], length=64, bits=8, scale=torch.bfloat16),
+        WeightFormat("int4", KINDS["int4"], length=32, bits=4, scale=torch.bfloat16),
     )
 }
 

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from moestro.ops import library
+from moestro.ops.abi import SCORES, Opcode, Step
 from moestro.ops.serving import attention, rows
 from moestro.ops.serving.formats import FORMATS
-from moestro.ops.serving.rows import SCORES
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
 
-LINEAR, EXPERTS, ATTENTION, NORM, SWIGLU, ADD, ROPE, COPY, STORE, WIDEN, ROUTE = range(11)  # as in csrc/abi/run.cpp
 _LINE = 64  # bytes: values begin at cache lines
 
 
@@ -190,20 +189,6 @@ class Operand:
         return self.row == self.groups * self.width and (self.groups == 1 or self.stride == self.width)
 
 
-_POINTERS = "memory ids pages cos sin slots starts first tables"
-_SIZES = "num_rows row_bytes num_routers top_k num_layers num_pages page_width half_angles num_sequences max_pages"
-
-
-class _Step(ctypes.Structure):
-    """`MoestroStep` of csrc/abi/moestro.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _SIZES.split()),
-        ("threads", ctypes.c_int),
-    )
-
-
 class Tape:
     """Operations of a model in `dtype`, to be run many times. What packed weights and norms it names must live on."""
 
@@ -237,18 +222,20 @@ class Tape:
     def norm(self, x: Operand, weight: Tensor, eps: float) -> Operand:
         x, out = self._whole(x), self.value(x.width)
         self._check(x, len(weight))
-        self._note(NORM, out.at, x.at, self._keep(weight), x.width, _bits(eps), library.TYPES[weight.dtype], self._type)
+        self._note(
+            Opcode.NORM, out.at, x.at, self._keep(weight), x.width, _bits(eps), library.TYPES[weight.dtype], self._type
+        )
         return out
 
     def swiglu(self, x: Operand) -> Operand:
         x, out = self._whole(x), self.value(x.width // 2)
-        self._note(SWIGLU, out.at, x.at, out.width, self._type)
+        self._note(Opcode.SWIGLU, out.at, x.at, out.width, self._type)
         return out
 
     def add(self, x: Operand, y: Operand) -> Operand:
         """Into x itself."""
         self._check(x, y.row)
-        self._note(ADD, x.at, x.at, self._whole(y).at, x.row, self._type)
+        self._note(Opcode.ADD, x.at, x.at, self._whole(y).at, x.row, self._type)
         return x
 
     def group(self, x: Operand, groups: int) -> Operand:
@@ -268,23 +255,23 @@ class Tape:
 
     def rope(self, x: Operand) -> Operand:
         out = self.value(x.width, x.groups)
-        self._note(ROPE, out.at, x.at, x.row, x.offset, x.groups, x.stride, x.width, self._type)
+        self._note(Opcode.ROPE, out.at, x.at, x.row, x.offset, x.groups, x.stride, x.width, self._type)
         return out
 
     def widen(self, x: Operand) -> Operand:
         if self.dtype == torch.float32:
             return x
         out = self.value(x.width, wide=True)
-        self._note(WIDEN, out.at, self._whole(x).at, x.width)
+        self._note(Opcode.WIDEN, out.at, self._whole(x).at, x.width)
         return out
 
     def store(self, layer: int, x: Operand) -> None:
-        self._note(STORE, layer, self._whole(x).at, self._type)
+        self._note(Opcode.STORE, layer, self._whole(x).at, self._type)
 
     def attend(self, layer: int, q: Operand, heads: Heads) -> Operand:
         q, out = self._whole(q), self.value(heads.value_width, q.groups)
         sizes = (q.groups, q.width, heads.value_width, heads.groups, heads.value_offset)
-        self._note(ATTENTION, out.at, q.at, layer, *sizes, _bits(heads.scale), self._type)
+        self._note(Opcode.ATTENTION, out.at, q.at, layer, *sizes, _bits(heads.scale), self._type)
         return out
 
     def route(self, index: int, logits: Operand | None, selection: Selection) -> Operand:
@@ -292,14 +279,18 @@ class Tape:
         sizes = (len(s.bias), s.num_groups, s.top_k_groups)
         kinds = (SCORES[s.score], s.group_best, s.multiply, s.normalize, 1)
         bias = self._keep(s.bias.float().contiguous())
-        self._note(ROUTE, index, out.at, 0 if logits is None else logits.at, bias, *sizes, _bits(s.scale), *kinds)
+        self._note(
+            Opcode.ROUTE, index, out.at, 0 if logits is None else logits.at, bias, *sizes, _bits(s.scale), *kinds
+        )
         return out
 
     def experts(self, index: int, weight: PackedExperts, x: Operand, weights: Operand) -> Operand:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
         sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, FORMATS[weight.format].code, self._type)
-        self._note(EXPERTS, out.at, x.at, weights.at, index, weight.gate_up.data_ptr(), weight.down.data_ptr(), *sizes)
+        self._note(
+            Opcode.EXPERTS, out.at, x.at, weights.at, index, weight.gate_up.data_ptr(), weight.down.data_ptr(), *sizes
+        )
         return out
 
     def run(
@@ -321,7 +312,7 @@ class Tape:
         for place, x in inputs:
             self._view(memory, place, n).copy_(x)
         addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
-        step = _Step(
+        step = Step(
             *(
                 memory.data_ptr(),
                 ids.data_ptr(),
@@ -342,8 +333,9 @@ class Tape:
     def _size(self, wide: bool) -> int:
         return 4 if wide else self.dtype.itemsize
 
-    def _note(self, *operation: int) -> None:
-        self._code.extend(operation)
+    def _note(self, opcode: Opcode, *operands: int) -> None:
+        assert len(operands) == len(opcode.operands), opcode
+        self._code.extend((opcode, *operands))
 
     def _keep(self, tensor: Tensor) -> int:
         """The address of a tensor that the tape keeps alive."""
@@ -363,7 +355,17 @@ class Tape:
         sides = (v * size for p in (out, x) for v in (p.row, p.offset, p.stride if p.groups > 1 else 0))
         out_row, out_offset, out_group, x_row, x_offset, x_group = sides
         self._note(
-            COPY, out.at, out_row, out_offset, out_group, x.at, x_row, x_offset, x_group, x.groups, x.width * size
+            Opcode.COPY,
+            out.at,
+            out_row,
+            out_offset,
+            out_group,
+            x.at,
+            x_row,
+            x_offset,
+            x_group,
+            x.groups,
+            x.width * size,
         )
         return out
 
@@ -372,7 +374,7 @@ class Tape:
         self._check(x, groups * weight.in_features)
         kind = library.TYPES[torch.float32] if x.wide else self._type
         sizes = (groups, weight.out_features, weight.in_features, FORMATS[weight.format].code, kind)
-        self._note(LINEAR, out.at, x.at, weight.panels.data_ptr(), *sizes)
+        self._note(Opcode.LINEAR, out.at, x.at, weight.panels.data_ptr(), *sizes)
         return out
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from moestro.ops import library
+from moestro.ops.abi import SCORES
 from moestro.ops.serving import reference
 from moestro.routing.selection import Selection
-
-SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}  # numbers in the C interface
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

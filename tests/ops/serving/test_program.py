@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moestro.ops import library
-from moestro.ops.serving.program import Eager, Heads, Operand, Operations, StepLayout, Tape, Value, _Step
+from moestro.ops.abi import Step
+from moestro.ops.serving.program import Eager, Heads, Operand, Operations, StepLayout, Tape, Value
 from moestro.ops.serving.rows import rope, route
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection, choose, score_experts
@@ -251,7 +252,7 @@ def test_hostile_programs_are_refused(path: str, code: list[int]) -> None:
     cache, ids = [torch.full((1, 64, 16), 5.0) for _ in range(2)], torch.full((2, 4, 2), 7)
     pages = (ctypes.c_void_p * 2)(*(layer.data_ptr() for layer in cache))
     sines = torch.zeros(4, 4)
-    step = _Step(
+    step = Step(
         memory.data_ptr(), ids.data_ptr(), ctypes.addressof(pages), sines.data_ptr(), sines.data_ptr(),
         *(t.data_ptr() for t in (where.slots, where.starts, where.first, where.tables)),
         4, 256, 2, 2, 2, 1, 16, 4, 1, 1, 1,
