@@ -13,7 +13,14 @@ extern "C" {
 enum { MOESTRO_FLOAT32 = 0, MOESTRO_BFLOAT16 = 1 };
 enum { MOESTRO_KIND_FP32 = 0, MOESTRO_KIND_BF16 = 1, MOESTRO_KIND_INT8 = 2, MOESTRO_KIND_INT4 = 3 };
 enum { MOESTRO_SIGMOID = 0, MOESTRO_SOFTMAX = 1, MOESTRO_SQRT_SOFTPLUS = 2, MOESTRO_CONSTANT = 3 };
-enum { MOESTRO_OK = 0, MOESTRO_BAD_TYPE = 1, MOESTRO_BAD_SIZE = 2, MOESTRO_NO_MEMORY = 3, MOESTRO_NO_ISA = 4 };
+enum {
+    MOESTRO_OK = 0,
+    MOESTRO_BAD_TYPE = 1,
+    MOESTRO_BAD_SIZE = 2,
+    MOESTRO_NO_MEMORY = 3,
+    MOESTRO_NO_ISA = 4,
+    MOESTRO_NO_ADDRESS = 5
+};
 
 // Name of the instruction set in use: "avx512bf16", "avx512", "avx2", or "" where none of them can run.
 const char *moestro_isa(void);
@@ -28,17 +35,20 @@ int moestro_matmul(void *out, const void *a, const void *b, int64_t m, int64_t n
                    int threads);
 
 // SwiGLU experts (moestro/ops/training/reference.py, grouped_experts). Slots 0 … S-1 are the choices sorted by expert;
-// expert e has slots offsets[e] … offsets[e+1]-1; slot s serves row token[s] of x with weight weights[s].
-//   x [N, D], gate_up [E, 2F, D], down [E, D, F]; saved: h [S, 2F]; y [S, D], the weighted results.
-int moestro_experts_forward(void *y, void *h, const void *x, const void *gate_up, const void *down,
+// expert e has slots offsets[e] … offsets[e+1]-1; slot s serves row token[s] of x with weight weights[s]. Every expert
+// has an address of its own: gate_up[e] points to [2F, D], down[e] to [D, F]. One without slots may have a null
+// address; one with slots may not (MOESTRO_NO_ADDRESS).
+//   x [N, D]; saved: h [S, 2F]; y [S, D], the weighted results.
+int moestro_experts_forward(void *y, void *h, const void *x, const void *const *gate_up, const void *const *down,
                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
                             int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads);
 
-// Gradients: dy [N, D] by row of x; dx [S, D] by slot, d_weights [S], d_gate_up [E, 2F, D], d_down [E, D, F].
-int moestro_experts_backward(void *dx, float *d_weights, void *d_gate_up, void *d_down, const void *dy, const void *x,
-                             const void *h, const void *gate_up, const void *down, const int64_t *token,
-                             const float *weights, const int64_t *offsets, int64_t num_experts, int64_t num_tokens,
-                             int64_t hidden, int64_t width, int type, int threads);
+// Gradients: dy [N, D] by row of x; dx [S, D] by slot, d_weights [S]; d_gate_up[e] and d_down[e] point to the gradients
+// of an expert, zeros where it has no slots, so none of them may be null.
+int moestro_experts_backward(void *dx, float *d_weights, void *const *d_gate_up, void *const *d_down, const void *dy,
+                             const void *x, const void *h, const void *const *gate_up, const void *const *down,
+                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
+                             int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads);
 
 // out[n] = Σ_a y[slot[n, a]], in the order of a; slots outside 0 … num_slots-1 add nothing. slot [N, A], y [S, D].
 int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
@@ -64,21 +74,24 @@ int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, in
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads);
 
-// out [N, D] = Σ_a weights[n, a] · expert ids[n, a] of x [N, D]; id E is not carried out. ids, weights [N, A]; packed
-// gate_up: for each expert panels of 32 gates and the 32 ups of the same index; packed down: [E, D, F].
-int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights, const void *gate_up,
-                           const void *down, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
-                           int64_t width, int kind, int type, int threads);
+// out [N, D] = Σ_a weights[n, a] · expert ids[n, a] of x [N, D]; id E is not carried out. ids, weights [N, A]. Every
+// expert has an address of its own: gate_up[e] points to its packed panels of 32 gates and the 32 ups of the same
+// index, down[e] to its packed [D, F]. An expert that is not chosen may have a null address; one that is may not
+// (MOESTRO_NO_ADDRESS).
+int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights,
+                           const void *const *gate_up, const void *const *down, int64_t num_tokens, int64_t top_k,
+                           int64_t num_experts, int64_t hidden, int64_t width, int kind, int type, int threads);
 
 // out [N, H, V] of q [N, H, K]. Sequence s owns rows starts[s] … starts[s+1]-1, at positions first[s], first[s]+1, …; a
 // row at position p sees rows 0 … p of its sequence: row i is pages[tables[s, i / 64], i % 64], of page_width = groups
 // · w values, group g's key from g · w on, its value from g · w + value_offset on. Heads h use group h · groups / H.
-// pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S].
+// pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S]. `selection` [N, selected], unless it is
+// null: a row sees these positions instead, ascending, at least one, none beyond its own, filled up with -1.
 int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
                             const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
                             int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
-                            int64_t page_width, int64_t groups, int64_t value_offset, float scale, int type,
-                            int threads);
+                            int64_t page_width, int64_t groups, int64_t value_offset, const int32_t *selection,
+                            int64_t selected, float scale, int type, int threads);
 
 // out = x / rms(x) · weight, rows of x [rows, width]; weight [width] of weight_type.
 int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
@@ -105,18 +118,23 @@ int moestro_route(int64_t *ids, float *weights, const float *logits, const float
 // out = a + b, [rows, width] each; out may be either.
 int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 
+// One of the caches of a model: pages [num_pages, 64, width] of `type`. A layer may have several, or none.
+typedef struct {
+    void *pages;
+    int64_t width;
+    int type;
+} MoestroCache;
+
 // What a program (csrc/abi/run.cpp) runs on: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k]; the
-// cache, num_layers times pages [num_pages, 64, page_width]; the rest as for attention and rotation, slots [num_rows]
-// where the tokens' rows go, page · 64 + place.
+// caches; the rest as for attention and rotation, slots [num_rows] where the tokens' rows go, page · 64 + place.
 typedef struct {
     char *memory;
     int64_t *ids;
-    void *const *pages;
+    const MoestroCache *caches;
     const float *cos, *sin;
     const int64_t *slots, *starts, *first;
     const int32_t *tables;
-    int64_t num_rows, row_bytes, num_routers, top_k, num_layers, num_pages, page_width, half_angles, num_sequences,
-        max_pages;
+    int64_t num_rows, row_bytes, num_routers, top_k, num_caches, num_pages, half_angles, num_sequences, max_pages;
     int threads;
 } MoestroStep;
 int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);

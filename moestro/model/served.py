@@ -61,6 +61,7 @@ class ServedLatentAttention:
 
     def __init__(self, attention: LatentAttention, parts: Parts) -> None:
         config = self.config = attention.config
+        (self.cache,) = attention.caches(config)
         self.scale = attention.scale
         query = "q_down.weight" if config.q_lora_rank else "q.weight"
         self.down = parts.linear("down", query, "kv_down.weight")  # queries or their latents, latents, keys
@@ -80,10 +81,10 @@ class ServedLatentAttention:
         q, latent, k_rope = rows.split(rows.linear(self.down, x), widths)
         if config.q_lora_rank:
             q = rows.linear(self.q_up, self.q_norm(rows, q))
-        rows.store(layer, rows.join([self.kv_norm(rows, latent), rows.rope(k_rope)]))
+        rows.store(layer, self.cache.name, rows.join([self.kv_norm(rows, latent), rows.rope(k_rope)]))
         q_nope, q_rope = rows.split(rows.group(q, heads), (config.nope_dim, config.rope_dim))
         queries = rows.join([rows.heads(self.absorb, q_nope), rows.rope(q_rope)])
-        mixed = rows.attend(layer, queries, Heads(1, 0, latent_dim, self.scale))
+        mixed = rows.attend(layer, self.cache.name, queries, Heads(1, 0, latent_dim, self.scale))
         return rows.linear(self.out, rows.heads(self.expand, mixed))
 
 
@@ -92,6 +93,7 @@ class ServedHeadAttention:
 
     def __init__(self, attention: HeadAttention, parts: Parts) -> None:
         self.attention = attention
+        (self.cache,) = attention.caches(attention.config)
         self.down = parts.linear("down", "q.weight", "kv.weight")
         self.out = parts.linear("out", "out.weight")
 
@@ -102,10 +104,10 @@ class ServedHeadAttention:
         q, kv = rows.split(rows.linear(self.down, x), widths)
         parts = (config.nope_dim, config.rope_dim)
         k_nope, k_rope, v = rows.split(rows.group(kv, groups), (*parts, config.v_dim))
-        rows.store(layer, rows.join([k_nope, rows.rope(k_rope), v]))
+        rows.store(layer, self.cache.name, rows.join([k_nope, rows.rope(k_rope), v]))
         q_nope, q_rope = rows.split(rows.group(q, num_heads), parts)
         heads = Heads(groups, key_dim, config.v_dim, attention.scale)
-        mixed = rows.attend(layer, rows.join([q_nope, rows.rope(q_rope)]), heads)
+        mixed = rows.attend(layer, self.cache.name, rows.join([q_nope, rows.rope(q_rope)]), heads)
         return rows.linear(self.out, mixed)
 
 

@@ -22,7 +22,13 @@ from moestro.errors import ConfigError
 
 ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-ERRORS = {1: "unsupported type", 2: "impossible size", 3: "out of memory", 4: "unsupported instruction set"}
+ERRORS = {
+    1: "unsupported type",
+    2: "impossible size",
+    3: "out of memory",
+    4: "unsupported instruction set",
+    5: "an expert that is used has no address",
+}
 PLAIN = os.environ.get("MOESTRO_OPS", "") in ("reference", "fused")  # what forces plain torch does so in serving, too
 LIBRARY = Path(os.environ.get("MOESTRO_LIBRARY") or Path(__file__).parent / "libmoestro.so")
 
@@ -37,7 +43,7 @@ _SIGNATURES = {
     "moestro_pack": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 3,
     "moestro_packed_linear": [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3,
     "moestro_packed_experts": [_POINTER] * 6 + [_SIZE] * 5 + [_INT] * 3,
-    "moestro_paged_attention": [_POINTER] * 6 + [_SIZE] * 10 + [_FLOAT] + [_INT] * 2,
+    "moestro_paged_attention": [_POINTER] * 6 + [_SIZE] * 10 + [_POINTER, _SIZE, _FLOAT] + [_INT] * 2,
     "moestro_rms_norm": [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT] + [_INT] * 3,
     "moestro_swiglu": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "moestro_flash_forward": [_POINTER] * 7 + [_SIZE] * 6 + [_FLOAT] + [_INT] * 2,

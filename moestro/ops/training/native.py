@@ -5,6 +5,7 @@ Where the kernels cannot run, or a call is too small to pay for packing its weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.training import fused
+
+Matrices = Tensor | Sequence[Tensor]  # of all experts: a stack, or one each, wherever it lies
 
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
 MIN_ROWS = 32  # of a linear layer, for the same reason
@@ -107,47 +110,75 @@ class _LinearCrossEntropy(torch.autograd.Function):
     backward = fused._LinearCrossEntropy.backward
 
 
-def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """See `reference.grouped_experts`."""
+def grouped_experts(x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor) -> Tensor:
+    """See `reference.grouped_experts`; gate_up and down may also be a matrix [2F, D] and [D, F] for every expert."""
     worth_packing = ids.numel() >= MIN_LOAD * len(down)
-    if not worth_packing or library.load_library() is None or not library.fits(x, gate_up, down):
-        return fused.grouped_experts(x, gate_up, down, ids, weights)
+    if not worth_packing or library.load_library() is None or not library.fits(x, *_parts(gate_up), *_parts(down)):
+        return fused.grouped_experts(x, _stack(gate_up), _stack(down), ids, weights)
     return run_experts(x, gate_up, down, ids, weights)
 
 
-def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The kernels themselves, for any number of tokens; see `reference.grouped_experts`."""
-    out: Tensor = _GroupedExperts.apply(x, gate_up, down, ids, weights)
+def run_experts(x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor) -> Tensor:
+    """The kernels themselves, for any number of tokens; see `grouped_experts`."""
+    out: Tensor = _GroupedExperts.apply(x, ids, weights, *_parts(gate_up), *_parts(down))
     return out
 
 
+def _parts(matrices: Matrices) -> Sequence[Tensor]:
+    return [matrices] if isinstance(matrices, Tensor) else matrices
+
+
+def _stack(matrices: Matrices) -> Tensor:
+    return matrices if isinstance(matrices, Tensor) else torch.stack(list(matrices))
+
+
+def _addresses(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Addresses [E] of contiguous matrices of one shape, or of those of one stack; ValueError for other shapes."""
+    if any(part.shape[-2:] != shape or part.dim() != parts[0].dim() for part in parts):
+        raise ValueError(f"experts of {[list(part.shape) for part in parts[:3]]} where each is {list(shape)}")
+    if parts[0].dim() == 2:
+        return torch.tensor([part.data_ptr() for part in parts])
+    (stack,) = parts
+    return torch.arange(len(stack)).mul_(shape[0] * shape[1] * stack.itemsize).add_(stack.data_ptr())
+
+
 class _GroupedExperts(torch.autograd.Function):
+    """x, ids, weights, then the matrices of gate_up and of down: one stack each, or one matrix for every expert."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        (n, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
-        x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
-        order, inverse, bounds = fused.sort_by_expert(ids, num_experts)
+    def forward(ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, *matrices: Tensor) -> Tensor:
+        x, matrices = x.contiguous(), tuple(matrix.contiguous() for matrix in matrices)
+        half = len(matrices) // 2
+        (n, hidden), top_k, width = x.shape, ids.shape[1], matrices[-1].shape[-1]
+        ctx.shapes = (2 * width, hidden), (hidden, width)
+        gate_up, down = _addresses(matrices[:half], ctx.shapes[0]), _addresses(matrices[half:], ctx.shapes[1])
+        if len(gate_up) != len(down):
+            raise ValueError(f"{len(gate_up)} matrices of gate and up for {len(down)} of down")
+        order, inverse, bounds = fused.sort_by_expert(ids, len(down))
         token, by_slot = order // top_k, weights.flatten()[order].float()
         offsets, slots = torch.tensor(bounds), bounds[-1]
         h, y = x.new_empty(slots, 2 * width), x.new_empty(slots, hidden)
-        sizes = (num_experts, n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
+        sizes = (len(down), n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
         library.call("moestro_experts_forward", y, h, x, gate_up, down, token, by_slot, offsets, *sizes)
-        ctx.save_for_backward(x, gate_up, down, h, token, by_slot, offsets, inverse)
+        ctx.save_for_backward(x, h, token, by_slot, offsets, inverse, *matrices)
         ctx.sizes, ctx.shape, ctx.weights_dtype = sizes, ids.shape, weights.dtype
         return _combine(y, inverse, ids.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up, down, h, token, by_slot, offsets, inverse = ctx.saved_tensors
-        d_out = grads[0].contiguous()
+        x, h, token, by_slot, offsets, inverse, *matrices = ctx.saved_tensors
+        half, d_out = len(matrices) // 2, grads[0].contiguous()
         dx, d_weights = x.new_empty(len(h), x.shape[1]), by_slot.new_zeros(len(by_slot))
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        gradients = (dx, d_weights, d_gate_up, d_down)
-        library.call(
-            "moestro_experts_backward", *gradients, d_out, x, h, gate_up, down, token, by_slot, offsets, *ctx.sizes
+        gradients = [torch.empty_like(matrix) for matrix in matrices]
+        gate_up, down, d_gate_up, d_down = (
+            _addresses(parts[side], shape)
+            for parts in (matrices, gradients)
+            for side, shape in zip((slice(half), slice(half, None)), ctx.shapes, strict=True)
         )
+        where = (gate_up, down, token, by_slot, offsets)
+        library.call("moestro_experts_backward", dx, d_weights, d_gate_up, d_down, d_out, x, h, *where, *ctx.sizes)
         by_choice = d_weights[inverse].view(ctx.shape).to(ctx.weights_dtype)
-        return _combine(dx, inverse, ctx.shape), d_gate_up, d_down, None, by_choice
+        return _combine(dx, inverse, ctx.shape), None, by_choice, *gradients
 
 
 def _combine(slots: Tensor, inverse: Tensor, shape: torch.Size) -> Tensor:
