@@ -40,8 +40,10 @@ def paged_attention(
     −1. A selection of all positions gives the same bits as none. ValueError or RuntimeError for any other.
     """
     rows, heads, width = q.shape
-    if selection is not None and (selection.dtype != torch.int32 or selection.dim() != 2 or len(selection) != rows):
-        raise ValueError(f"paged_attention: a selection of {selection.dtype} {list(selection.shape)} for {rows} rows")
+    if selection is not None:
+        shape = list(selection.shape)
+        if selection.dtype != torch.int32 or len(shape) != 2 or shape[0] != rows or not shape[1]:
+            raise ValueError(f"paged_attention: a selection of {selection.dtype} {shape} for {rows} rows")
     if not library.serves(q):
         if selection is not None:
             pages, page_tables, starts, first = _gather(pages, page_tables, starts, first, selection)
