@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.ops.training import fused, reference
+from moestro.ops import library
+from moestro.ops.training import fused, native, reference
 from moestro.routing.placement import Placement, place_routes
 
 # expert 2 has three copies in the first layer, expert 0 in the second
@@ -87,3 +88,21 @@ def test_placed_experts_compute_what_experts_do(choice: str, layer: int) -> None
         for ours, theirs in zip(found[1:3], expected[1:3], strict=True):
             summed = torch.zeros_like(theirs).index_add_(0, placement.physical_to_logical[layer], ours)
             torch.testing.assert_close(summed, theirs)
+
+
+@pytest.mark.skipif(library.load_library() is None, reason="the native kernels are not built")
+def test_copies_that_are_one_tensor_share_its_gradient() -> None:
+    """Kernels are given the same address for each copy."""
+    placement, x, weights = Placement(TABLE, 4), random(50, 12), random(50, 2, seed=1)
+    stacks = [random(4, 10, 12, seed=2).requires_grad_(), random(4, 12, 5, seed=3).requires_grad_()]
+    ids = torch.randint(0, 5, (50, 2), generator=torch.Generator().manual_seed(4))
+    plain = reference.grouped_experts(x, stacks[0], stacks[1], ids, weights)
+    expected = torch.autograd.grad(plain, stacks, random(50, 12, seed=5))
+    own = [[matrix.detach().requires_grad_() for matrix in stack.unbind()] for stack in stacks]
+    gate_up, down = ([part[e] for e in placement.physical_to_logical[0].tolist()] for part in own)
+    slots = place_routes(ids, placement, 0, choice="in_turn")
+    placed = native.run_experts(x, gate_up, down, slots, weights)
+    torch.testing.assert_close(placed, plain, rtol=1e-4, atol=1e-4)
+    found = torch.autograd.grad(placed, [*own[0], *own[1]], random(50, 12, seed=5))
+    for ours, theirs in zip((found[:4], found[4:]), expected, strict=True):
+        torch.testing.assert_close(torch.stack(ours), theirs, rtol=1e-4, atol=1e-4)

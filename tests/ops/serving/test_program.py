@@ -331,7 +331,7 @@ def test_hostile_routers_are_refused(path: str, change: dict[str, int], code: in
     assert (ids == 8).all() and (weights == 5).all()
 
 
-# on memory of 256 bytes a row, two caches of one page of 16 and 12 values a row, two routers: each reaches beyond one of them
+# on memory of 256 bytes a row, two caches of one page of 16 and 12 values a row, two routers: each reaches beyond one
 @pytest.mark.parametrize(
     "code",
     [
@@ -346,14 +346,16 @@ def test_hostile_routers_are_refused(path: str, change: dict[str, int], code: in
         *([6, 0, 0, 16, 0, 2**50, 4, 8, 0], [6, 0, 0, 16, 0, 1, 4, 4, 0], [7, 0, 64, 0, 0, 64, 64, 1, 0, 1, 64]),
         *([7, 0, 64, 0, 0, 64, 64, 0, 60, 2, 8], [7, 0, 64, 0, 0, 64, 64, 0, 0, -1, 8]),
         *([7, 0, 64, 0, 0, 64, 64, -1, 0, 1, 8], [7, 0, 64, 2**61, 0, 64, 64, 0, 0, 1, 8]),
+        *([7, 0, 300, 0, 0, 0, 64, 0, 0, 1, 8], [9, 0, 224, 64]),
         *(
-            [7, 0, 300, 0, 0, 0, 64, 0, 0, 1, 8],
             [8, 2, 0, 16, 0],
             [8, -1, 0, 16, 0],
             [8, 0, 240, 16, 0],
-            [9, 0, 224, 64],
+            [8, 0, 0, 12, 0],
+            [8, 1, 0, 16, 0],
+            [8, 0, 0, 16, 1],
+            [8, 0, 0, 16],
         ),
-        *([8, 0, 0, 12, 0], [8, 1, 0, 16, 0], [8, 0, 0, 16, 1], [8, 0, 0, 16]),
         [10, 2, 0, 0, 0, 8, 1, 1, 0, 0, 1, 0, 0, 0],
     ],
 )
