@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from moestro import machine
 from moestro.ops import library
-from moestro.ops.training import fused, native_attention
+from moestro.ops.training import operators
 
 Attention = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 
@@ -69,9 +70,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float) -> Te
     return torch.cat(out)
 
 
+def run_attention(form: str, q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float) -> Tensor:
+    """The operation computed by one form."""
+    out: Tensor = operators.Attention.apply(q, k, v, torch.tensor(starts), scale, form)[0]
+    return out
+
+
 ATTENTIONS: dict[str, Attention] = {
-    "native": native_attention.packed_attention,
-    "torch": fused.packed_attention,
+    "native": partial(run_attention, "native"),
+    "torch": partial(run_attention, "torch"),
     "sdpa": sdpa,
 }
 

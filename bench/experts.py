@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from limits import measure_limits
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from moestro import machine
 from moestro.ops import library
-from moestro.ops.training import fused, native
+from moestro.ops.training import operators
 
 # name: tokens, hidden, experts, expert width, active experts
 SHAPES = {
@@ -55,12 +56,15 @@ def make_step(experts: Experts, shape: tuple[int, int, int, int, int], dtype: to
     return step
 
 
+def run_experts(form: str, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The operation computed by one form."""
+    out: Tensor = operators.Experts.apply(x, ids, weights, form, gate_up, down)[0]
+    return out
+
+
 def measure(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     """GFLOP/s of each implementation, round by round."""
-    steps = {
-        name: make_step(function, shape, dtype)
-        for name, function in (("native", native.grouped_experts), ("torch", fused.grouped_experts))
-    }
+    steps = {form: make_step(partial(run_experts, form), shape, dtype) for form in ("native", "torch")}
     tokens, hidden, _, width, top_k = shape
     flops = 18 * tokens * top_k * hidden * width  # three products, two flops a pair, forward and twice backward
     rates: dict[str, list[float]] = {name: [] for name in steps}

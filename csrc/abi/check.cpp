@@ -56,6 +56,18 @@ template <class T> int check_matmul(int64_t m, int64_t n, int64_t k, bool a_turn
     return 0;
 }
 
+// Every matrix in memory of its own that ends with it; the addresses are what kernels are given.
+template <class T> struct Matrices {
+    std::vector<std::vector<T>> values;
+    std::vector<void *> to;
+    std::vector<const void *> addresses;
+    Matrices(int64_t count, int64_t size) {
+        for (int64_t e = 0; e < count; e++) values.push_back(random_vector<T>(size));
+        for (auto &matrix : values) to.push_back(matrix.data());
+        addresses.assign(to.begin(), to.end());
+    }
+};
+
 template <class T> int check_experts(int64_t num_tokens, int64_t hidden, int64_t width, std::vector<int64_t> loads) {
     const int64_t num_experts = int64_t(loads.size());
     std::vector<int64_t> offsets{0}, token, slot;
@@ -64,18 +76,19 @@ template <class T> int check_experts(int64_t num_tokens, int64_t hidden, int64_t
     for (int64_t s = 0; s < slots; s++) token.push_back(s % num_tokens);
     for (int64_t n = 0; n < num_tokens; n++) slot.push_back(n % 3 ? n : slots);  // some choices are not carried out
     const auto x = random_vector<T>(num_tokens * hidden), dy = random_vector<T>(num_tokens * hidden);
-    const auto gate_up = random_vector<T>(num_experts * 2 * width * hidden),
-               down = random_vector<T>(num_experts * hidden * width);
+    Matrices<T> gate_up(num_experts, 2 * width * hidden), down(num_experts, hidden * width),
+        d_gate_up(num_experts, 2 * width * hidden), d_down(num_experts, hidden * width);
+    for (int64_t e = 0; e < num_experts; e++)  // nobody reads an expert without slots
+        if (!loads[e]) gate_up.addresses[e] = down.addresses[e] = nullptr;
     const auto weights = random_vector<float>(slots);
-    std::vector<T> y(slots * hidden), h(slots * 2 * width), dx(slots * hidden), d_gate_up(gate_up.size()),
-        d_down(down.size()), out(num_tokens * hidden);
+    std::vector<T> y(slots * hidden), h(slots * 2 * width), dx(slots * hidden), out(num_tokens * hidden);
     std::vector<float> d_weights(slots);
-    int bad =
-        moestro_experts_forward(y.data(), h.data(), x.data(), gate_up.data(), down.data(), token.data(), weights.data(),
-                                offsets.data(), num_experts, num_tokens, hidden, width, TYPE<T>, 2);
-    bad |= moestro_experts_backward(dx.data(), d_weights.data(), d_gate_up.data(), d_down.data(), dy.data(), x.data(),
-                                    h.data(), gate_up.data(), down.data(), token.data(), weights.data(), offsets.data(),
-                                    num_experts, num_tokens, hidden, width, TYPE<T>, 2);
+    int bad = moestro_experts_forward(y.data(), h.data(), x.data(), gate_up.addresses.data(), down.addresses.data(),
+                                      token.data(), weights.data(), offsets.data(), num_experts, num_tokens, hidden,
+                                      width, TYPE<T>, 2);
+    bad |= moestro_experts_backward(dx.data(), d_weights.data(), d_gate_up.to.data(), d_down.to.data(), dy.data(),
+                                    x.data(), h.data(), gate_up.addresses.data(), down.addresses.data(), token.data(),
+                                    weights.data(), offsets.data(), num_experts, num_tokens, hidden, width, TYPE<T>, 2);
     return bad | moestro_combine(out.data(), y.data(), slot.data(), num_tokens, 1, slots, hidden, TYPE<T>, 2);
 }
 
@@ -122,14 +135,21 @@ template <class T> int check_linear(int64_t groups, int64_t n, int64_t m, int64_
 template <class T> int check_packed_experts(int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
                                             int64_t width, int kind) {
     const auto x = random_vector<T>(num_tokens * hidden);
-    const auto up = random_panels(num_experts * packed_bytes((width + 31) / 32 * 64, hidden, kind));
-    const auto down = random_panels(num_experts * packed_bytes(hidden, width, kind));
+    Matrices<uint16_t> up(num_experts, packed_bytes((width + 31) / 32 * 64, hidden, kind) / 2),
+        down(num_experts, packed_bytes(hidden, width, kind) / 2);
     const auto weights = random_vector<float>(num_tokens * top_k);
     std::vector<int64_t> ids(num_tokens * top_k);
     for (size_t i = 0; i < ids.size(); i++) ids[i] = int64_t(i * i) % (num_experts + 1);
     std::vector<T> out(x.size());
-    return moestro_packed_experts(out.data(), x.data(), ids.data(), weights.data(), up.data(), down.data(), num_tokens,
-                                  top_k, num_experts, hidden, width, kind, TYPE<T>, 2);
+    const auto run = [&] {
+        return moestro_packed_experts(out.data(), x.data(), ids.data(), weights.data(), up.addresses.data(),
+                                      down.addresses.data(), num_tokens, top_k, num_experts, hidden, width, kind,
+                                      TYPE<T>, 2);
+    };
+    const int bad = run();
+    if (ids.empty()) return bad;
+    up.addresses[ids[0]] = nullptr;  // of an expert that is chosen
+    return bad | (run() != MOESTRO_NO_ADDRESS);
 }
 
 // Sequences of these lengths, of which the last rows query; every page is used to its end.
@@ -149,10 +169,26 @@ template <class T> int check_attention(std::vector<int64_t> lengths, int64_t row
         for (int64_t p = 0; p < (lengths[s] + 63) / 64; p++) tables[s * max_pages + p] = int32_t(--next);
     const int64_t page_width = groups * (key + value), num_rows = starts.back();
     const auto q = random_vector<T>(num_rows * heads * key), pages = random_vector<T>(num_pages * 64 * page_width);
-    std::vector<T> out(num_rows * heads * value);
-    return moestro_paged_attention(out.data(), q.data(), pages.data(), tables.data(), starts.data(), first.data(),
-                                   num_rows, num_pages, int64_t(lengths.size()), max_pages, heads, key, value,
-                                   page_width, groups, key, 0.1f, TYPE<T>, 2);
+    std::vector<T> out(num_rows * heads * value), selected(out.size());
+    const auto run = [&](std::vector<T> &to, const int32_t *selection, int64_t count) {
+        return moestro_paged_attention(to.data(), q.data(), pages.data(), tables.data(), starts.data(), first.data(),
+                                       num_rows, num_pages, int64_t(lengths.size()), max_pages, heads, key, value,
+                                       page_width, groups, key, selection, count, 0.1f, TYPE<T>, 2);
+    };
+    int bad = run(out, nullptr, 0);
+    if (num_rows == 0) return bad;
+    // all positions, which must give the same bits; then the last one alone; then one beyond it
+    const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+    std::vector<int32_t> all(num_rows * longest, -1), last;
+    for (size_t s = 0; s < lengths.size(); s++)
+        for (int64_t row = starts[s]; row < starts[s + 1]; row++) {
+            last.push_back(int32_t(first[s] + row - starts[s]));
+            for (int32_t p = 0; p <= last.back(); p++) all[row * longest + p] = p;
+        }
+    bad |= run(selected, all.data(), longest) | memcmp(out.data(), selected.data(), sizeof(T) * out.size());
+    bad |= run(selected, last.data(), 1);
+    last.back()++;
+    return bad | (run(selected, last.data(), 1) != MOESTRO_BAD_SIZE);
 }
 
 template <class T> int check_rows(int64_t rows, int64_t width) {
@@ -237,7 +273,7 @@ inline int check_run(int64_t rows) {
     const auto panels = random_panels(packed_bytes(4, 16, 0));
     const auto weight = random_vector<float>(16), bias = random_vector<float>(4),
                values = random_vector<float>(rows * 16);
-    std::vector<float> pages(2 * 64 * 8, 7.0f), turn(rows * 2, 0.5f), memory(rows * 5 * 16);
+    std::vector<float> pages(2 * 64 * 8, 7.0f), narrow(2 * 64 * 3), turn(rows * 2, 0.5f), memory(rows * 5 * 16);
     std::vector<int64_t> ids(rows * 2), slots(rows), starts{0, rows}, first{0};
     std::vector<int32_t> tables{0, 1};
     for (int64_t i = 0; i < rows; i++) slots[i] = 127 - i;
@@ -299,8 +335,9 @@ inline int check_run(int64_t rows) {
         4,
         0,  // rotate its last four values
         8,
-        0,
+        1,
         256,
+        8,
         0,  // store eight
         5,
         0,
@@ -309,10 +346,10 @@ inline int check_run(int64_t rows) {
         16,
         0,  // add
     };
-    void *layers[] = {pages.data()};
+    const MoestroCache caches[] = {{narrow.data(), 3, MOESTRO_FLOAT32}, {pages.data(), 8, MOESTRO_FLOAT32}};
     const MoestroStep step = {reinterpret_cast<char *>(memory.data()),
                               ids.data(),
-                              layers,
+                              caches,
                               turn.data(),
                               turn.data(),
                               slots.data(),
@@ -323,9 +360,8 @@ inline int check_run(int64_t rows) {
                               320,
                               1,
                               2,
-                              1,
                               2,
-                              8,
+                              2,
                               2,
                               1,
                               2,

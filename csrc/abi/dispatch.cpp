@@ -114,6 +114,14 @@ bool known_kind(int kind) {
         default: return false;
     }
 }
+// Whether every expert with slots has addresses; matrices without values need none.
+bool have_addresses(const void *const *gate_up, const void *const *down, const int64_t *offsets, int64_t num_experts,
+                    int64_t values) {
+    for (int64_t e = 0; values && e < num_experts; e++)
+        if (offsets[e] < offsets[e + 1] && (!gate_up[e] || !down[e])) return false;
+    return true;
+}
+
 bool sane(int threads) { return threads >= 1 && threads <= 1024; }
 bool fits(int64_t a, int64_t b, int64_t c) { return fits(a, b) && fits(a * b, c); }
 // A packed matrix is padded to whole panels and blocks of 64.
@@ -125,6 +133,23 @@ bool fits_packed(int64_t groups, int64_t m, int64_t k) {
 bool fits_heads(int64_t rows, int64_t heads, int64_t plain, int64_t rotary) {
     return plain >= 0 && rotary >= 0 && rotary % 2 == 0 && plain <= LARGEST && rotary <= LARGEST &&
            fits(rows, heads, plain + rotary);
+}
+
+// Of every row: ascending positions up to its own, at least one, then -1 to the end.
+int check_selection(const PagedAttention &a) {
+    if (a.selected < 1 || !fits(a.starts[a.num_sequences], a.selected) || !fits(a.selected + 63, a.page_width))
+        return MOESTRO_BAD_SIZE;
+    for (int64_t s = 0; s < a.num_sequences; s++)
+        for (int64_t row = a.starts[s]; row < a.starts[s + 1]; row++) {
+            const int32_t *positions = a.selection + row * a.selected;
+            const int64_t own = a.first[s] + row - a.starts[s];
+            for (int64_t i = 0; i < a.selected; i++) {
+                const int64_t position = positions[i], before = i ? positions[i - 1] : 0;
+                const bool ascends = position <= own && (i ? before >= 0 && position > before : position >= 0);
+                if (!ascends && (i == 0 || position != -1)) return MOESTRO_BAD_SIZE;
+            }
+        }
+    return MOESTRO_OK;
 }
 
 int check_attention(const PagedAttention &a, int64_t num_rows, int64_t num_pages) {
@@ -148,7 +173,8 @@ int check_attention(const PagedAttention &a, int64_t num_rows, int64_t num_pages
             if (page < 0 || page >= num_pages) return MOESTRO_BAD_SIZE;
         }
     }
-    return MOESTRO_OK;
+    if (!a.selection) return a.selected && num_rows ? MOESTRO_BAD_SIZE : MOESTRO_OK;
+    return check_selection(a);
 }
 
 // Vectors of `width` at these distances, `groups` to a row, do not overlap and fit the address space.
@@ -214,26 +240,30 @@ int moestro_matmul(void *out, const void *a, const void *b, int64_t m, int64_t n
                                    type, out_type, threads);
 }
 
-int moestro_experts_forward(void *y, void *h, const void *x, const void *gate_up, const void *down,
+int moestro_experts_forward(void *y, void *h, const void *x, const void *const *gate_up, const void *const *down,
                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
                             int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type)) return MOESTRO_BAD_TYPE;
     if (threads < 1) return MOESTRO_BAD_SIZE;
     if (const int error = check_experts(token, offsets, num_experts, num_tokens, hidden, width)) return error;
+    if (!have_addresses(gate_up, down, offsets, num_experts, hidden * width)) return MOESTRO_NO_ADDRESS;
     const std::lock_guard<std::mutex> lock(running);
     return chosen->kernels->experts_forward(
         {y, h, x, gate_up, down, token, weights, offsets, num_experts, hidden, width}, type, threads);
 }
 
-int moestro_experts_backward(void *dx, float *d_weights, void *d_gate_up, void *d_down, const void *dy, const void *x,
-                             const void *h, const void *gate_up, const void *down, const int64_t *token,
-                             const float *weights, const int64_t *offsets, int64_t num_experts, int64_t num_tokens,
-                             int64_t hidden, int64_t width, int type, int threads) {
+int moestro_experts_backward(void *dx, float *d_weights, void *const *d_gate_up, void *const *d_down, const void *dy,
+                             const void *x, const void *h, const void *const *gate_up, const void *const *down,
+                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
+                             int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type)) return MOESTRO_BAD_TYPE;
     if (threads < 1) return MOESTRO_BAD_SIZE;
     if (const int error = check_experts(token, offsets, num_experts, num_tokens, hidden, width)) return error;
+    if (!have_addresses(gate_up, down, offsets, num_experts, hidden * width)) return MOESTRO_NO_ADDRESS;
+    for (int64_t e = 0; hidden * width && e < num_experts; e++)
+        if (!d_gate_up[e] || !d_down[e]) return MOESTRO_NO_ADDRESS;
     const std::lock_guard<std::mutex> lock(running);
     return chosen->kernels->experts_backward({dx, d_weights, d_gate_up, d_down, dy, x, h, gate_up, down, token, weights,
                                               offsets, num_experts, hidden, width},
@@ -293,9 +323,9 @@ int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t 
                                           threads);
 }
 
-int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights, const void *gate_up,
-                           const void *down, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
-                           int64_t width, int kind, int type, int threads) {
+int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights,
+                           const void *const *gate_up, const void *const *down, int64_t num_tokens, int64_t top_k,
+                           int64_t num_experts, int64_t hidden, int64_t width, int kind, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type) || !known_kind(kind)) return MOESTRO_BAD_TYPE;
     if (!fits(num_tokens, top_k) || !fits(num_tokens * top_k, hidden + 63) || !fits(num_tokens, hidden) ||
@@ -306,23 +336,23 @@ int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const f
         return MOESTRO_BAD_SIZE;
     for (int64_t i = 0; i < num_tokens * top_k; i++)
         if (ids[i] < 0 || ids[i] > num_experts) return MOESTRO_BAD_SIZE;
+    for (int64_t i = 0; hidden && width && i < num_tokens * top_k; i++)
+        if (ids[i] < num_experts && (!gate_up[ids[i]] || !down[ids[i]])) return MOESTRO_NO_ADDRESS;
     const std::lock_guard<std::mutex> lock(running);
     return chosen->kernels->packed_experts(
-        {out, x, ids, weights, static_cast<const char *>(gate_up), static_cast<const char *>(down), num_tokens, top_k,
-         num_experts, hidden, width},
-        kind, type, threads);
+        {out, x, ids, weights, gate_up, down, num_tokens, top_k, num_experts, hidden, width}, kind, type, threads);
 }
 
 int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
                             const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
                             int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
-                            int64_t page_width, int64_t groups, int64_t value_offset, float scale, int type,
-                            int threads) {
+                            int64_t page_width, int64_t groups, int64_t value_offset, const int32_t *selection,
+                            int64_t selected, float scale, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type)) return MOESTRO_BAD_TYPE;
     const PagedAttention arguments = {out,       q,         pages,     tables,      starts,     first,  num_sequences,
                                       max_pages, num_heads, key_width, value_width, page_width, groups, value_offset,
-                                      scale};
+                                      selection, selected,  scale};
     if (num_sequences < 0 || !sane(threads)) return MOESTRO_BAD_SIZE;
     if (const int error = check_attention(arguments, num_rows, num_pages)) return error;
     const std::lock_guard<std::mutex> lock(running);

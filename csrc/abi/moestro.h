@@ -28,17 +28,20 @@ int moestro_matmul(void *out, const void *a, const void *b, int64_t m, int64_t n
                    int threads);
 
 // SwiGLU experts (moestro/ops/training/reference.py, grouped_experts). Slots 0 … S-1 are the choices sorted by expert;
-// expert e has slots offsets[e] … offsets[e+1]-1; slot s serves row token[s] of x with weight weights[s].
-//   x [N, D], gate_up [E, 2F, D], down [E, D, F]; saved: h [S, 2F]; y [S, D], the weighted results.
-int moestro_experts_forward(void *y, void *h, const void *x, const void *gate_up, const void *down,
+// expert e has slots offsets[e] … offsets[e+1]-1; slot s serves row token[s] of x with weight weights[s]. Every expert
+// has an address of its own: gate_up[e] points to [2F, D], down[e] to [D, F]. One without slots may have a null
+// address; one with slots may not (MOESTRO_NO_ADDRESS).
+//   x [N, D]; saved: h [S, 2F]; y [S, D], the weighted results.
+int moestro_experts_forward(void *y, void *h, const void *x, const void *const *gate_up, const void *const *down,
                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
                             int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads);
 
-// Gradients: dy [N, D] by row of x; dx [S, D] by slot, d_weights [S], d_gate_up [E, 2F, D], d_down [E, D, F].
-int moestro_experts_backward(void *dx, float *d_weights, void *d_gate_up, void *d_down, const void *dy, const void *x,
-                             const void *h, const void *gate_up, const void *down, const int64_t *token,
-                             const float *weights, const int64_t *offsets, int64_t num_experts, int64_t num_tokens,
-                             int64_t hidden, int64_t width, int type, int threads);
+// Gradients: dy [N, D] by row of x; dx [S, D] by slot, d_weights [S]; d_gate_up[e] and d_down[e] point to the gradients
+// of an expert, zeros where it has no slots, so none of them may be null.
+int moestro_experts_backward(void *dx, float *d_weights, void *const *d_gate_up, void *const *d_down, const void *dy,
+                             const void *x, const void *h, const void *const *gate_up, const void *const *down,
+                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
+                             int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads);
 
 // out[n] = Σ_a y[slot[n, a]], in the order of a; slots outside 0 … num_slots-1 add nothing. slot [N, A], y [S, D].
 int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
@@ -64,21 +67,24 @@ int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, in
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads);
 
-// out [N, D] = Σ_a weights[n, a] · expert ids[n, a] of x [N, D]; id E is not carried out. ids, weights [N, A]; packed
-// gate_up: for each expert panels of 32 gates and the 32 ups of the same index; packed down: [E, D, F].
-int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights, const void *gate_up,
-                           const void *down, int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t hidden,
-                           int64_t width, int kind, int type, int threads);
+// out [N, D] = Σ_a weights[n, a] · expert ids[n, a] of x [N, D]; id E is not carried out. ids, weights [N, A]. Every
+// expert has an address of its own: gate_up[e] points to its packed panels of 32 gates and the 32 ups of the same
+// index, down[e] to its packed [D, F]. An expert that is not chosen may have a null address; one that is may not
+// (MOESTRO_NO_ADDRESS).
+int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights,
+                           const void *const *gate_up, const void *const *down, int64_t num_tokens, int64_t top_k,
+                           int64_t num_experts, int64_t hidden, int64_t width, int kind, int type, int threads);
 
 // out [N, H, V] of q [N, H, K]. Sequence s owns rows starts[s] … starts[s+1]-1, at positions first[s], first[s]+1, …; a
 // row at position p sees rows 0 … p of its sequence: row i is pages[tables[s, i / 64], i % 64], of page_width = groups
 // · w values, group g's key from g · w on, its value from g · w + value_offset on. Heads h use group h · groups / H.
-// pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S].
+// pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S]. `selection` [N, selected], unless it is
+// null: a row sees these positions instead, ascending, at least one, none beyond its own, filled up with -1.
 int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
                             const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
                             int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
-                            int64_t page_width, int64_t groups, int64_t value_offset, float scale, int type,
-                            int threads);
+                            int64_t page_width, int64_t groups, int64_t value_offset, const int32_t *selection,
+                            int64_t selected, float scale, int type, int threads);
 
 // out = x / rms(x) · weight, rows of x [rows, width]; weight [width] of weight_type.
 int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
@@ -106,8 +112,8 @@ int moestro_route(int64_t *ids, float *weights, const float *logits, const float
 int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 
 // Runs a program (csrc/abi/run.cpp) on a step: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k];
-// the cache, num_layers times pages [num_pages, 64, page_width]; the rest as for attention and rotation, slots
-// [num_rows] where the tokens' rows go, page · 64 + place.
+// the caches, each with pages [num_pages, 64, width] of its type, of which a layer may have several, or none; the rest
+// as for attention and rotation, slots [num_rows] where the tokens' rows go, page · 64 + place.
 int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);
 
 // Attention of whole documents, for training: out [N, H, W] of q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses

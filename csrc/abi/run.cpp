@@ -47,9 +47,9 @@ struct Program {
         if (index < 0 || index >= step.num_routers) error = MOESTRO_BAD_SIZE;
         return error ? nullptr : step.ids + index * step.num_rows * step.top_k;
     }
-    char *pages(int64_t layer) {
-        if (layer < 0 || layer >= step.num_layers) error = MOESTRO_BAD_SIZE;
-        return error ? nullptr : static_cast<char *>(step.pages[layer]);
+    MoestroCache cache(int64_t index) {
+        if (index < 0 || index >= step.num_caches) error = MOESTRO_BAD_SIZE;
+        return error ? MoestroCache{} : step.caches[index];
     }
     int run(int64_t opcode);
     int linear();
@@ -76,7 +76,7 @@ int Program::linear() {
 
 int Program::experts() {
     const int64_t out = number(), x = number(), weights = number(), *chosen = ids(number());
-    const void *gate_up = pointer<void>(), *down = pointer<void>();
+    const auto gate_up = pointer<const void *>(), down = pointer<const void *>();
     const int64_t num_experts = number(), hidden = number(), width = number();
     const int kind = small(), type = small();
     void *to = value(out, 1, hidden, size_of(type)), *from = value(x, 1, hidden, size_of(type));
@@ -88,17 +88,20 @@ int Program::experts() {
 
 int Program::attention() {
     const int64_t out = number(), q = number();
-    const void *rows = pages(number());
+    const MoestroCache rows = cache(number());
     const int64_t heads = number(), key_width = number(), value_width = number(), groups = number(),
                   value_offset = number();
     const float scale = float(real());
     const int type = small();
+    const int64_t selection = number(), selected = number();  // at -1: none
     void *to = value(out, heads, value_width, size_of(type)), *from = value(q, heads, key_width, size_of(type));
-    return error
-               ? error
-               : moestro_paged_attention(to, from, rows, step.tables, step.starts, step.first, step.num_rows,
-                                         step.num_pages, step.num_sequences, step.max_pages, heads, key_width,
-                                         value_width, step.page_width, groups, value_offset, scale, type, step.threads);
+    const void *positions = selection == -1 ? nullptr : value(selection, 1, selected, 4);
+    if (!error && rows.type != type) error = MOESTRO_BAD_TYPE;
+    return error ? error
+                 : moestro_paged_attention(
+                       to, from, rows.pages, step.tables, step.starts, step.first, step.num_rows, step.num_pages,
+                       step.num_sequences, step.max_pages, heads, key_width, value_width, rows.width, groups,
+                       value_offset, static_cast<const int32_t *>(positions), selected, scale, type, step.threads);
 }
 
 int Program::norm() {
@@ -163,11 +166,15 @@ int Program::copy() {
     return MOESTRO_OK;
 }
 
-// Rows of the cache, where the tokens' slots are.
+// Rows of a cache, where the tokens' slots are.
 int Program::store() {
-    char *rows = pages(number());
-    const int64_t x = number(), bytes = step.page_width * size_of(number());
+    const MoestroCache to = cache(number());
+    const int64_t x = number(), width = number(), bytes = to.width * size_of(to.type);
+    const int type = small();
     const char *from = value(x, 1, bytes, 1);
+    if (!error && type != to.type) error = MOESTRO_BAD_TYPE;
+    if (!error && width != to.width) error = MOESTRO_BAD_SIZE;
+    char *rows = static_cast<char *>(to.pages);
     for (int64_t i = 0; !error && i < step.num_rows; i++)
         if (step.slots[i] < 0 || step.slots[i] / 64 >= step.num_pages) error = MOESTRO_BAD_SIZE;
     for (int64_t i = 0; !error && i < step.num_rows; i++) memcpy(rows + step.slots[i] * bytes, from + i * bytes, bytes);
@@ -218,13 +225,19 @@ int Program::run(int64_t opcode) {
 
 extern "C" int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step) {
     const MoestroStep &s = *step;
-    for (const int64_t size : {s.num_rows, s.row_bytes, s.num_routers, s.top_k, s.num_layers, s.num_pages, s.page_width,
+    const auto sane = [](int64_t size) { return size >= 0 && size <= MOST / 1024; };
+    for (const int64_t size : {s.num_rows, s.row_bytes, s.num_routers, s.top_k, s.num_caches, s.num_pages,
                                s.half_angles, s.num_sequences, s.max_pages})
-        if (size < 0 || size > MOST / 1024) return MOESTRO_BAD_SIZE;
+        if (!sane(size)) return MOESTRO_BAD_SIZE;
     const auto fits = [](int64_t a, int64_t b) { return b == 0 || a <= MOST / b; };
     if (length < 0 || !fits(s.row_bytes, s.num_rows) || !fits(s.num_routers, s.top_k) ||
-        !fits(s.num_routers * s.top_k, s.num_rows) || !fits(64 * s.num_pages, s.page_width))
+        !fits(s.num_routers * s.top_k, s.num_rows))
         return MOESTRO_BAD_SIZE;
+    for (int64_t i = 0; i < s.num_caches; i++) {
+        const MoestroCache &cache = s.caches[i];
+        if (cache.type != MOESTRO_FLOAT32 && cache.type != MOESTRO_BFLOAT16) return MOESTRO_BAD_TYPE;
+        if (!sane(cache.width) || !fits(64 * s.num_pages, cache.width)) return MOESTRO_BAD_SIZE;
+    }
     Program p = {program, program + length, s};
     while (!p.error && p.next < p.end) {
         const int64_t opcode = p.number();

@@ -10,7 +10,8 @@ struct MatmulSizes {
 
 struct ExpertsForward {
     void *y, *h;
-    const void *x, *gate_up, *down;
+    const void *x;
+    const void *const *gate_up, *const *down;
     const int64_t *token;
     const float *weights;
     const int64_t *offsets;
@@ -20,8 +21,9 @@ struct ExpertsForward {
 struct ExpertsBackward {
     void *dx;
     float *d_weights;
-    void *d_gate_up, *d_down;
-    const void *dy, *x, *h, *gate_up, *down;
+    void *const *d_gate_up, *const *d_down;
+    const void *dy, *x, *h;
+    const void *const *gate_up, *const *down;
     const int64_t *token;
     const float *weights;
     const int64_t *offsets;
@@ -51,7 +53,7 @@ struct PackedExperts {
     const void *x;
     const int64_t *ids;
     const float *weights;
-    const char *gate_up, *down;
+    const void *const *gate_up, *const *down;
     int64_t num_tokens, top_k, num_experts, hidden, width;
 };
 
@@ -61,6 +63,8 @@ struct PagedAttention {
     const int32_t *tables;
     const int64_t *starts, *first;
     int64_t num_sequences, max_pages, num_heads, key_width, value_width, page_width, groups, value_offset;
+    const int32_t *selection;
+    int64_t selected;
     float scale;
 };
 

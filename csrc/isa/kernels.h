@@ -26,24 +26,10 @@ extern const Kernels KERNELS = {
         return out_type == MOESTRO_FLOAT32 ? run(h, f) : run(h, h);
     },
     [](const ExpertsForward &p, int type, int threads) {
-        auto run = [&](auto *element) {
-            using T = std::remove_pointer_t<decltype(element)>;
-            return experts_forward(static_cast<T *>(p.y), static_cast<T *>(p.h), static_cast<const T *>(p.x),
-                                   static_cast<const T *>(p.gate_up), static_cast<const T *>(p.down), p.token,
-                                   p.weights, p.offsets, p.num_experts, p.hidden, p.width, threads);
-        };
-        return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
+        return type == MOESTRO_FLOAT32 ? experts_forward<float>(p, threads) : experts_forward<uint16_t>(p, threads);
     },
     [](const ExpertsBackward &p, int type, int threads) {
-        auto run = [&](auto *element) {
-            using T = std::remove_pointer_t<decltype(element)>;
-            return experts_backward(static_cast<T *>(p.dx), p.d_weights, static_cast<T *>(p.d_gate_up),
-                                    static_cast<T *>(p.d_down), static_cast<const T *>(p.dy),
-                                    static_cast<const T *>(p.x), static_cast<const T *>(p.h),
-                                    static_cast<const T *>(p.gate_up), static_cast<const T *>(p.down), p.token,
-                                    p.weights, p.offsets, p.num_experts, p.hidden, p.width, threads);
-        };
-        return type == MOESTRO_FLOAT32 ? run(static_cast<float *>(nullptr)) : run(static_cast<uint16_t *>(nullptr));
+        return type == MOESTRO_FLOAT32 ? experts_backward<float>(p, threads) : experts_backward<uint16_t>(p, threads);
     },
     [](void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
        int64_t hidden, int type, int threads) {

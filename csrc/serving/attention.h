@@ -6,7 +6,8 @@
 //   0 values    weights, turned into rows, times values: read where they lie, or with bf16 products packed into panels
 //
 // Splits are merged in their order by the usual rescaling, whether one thread or several computed them; so a column's
-// result depends on its query, its position and its cached rows alone.
+// result depends on its query, its position and its cached rows alone. A row that sees a selection only is a sequence
+// of its own, whose cached rows are the selected ones.
 #pragma once
 #include <omp.h>
 
@@ -16,12 +17,13 @@
 namespace {
 
 constexpr int64_t PAGE = 64, SPLIT = 256;
-constexpr int64_t MOST_PARTIAL = int64_t(1) << 25;  // floats of splits that are kept to be merged
+constexpr int64_t MOST_PARTIAL = int64_t(1) << 25;   // floats of splits that are kept to be merged
+constexpr int64_t MOST_GATHERED = int64_t(1) << 25;  // values of selected rows that are gathered at once
 constexpr int SCORE_ROWS = Isa::WIDTH;  // SCORE_ROWS / V rows times V vectors: as many sums as registers allow
 
 thread_local Scratch query_panel, score_floats, weight_panel, weight_rows, value_panel, row_copies, own_state,
     own_partial;
-Scratch call_units, call_partial;
+Scratch call_units, call_partial, call_pages, call_places;
 
 struct Unit {
     int64_t sequence, group, first_column, splits_before;
@@ -304,7 +306,7 @@ template <class T> int attend_splits(const PagedAttention &a, const Unit *units,
     return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;
 }
 
-template <class T> int paged_attention(const PagedAttention &a, int threads) {
+template <class T> int attend_all(const PagedAttention &a, int threads) {
     const int64_t stride = round_up(a.value_width, NR);
     int64_t splits;
     Unit *units = call_units.get<Unit>(list_units(nullptr, a, &splits));
@@ -316,6 +318,47 @@ template <class T> int paged_attention(const PagedAttention &a, int threads) {
 #pragma omp parallel for num_threads(splits > 1 ? threads : 1) schedule(dynamic) reduction(| : failed)
     for (int64_t u = count - 1; u >= 0; u--) failed |= !attend_unit<T>(a, units[u], stride);
     return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;
+}
+
+// Copies the selected rows of query row `row` to `pages`; returns their number.
+template <class T> int64_t gather_rows(T *pages, const PagedAttention &a, int64_t row) {
+    const int64_t sequence = std::upper_bound(a.starts, a.starts + a.num_sequences, row) - a.starts - 1;
+    const int32_t *positions = a.selection + row * a.selected, *table = a.tables + sequence * a.max_pages;
+    int64_t count = 0;
+    for (; count < a.selected && positions[count] >= 0; count++) {
+        const int64_t slot = table[positions[count] / PAGE] * PAGE + positions[count] % PAGE;
+        memcpy(pages + count * a.page_width, static_cast<const T *>(a.pages) + slot * a.page_width,
+               sizeof(T) * a.page_width);
+    }
+    return count;
+}
+
+// Every query row as a sequence of its own, by so many at once that the gathered pages stay bounded.
+template <class T> int attend_selected(PagedAttention a, int threads) {
+    const int64_t num_rows = a.starts[a.num_sequences], pages = (a.selected + PAGE - 1) / PAGE,
+                  values = pages * PAGE * a.page_width;
+    const int64_t most = std::min(num_rows, std::max<int64_t>(1, MOST_GATHERED / std::max<int64_t>(values, 1)));
+    T *gathered = call_pages.get<T>(most * values);
+    int64_t *starts = call_places.get<int64_t>(2 * most + 1 + (most * pages + 1) / 2), *first = starts + most + 1;
+    if (!gathered || !starts) return MOESTRO_NO_MEMORY;
+    int32_t *tables = reinterpret_cast<int32_t *>(first + most);
+    for (int64_t i = 0; i <= most; i++) starts[i] = i;
+    for (int64_t i = 0; i < most * pages; i++) tables[i] = int32_t(i);
+    PagedAttention own = a;
+    own.pages = gathered, own.tables = tables, own.starts = starts, own.first = first, own.max_pages = pages;
+    for (int64_t row = 0; row < num_rows; row += most) {
+        own.num_sequences = std::min(most, num_rows - row);
+        own.q = static_cast<const T *>(a.q) + row * a.num_heads * a.key_width;
+        own.out = static_cast<T *>(a.out) + row * a.num_heads * a.value_width;
+#pragma omp parallel for num_threads(own.num_sequences > 1 ? threads : 1) schedule(static)
+        for (int64_t i = 0; i < own.num_sequences; i++) first[i] = gather_rows(gathered + i * values, a, row + i) - 1;
+        if (const int error = attend_all<T>(own, threads)) return error;
+    }
+    return MOESTRO_OK;
+}
+
+template <class T> int paged_attention(const PagedAttention &a, int threads) {
+    return a.selection ? attend_selected<T>(a, threads) : attend_all<T>(a, threads);
 }
 
 }  // namespace

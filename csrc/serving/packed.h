@@ -237,8 +237,8 @@ template <class E> void activate_panel(E *to, const float *c, int64_t count) {
     for (int64_t j = 0; j < count; j++) store_value(to + j, values[j]);
 }
 
-// Parts times panels, the panels of a part together.
-template <class P, class Use> void multiply_parts(const Slots &s, Rows rows, const char *weights, int64_t panels,
+// Parts times panels, the panels of a part together; `weights` are the addresses of the experts' panels.
+template <class P, class Use> void multiply_parts(const Slots &s, Rows rows, const void *const *weights, int64_t panels,
                                                   int64_t units, float *c, int threads, Use use) {
     const int64_t per_task = panels_of_task(s.num_parts * panels, threads),
                   per_part = (panels + per_task - 1) / per_task;
@@ -248,8 +248,9 @@ template <class P, class Use> void multiply_parts(const Slots &s, Rows rows, con
         const Slots::Part part = s.parts[task / per_part];
         const int64_t first = task % per_part * per_task;
         const Rows own = {rows.data + part.first * rows.bytes, rows.bytes, rows.scales};
+        const char *own_weights = static_cast<const char *>(weights[part.expert]);
         for (int64_t p = first; p < std::min(first + per_task, panels); p++) {
-            multiply<P>(c, own, part.rows, weights + (part.expert * panels + p) * units * P::BYTES, units);
+            multiply<P>(c, own, part.rows, own_weights + p * units * P::BYTES, units);
             for (int64_t i = 0; i < part.rows; i++) use(part.first + i, p, c + i * PANEL);
         }
     }

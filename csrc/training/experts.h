@@ -70,23 +70,26 @@ inline int64_t make_tasks(Task *tasks, const int64_t *offsets, int64_t num_exper
 }
 
 // Pack a weight matrix of every expert that has slots: b(k, n) as in matmul.
-template <class T> void pack_experts(Step *panels, const T *weight, const int64_t *offsets, int64_t num_experts,
-                                     int64_t n, int64_t k, int64_t stride, bool contiguous_k) {
+template <class T> void pack_experts(Step *panels, const void *const *weights, const int64_t *offsets,
+                                     int64_t num_experts, int64_t n, int64_t k, int64_t stride, bool contiguous_k) {
     const int64_t num_panels = (n + NR - 1) / NR, steps = steps_of<T>(k);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < num_experts * num_panels; task++) {
         const int64_t e = task / num_panels, p = task % num_panels;
         if (offsets[e] == offsets[e + 1]) continue;
-        const T *matrix = weight + e * n * k;
+        const T *matrix = static_cast<const T *>(weights[e]);
         const T *src = contiguous_k ? matrix + p * NR * stride : matrix + p * NR;
         pack_panel(panels + task * steps * NR, src, stride, nullptr, contiguous_k, k,
                    int(std::min<int64_t>(NR, n - p * NR)));
     }
 }
 
-template <class T> int experts_forward(T *y, T *h, const T *x, const T *gate_up, const T *down, const int64_t *token,
-                                       const float *weights, const int64_t *offsets, int64_t num_experts,
-                                       int64_t hidden, int64_t width, int threads) {
+template <class T> int experts_forward(const ExpertsForward &a, int threads) {
+    T *y = static_cast<T *>(a.y), *h = static_cast<T *>(a.h);
+    const T *x = static_cast<const T *>(a.x);
+    const int64_t *token = a.token, *offsets = a.offsets, num_experts = a.num_experts, hidden = a.hidden,
+                  width = a.width;
+    const float *weights = a.weights;
     const int64_t num_tasks = make_tasks(nullptr, offsets, num_experts);
     Task *tasks = static_cast<Task *>(malloc(sizeof(Task) * std::max<int64_t>(num_tasks, 1)));
     const int64_t up_size = panel_steps<T>(2 * width, hidden), down_size = panel_steps<T>(hidden, width);
@@ -100,8 +103,8 @@ template <class T> int experts_forward(T *y, T *h, const T *x, const T *gate_up,
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        pack_experts(up_panels, gate_up, offsets, num_experts, 2 * width, hidden, hidden, true);
-        pack_experts(down_panels, down, offsets, num_experts, hidden, width, width, true);
+        pack_experts<T>(up_panels, a.gate_up, offsets, num_experts, 2 * width, hidden, hidden, true);
+        pack_experts<T>(down_panels, a.down, offsets, num_experts, hidden, width, width, true);
 #pragma omp for schedule(dynamic) reduction(| : failed)
         for (int64_t t = 0; t < num_tasks; t++) {
             const Task task = tasks[t];
@@ -183,10 +186,12 @@ bool outer_sum(T *out, const Operand<T> &left, const Operand<T> &right, int64_t 
     return ok;
 }
 
-template <class T> int experts_backward(T *dx, float *d_weights, T *d_gate_up, T *d_down, const T *dy, const T *x,
-                                        const T *h, const T *gate_up, const T *down, const int64_t *token,
-                                        const float *weights, const int64_t *offsets, int64_t num_experts,
-                                        int64_t hidden, int64_t width, int threads) {
+template <class T> int experts_backward(const ExpertsBackward &a, int threads) {
+    T *dx = static_cast<T *>(a.dx);
+    const T *dy = static_cast<const T *>(a.dy), *x = static_cast<const T *>(a.x), *h = static_cast<const T *>(a.h);
+    const int64_t *token = a.token, *offsets = a.offsets, num_experts = a.num_experts, hidden = a.hidden,
+                  width = a.width;
+    const float *weights = a.weights;
     const int64_t num_tasks = make_tasks(nullptr, offsets, num_experts), slots = offsets[num_experts];
     Task *tasks = static_cast<Task *>(malloc(sizeof(Task) * std::max<int64_t>(num_tasks, 1)));
     T *dh = static_cast<T *>(malloc(sizeof(T) * std::max<int64_t>(slots * 2 * width, 1)));
@@ -204,8 +209,8 @@ template <class T> int experts_backward(T *dx, float *d_weights, T *d_gate_up, T
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        pack_experts(down_panels, down, offsets, num_experts, width, hidden, width, false);
-        pack_experts(up_panels, gate_up, offsets, num_experts, hidden, 2 * width, hidden, false);
+        pack_experts<T>(down_panels, a.down, offsets, num_experts, width, hidden, width, false);
+        pack_experts<T>(up_panels, a.gate_up, offsets, num_experts, hidden, 2 * width, hidden, false);
 #pragma omp for schedule(dynamic) reduction(| : failed)
         for (int64_t t = 0; t < num_tasks; t++) {
             const Task task = tasks[t];
@@ -224,7 +229,7 @@ template <class T> int experts_backward(T *dx, float *d_weights, T *d_gate_up, T
                 const int64_t slot = task.first + i;
                 const T *gate = h + slot * 2 * width, *up = gate + width;
                 T *d_gate = d_h + i * 2 * width, *d_up = d_gate + width, *kept = act + slot * width;
-                d_weights[slot] =
+                a.d_weights[slot] =
                     swiglu_backward(d_gate, d_up, kept, d_act + i * width, gate, up, weights[slot], width);
             }
             failed |= !multiply_rows(middle, task.rows, 2 * width, up_panels + task.expert * up_size, 0, hidden,
@@ -238,8 +243,8 @@ template <class T> int experts_backward(T *dx, float *d_weights, T *d_gate_up, T
             const Operand<T> tokens = {x, hidden, token + first, false}, out = {dy, hidden, token + first, false};
             const Operand<T> up = {dh + first * 2 * width, 2 * width, nullptr, false},
                              middle = {act + first * width, width, nullptr, false};
-            failed |= t % 2 ? !outer_sum(d_gate_up + e * 2 * width * hidden, up, tokens, count, 2 * width, hidden)
-                            : !outer_sum(d_down + e * hidden * width, out, middle, count, hidden, width);
+            failed |= t % 2 ? !outer_sum(static_cast<T *>(a.d_gate_up[e]), up, tokens, count, 2 * width, hidden)
+                            : !outer_sum(static_cast<T *>(a.d_down[e]), out, middle, count, hidden, width);
         }
     }
     free(tasks);

@@ -1,4 +1,6 @@
-"""The cache of many sequences: one tensor [P, 64, W] per layer, and the routes of the tokens in the same pages.
+"""The cache of many sequences: tensors [P, 64, W] by layer and name, and the routes of the tokens in the same pages.
+
+What a layer caches it says itself (`CacheSpec` of model/attention.py): names, each with a width and a type.
 
 Rows are written to slots, page · 64 + place in the page; attention reads a sequence through its list of pages. MTP
 modules have layers of their own, after the main ones. Routes are kept always (2 bytes a choice, a few thousandths of a
@@ -18,7 +20,7 @@ from moestro.config import ModelConfig
 from moestro.engine.pages import PAGE_SIZE
 from moestro.engine.scheduler import pages_for
 from moestro.errors import ConfigError
-from moestro.model.attention import cache_width
+from moestro.model.attention import CacheSpec, list_caches
 from moestro.model.rope import rope_tables
 from moestro.ops.serving.program import StepLayout
 
@@ -39,7 +41,7 @@ def count_moe_layers(config: ModelConfig) -> int:
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one page over all layers, its routes included."""
-    rows = (config.num_layers + config.mtp_depth) * cache_width(config) * dtype.itemsize
+    rows = sum(spec.count_bytes(dtype) for specs in list_caches(config) for spec in specs)
     return PAGE_SIZE * (rows + count_moe_layers(config) * config.top_k * torch.int16.itemsize)
 
 
@@ -61,14 +63,17 @@ def count_pages(config: ModelConfig, dtype: torch.dtype, max_sequences: int, num
     return count
 
 
+def make_caches(specs: Sequence[CacheSpec], num_pages: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The pages of a layer's caches by name, nothing written yet; `dtype` is the model's."""
+    return {spec.name: torch.empty(num_pages, PAGE_SIZE, spec.width, dtype=spec.dtype or dtype) for spec in specs}
+
+
 class PagedCache:
     """The tensors. `angles` are computed once for every position, so that it has one angle whatever the batch."""
 
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype) -> None:
         shape = (num_pages, PAGE_SIZE)
-        self.layers = [
-            torch.empty(*shape, cache_width(config), dtype=dtype) for _ in range(config.num_layers + config.mtp_depth)
-        ]
+        self.layers = [make_caches(specs, num_pages, dtype) for specs in list_caches(config)]
         self.routes = torch.empty(*shape, count_moe_layers(config), config.top_k, dtype=torch.int16)
         self._routes_by_slot = self.routes.flatten(0, 1)
         self.angles = torch.stack(rope_tables(config, torch.arange(config.max_seq_len)))  # cos and sin

@@ -70,11 +70,28 @@ class Context:
     noise_seed: int = 0
 
 
+@dataclass(frozen=True)
+class CacheSpec:
+    """Something that a layer caches: `width` values of a token, in the model's type or one of its own."""
+
+    name: str
+    width: int
+    dtype: torch.dtype | None = None
+
+    def count_bytes(self, dtype: torch.dtype) -> int:
+        """Of a token, in a model that computes in `dtype`."""
+        return self.width * (self.dtype or dtype).itemsize
+
+
+def list_caches(config: ModelConfig) -> list[tuple[CacheSpec, ...]]:
+    """What each layer caches, those of MTP modules last."""
+    attention = LatentAttention if config.attention == "mla" else HeadAttention
+    return [attention.caches(config)] * (config.num_layers + config.mtp_depth)
+
+
 def cache_width(config: ModelConfig) -> int:
     """Cached values per token and layer (V2 table 1)."""
-    if config.attention == "mla":
-        return config.kv_lora_rank + config.rope_dim
-    return num_kv_heads(config) * (config.nope_dim + config.rope_dim + config.v_dim)
+    return sum(spec.width for spec in list_caches(config)[0])
 
 
 def num_kv_heads(config: ModelConfig) -> int:
@@ -84,6 +101,11 @@ def num_kv_heads(config: ModelConfig) -> int:
 
 class LatentAttention(nn.Module):
     """MLA. x [N, D] -> [N, D]."""
+
+    @staticmethod
+    def caches(config: ModelConfig) -> tuple[CacheSpec, ...]:
+        """The latent and the rotated key that all heads share."""
+        return (CacheSpec("latent", config.kv_lora_rank + config.rope_dim),)
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
@@ -121,6 +143,11 @@ class LatentAttention(nn.Module):
 
 class HeadAttention(nn.Module):
     """MHA, GQA and MQA: heads are nope + rope wide, the last `rope_dim` values rotated. The same call as MLA."""
+
+    @staticmethod
+    def caches(config: ModelConfig) -> tuple[CacheSpec, ...]:
+        """Keys and values of every group of heads."""
+        return (CacheSpec("kv", num_kv_heads(config) * (config.nope_dim + config.rope_dim + config.v_dim)),)
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moestro.config import ModelConfig
-from moestro.model.attention import LATENT_EPS, num_kv_heads
+from moestro.model.attention import LATENT_EPS, HeadAttention, LatentAttention, num_kv_heads
 from moestro.model.parts import Parts
 from moestro.model.rope import softmax_scale
 from moestro.ops.serving.program import Heads, Operations, Value
@@ -40,6 +40,7 @@ class ServedLatentAttention:
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         self.config = config
+        (self.cache,) = LatentAttention.caches(config)
         self.scale = softmax_scale(config)
         self.down = parts.linear("down")  # queries or their latents, latents, keys
         if config.q_lora_rank:
@@ -57,10 +58,10 @@ class ServedLatentAttention:
         q, latent, k_rope = rows.split(rows.linear(self.down, x), widths)
         if config.q_lora_rank:
             q = rows.linear(self.q_up, self.q_norm(rows, q))
-        rows.store(layer, rows.join([self.kv_norm(rows, latent), rows.rope(k_rope)]))
+        rows.store(layer, self.cache.name, rows.join([self.kv_norm(rows, latent), rows.rope(k_rope)]))
         q_nope, q_rope = rows.split(rows.group(q, heads), (config.nope_dim, config.rope_dim))
         queries = rows.join([rows.heads(self.absorb, q_nope), rows.rope(q_rope)])
-        mixed = rows.attend(layer, queries, Heads(1, 0, latent_dim, self.scale))
+        mixed = rows.attend(layer, self.cache.name, queries, Heads(1, 0, latent_dim, self.scale))
         return rows.linear(self.out, rows.heads(self.expand, mixed))
 
 
@@ -69,6 +70,7 @@ class ServedHeadAttention:
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         self.config = config
+        (self.cache,) = HeadAttention.caches(config)
         self.scale = softmax_scale(config)
         self.num_kv_heads = num_kv_heads(config)
         self.key_dim = config.nope_dim + config.rope_dim
@@ -82,10 +84,10 @@ class ServedHeadAttention:
         q, kv = rows.split(rows.linear(self.down, x), widths)
         parts = (config.nope_dim, config.rope_dim)
         k_nope, k_rope, v = rows.split(rows.group(kv, groups), (*parts, config.v_dim))
-        rows.store(layer, rows.join([k_nope, rows.rope(k_rope), v]))
+        rows.store(layer, self.cache.name, rows.join([k_nope, rows.rope(k_rope), v]))
         q_nope, q_rope = rows.split(rows.group(q, num_heads), parts)
         heads = Heads(groups, key_dim, config.v_dim, self.scale)
-        mixed = rows.attend(layer, rows.join([q_nope, rows.rope(q_rope)]), heads)
+        mixed = rows.attend(layer, self.cache.name, rows.join([q_nope, rows.rope(q_rope)]), heads)
         return rows.linear(self.out, mixed)
 
 

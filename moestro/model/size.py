@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moestro.config import ModelConfig
-from moestro.model.attention import cache_width
+from moestro.model.attention import list_caches
 from moestro.model.transformer import Transformer
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
@@ -77,8 +77,9 @@ def training_flops(config: ModelConfig, seq_len: int) -> int:
 
 def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
     """Bytes per cached token over all layers, per precision."""
-    values = cache_width(config) * config.num_layers
-    return {name: values * BYTES[name] for name in ("fp32", "bf16")}
+    specs = [spec for layer in list_caches(config)[: config.num_layers] for spec in layer]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return {name: sum(spec.count_bytes(dtype) for spec in specs) for name, dtype in dtypes.items()}
 
 
 def describe_size(config: ModelConfig) -> dict[str, Any]:

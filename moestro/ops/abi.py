@@ -21,7 +21,7 @@ REVISION = 1  # raise it where a function means something else but takes the sam
 TYPES = {"float32": 0, "bfloat16": 1}
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # what packed weights are kept as
 SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}  # of routers
-ERRORS = {"ok": 0, "bad_type": 1, "bad_size": 2, "no_memory": 3, "no_isa": 4}
+ERRORS = {"ok": 0, "bad_type": 1, "bad_size": 2, "no_memory": 3, "no_isa": 4, "no_address": 5}
 ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
 
@@ -37,13 +37,13 @@ class Opcode(IntEnum):
 
     LINEAR = 0, "out x panels groups m k kind type"
     EXPERTS = 1, "out x weights router gate_up down num_experts hidden width kind type"
-    ATTENTION = 2, "out q layer heads key_width value_width groups value_offset scale type"
+    ATTENTION = 2, "out q cache heads key_width value_width groups value_offset scale type selection selected"
     NORM = 3, "out x weight width eps weight_type type"
     SWIGLU = 4, "out x width type"
     ADD = 5, "out a b width type"
     ROPE = 6, "out x x_row offset groups x_group width type"
     COPY = 7, "out out_row out_offset out_group x x_row x_offset x_group groups width"
-    STORE = 8, "layer x type"
+    STORE = 8, "cache x width type"
     WIDEN = 9, "out x width"
     ROUTE = (
         10,
@@ -54,9 +54,10 @@ class Opcode(IntEnum):
     )
 
 
+CACHE = "void *pages; int64_t width; int type"  # the fields of MoestroCache
 STEP = (  # the fields of MoestroStep
-    "char *memory; int64_t *ids; void *const *pages; const float *cos, *sin; const int64_t *slots, *starts, *first; "
-    "const int32_t *tables; int64_t num_rows, row_bytes, num_routers, top_k, num_layers, num_pages, page_width, "
+    "char *memory; int64_t *ids; const MoestroCache *caches; const float *cos, *sin; const int64_t *slots, *starts, "
+    "*first; const int32_t *tables; int64_t num_rows, row_bytes, num_routers, top_k, num_caches, num_pages, "
     "half_angles, num_sequences, max_pages; int threads"
 )
 
@@ -69,11 +70,13 @@ FUNCTIONS = {  # parameters by name; what they return is an error code but for R
         "b_transposed, type, out_type, threads"
     ),
     "moestro_experts_forward": (
-        "void *y, *h; const void *x, *gate_up, *down; const int64_t *token; const float *weights; "
+        "void *y, *h; const void *x; const void *const *gate_up, *const *down; const int64_t *token; "
+        "const float *weights; "
         "const int64_t *offsets; int64_t num_experts, num_tokens, hidden, width; int type, threads"
     ),
     "moestro_experts_backward": (
-        "void *dx; float *d_weights; void *d_gate_up, *d_down; const void *dy, *x, *h, *gate_up, *down; "
+        "void *dx; float *d_weights; void *const *d_gate_up, *const *d_down; const void *dy, *x, *h; "
+        "const void *const *gate_up, *const *down; "
         "const int64_t *token; const float *weights; const int64_t *offsets; int64_t num_experts, num_tokens, "
         "hidden, width; int type, threads"
     ),
@@ -88,13 +91,13 @@ FUNCTIONS = {  # parameters by name; what they return is an error code but for R
     "moestro_pack": "void *panels; const void *x; int64_t m, k; int kind, type, threads",
     "moestro_packed_linear": "void *out; const void *x, *panels; int64_t groups, n, m, k; int kind, type, threads",
     "moestro_packed_experts": (
-        "void *out; const void *x; const int64_t *ids; const float *weights; const void *gate_up, *down; "
-        "int64_t num_tokens, top_k, num_experts, hidden, width; int kind, type, threads"
+        "void *out; const void *x; const int64_t *ids; const float *weights; const void *const *gate_up, "
+        "*const *down; int64_t num_tokens, top_k, num_experts, hidden, width; int kind, type, threads"
     ),
     "moestro_paged_attention": (
         "void *out; const void *q, *pages; const int32_t *tables; const int64_t *starts, *first; int64_t num_rows, "
         "num_pages, num_sequences, max_pages, num_heads, key_width, value_width, page_width, groups, value_offset; "
-        "float scale; int type, threads"
+        "const int32_t *selection; int64_t selected; float scale; int type, threads"
     ),
     "moestro_rms_norm": (
         "void *out; const void *x, *weight; int64_t rows, width; float eps; int type, weight_type, threads"
@@ -155,6 +158,12 @@ def ctype_of(kind: str) -> type[Any]:
     return ctypes.c_void_p if kind.endswith("*") else _NUMBERS[kind]
 
 
+class Cache(ctypes.Structure):
+    """`MoestroCache`: one of the caches of a model."""
+
+    _fields_ = tuple((name, ctype_of(kind)) for kind, name in read_members(CACHE))
+
+
 class Step(ctypes.Structure):
     """`MoestroStep`: what a program runs on (csrc/abi/moestro.h says what each field is)."""
 
@@ -197,6 +206,9 @@ def _declarations() -> list[str]:
         *(f"// {opcode.name}: {' '.join(opcode.operands)}" for opcode in Opcode),
         _enumerate("OP_", {opcode.name: opcode.value for opcode in Opcode}),
         f"#define MOESTRO_OPERANDS {{{counts}}}",
+        "typedef struct {",
+        *(f"    {_join(kind, field)};" for kind, field in read_members(CACHE)),
+        "} MoestroCache;",
         "typedef struct {",
         *(f"    {_join(kind, field)};" for kind, field in read_members(STEP)),
         "} MoestroStep;",

@@ -28,6 +28,7 @@ MESSAGES = {
     abi.ERRORS["bad_size"]: "impossible size",
     abi.ERRORS["no_memory"]: "out of memory",
     abi.ERRORS["no_isa"]: "unsupported instruction set",
+    abi.ERRORS["no_address"]: "an expert that is used has no address",
 }
 WISH = os.environ.get("MOESTRO_OPS", "")  # which form computes: reference, fused, or the best
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # what has memory of its own; a DTensor or a FakeTensor has none

@@ -268,7 +268,7 @@ def mtp_rows(engine: Engine, text: list[int], pages: int) -> list[torch.Tensor]:
     """The rows of all layers in the pages that are known for a text."""
     found = engine.scheduler.pool.find_prefix(text, pages * 64)
     assert len(found) == pages
-    return [layer[found].clone() for layer in engine.cache.layers]
+    return [pages[found].clone() for layer in engine.cache.layers for pages in layer.values()]
 
 
 @pytest.mark.parametrize(("depth", "drafts"), [(1, 3), (2, 2)])

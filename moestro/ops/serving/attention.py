@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.ops import library
@@ -26,6 +27,7 @@ def paged_attention(
     value_offset: int,
     value_width: int,
     scale: float,
+    selection: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of the rows of S sequences over their cached rows. q [N, H, K] -> [N, H, V] of its type.
 
@@ -33,10 +35,18 @@ def paged_attention(
     p sees the cached rows 0 … p. Row i lies at pages[page_tables[s, i // 64], i % 64]. Of its W = groups · w values,
     the key of group g starts at g · w and its value at g · w + value_offset; head h uses group h · groups // H.
 
-    pages [P, 64, W] of q's type, page_tables [S, max_pages] int32, starts [S + 1] and first [S] int64.
+    pages [P, 64, W] of q's type, page_tables [S, max_pages] int32, starts [S + 1] and first [S] int64. With `selection`
+    [N, M] int32 a row sees these positions and no others: ascending, at least one, none beyond its own, filled up with
+    −1. A selection of all positions gives the same bits as none. ValueError or RuntimeError for any other.
     """
     rows, heads, width = q.shape
+    if selection is not None:
+        shape = list(selection.shape)
+        if selection.dtype != torch.int32 or len(shape) != 2 or shape[0] != rows or not shape[1]:
+            raise ValueError(f"paged_attention: a selection of {selection.dtype} {shape} for {rows} rows")
     if not library.serves(q):
+        if selection is not None:
+            pages, page_tables, starts, first = _gather(pages, page_tables, starts, first, selection)
         numbers = (groups, value_offset, value_width, scale)
         return _attend(q, pages, page_tables, starts, first, numbers)
     if pages.dtype != q.dtype or page_tables.dtype != torch.int32 or {starts.dtype, first.dtype} != {torch.int64}:
@@ -46,8 +56,9 @@ def paged_attention(
         raise ValueError("paged_attention: pages must be contiguous, with one table, start and first for each sequence")
     out = q.new_empty(rows, heads, value_width)
     sizes = (rows, len(pages), *page_tables.shape, heads, width, value_width, pages.shape[2], groups, value_offset)
+    chosen = (None, 0) if selection is None else (selection.contiguous(), selection.shape[1])
     kinds = (scale, library.TYPES[q.dtype], torch.get_num_threads())
-    library.call("moestro_paged_attention", out, q, pages, page_tables, starts, first, *sizes, *kinds)
+    library.call("moestro_paged_attention", out, q, pages, page_tables, starts, first, *sizes, *chosen, *kinds)
     return out
 
 
@@ -69,3 +80,23 @@ def _attend(
             )
             out[begin:end, own] = mixed.unflatten(0, (-1, heads)).to(q.dtype)
     return out
+
+
+def _gather(
+    pages: Tensor, tables: Tensor, starts: Tensor, first: Tensor, selection: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pages, tables, starts and first of every row as a sequence of its own, which has cached the selected rows."""
+    (number, most), page = selection.shape, reference.PAGE
+    row, count = torch.arange(number), (selection >= 0).sum(1)
+    sequence = torch.bucketize(row, starts[1:], right=True)
+    used = torch.arange(most) < count[:, None]
+    filled_up = torch.where(used, selection >= 0, selection == -1).all()
+    ascends = (selection.diff(dim=1) > 0)[used[:, 1:]].all()
+    seen = first[sequence] + row - starts[sequence] + 1
+    if not (filled_up and ascends and (count > 0).all() and (selection < seen[:, None]).all()):
+        raise ValueError("paged_attention: selected positions must ascend to at most the row's own, then be -1")
+    positions = F.pad(selection.clamp(min=0).long(), (0, -most % page))
+    slots = tables[sequence].gather(1, positions // page).long() * page + positions % page
+    gathered = pages.flatten(0, 1)[slots].view(-1, page, pages.shape[2])
+    own = torch.arange(len(gathered), dtype=torch.int32).view(number, positions.shape[1] // page)
+    return gathered, own, torch.arange(number + 1), count - 1

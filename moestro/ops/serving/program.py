@@ -15,7 +15,7 @@ from __future__ import annotations
 import array
 import ctypes
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from moestro.ops import library
-from moestro.ops.abi import SCORES, Opcode, Step
+from moestro.ops.abi import SCORES, Cache, Opcode, Step
+from moestro.ops.library import TYPES
 from moestro.ops.serving import attention, rows
 from moestro.ops.serving.formats import FORMATS
+from moestro.ops.serving.reference import PAGE
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
 
@@ -60,6 +62,7 @@ class Heads:
 
 
 Value = TypeVar("Value")
+Caches = Mapping[str, Tensor]  # what a layer caches: pages [P, 64, W] by name, each of a width and type of its own
 
 
 class Operations(Protocol[Value]):
@@ -98,11 +101,14 @@ class Operations(Protocol[Value]):
     def widen(self, x: Value) -> Value:
         """In fp32."""
 
-    def store(self, layer: int, x: Value) -> None:
-        """Write rows of the cache."""
+    def store(self, layer: int, name: str, x: Value) -> None:
+        """Write rows of one of a layer's caches."""
 
-    def attend(self, layer: int, q: Value, heads: Heads) -> Value:
-        """[N, H, K] -> [N, H, V], over the rows of the cache."""
+    def attend(self, layer: int, name: str, q: Value, heads: Heads, selection: Value | None = None) -> Value:
+        """[N, H, K] -> [N, H, V], over the rows of one of a layer's caches: all, or selected positions [N, 1, M] int32.
+
+        See `attention.paged_attention`.
+        """
 
     def route(self, index: int, logits: Value | None, selection: Selection) -> Value:
         """Logits [N, 1, E] fp32 of the index-th router -> weights; the ids stay with the step."""
@@ -112,9 +118,9 @@ class Operations(Protocol[Value]):
 
 
 class Eager:
-    """Operations at once. `ids` [L, N, A] int64: experts that are known, −1 to be chosen; `layers`: the cache."""
+    """Operations at once. `ids` [L, N, A] int64: experts that are known, −1 to be chosen."""
 
-    def __init__(self, layout: StepLayout, layers: Sequence[Tensor], ids: Tensor) -> None:
+    def __init__(self, layout: StepLayout, layers: Sequence[Caches], ids: Tensor) -> None:
         self.layout, self.layers, self.ids = layout, layers, ids
 
     def scratch(self) -> AbstractContextManager[None]:
@@ -150,14 +156,15 @@ class Eager:
     def widen(self, x: Tensor) -> Tensor:
         return x.float()
 
-    def store(self, layer: int, x: Tensor) -> None:
-        self.layers[layer].flatten(0, 1)[self.layout.slots] = x.flatten(1)
+    def store(self, layer: int, name: str, x: Tensor) -> None:
+        self.layers[layer][name].flatten(0, 1)[self.layout.slots] = x.flatten(1)
 
-    def attend(self, layer: int, q: Tensor, heads: Heads) -> Tensor:
+    def attend(self, layer: int, name: str, q: Tensor, heads: Heads, selection: Tensor | None = None) -> Tensor:
         layout = self.layout
         return attention.paged_attention(
-            q, self.layers[layer], layout.tables, layout.starts, layout.first,
+            q, self.layers[layer][name], layout.tables, layout.starts, layout.first,
             groups=heads.groups, value_offset=heads.value_offset, value_width=heads.value_width, scale=heads.scale,
+            selection=None if selection is None else selection.flatten(1),
         )  # fmt: skip
 
     def route(self, index: int, logits: Tensor | None, selection: Selection) -> Tensor:
@@ -181,7 +188,7 @@ class Operand:
     groups: int
     stride: int
     width: int
-    wide: bool  # fp32, whatever the model's type is
+    wide: bool  # numbers of 4 bytes, fp32 or int32, whatever the model's type is
 
     @property
     def is_whole(self) -> bool:
@@ -193,10 +200,11 @@ class Tape:
     """Operations of a model in `dtype`, to be run many times. What packed weights and norms it names must live on."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self._type = dtype, library.TYPES[dtype]
+        self.dtype, self._type = dtype, TYPES[dtype]
         self._code = array.array("q")
         self._top = self._row_bytes = 0
         self._kept: list[Tensor] = []
+        self._caches: list[tuple[int, str]] = []  # by the index that operations name
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
@@ -222,9 +230,7 @@ class Tape:
     def norm(self, x: Operand, weight: Tensor, eps: float) -> Operand:
         x, out = self._whole(x), self.value(x.width)
         self._check(x, len(weight))
-        self._note(
-            Opcode.NORM, out.at, x.at, self._keep(weight), x.width, _bits(eps), library.TYPES[weight.dtype], self._type
-        )
+        self._note(Opcode.NORM, out.at, x.at, self._keep(weight), x.width, _bits(eps), TYPES[weight.dtype], self._type)
         return out
 
     def swiglu(self, x: Operand) -> Operand:
@@ -265,13 +271,15 @@ class Tape:
         self._note(Opcode.WIDEN, out.at, self._whole(x).at, x.width)
         return out
 
-    def store(self, layer: int, x: Operand) -> None:
-        self._note(Opcode.STORE, layer, self._whole(x).at, self._type)
+    def store(self, layer: int, name: str, x: Operand) -> None:
+        self._note(Opcode.STORE, self._cache(layer, name), self._whole(x).at, x.groups * x.width, self._type_of(x))
 
-    def attend(self, layer: int, q: Operand, heads: Heads) -> Operand:
+    def attend(self, layer: int, name: str, q: Operand, heads: Heads, selection: Operand | None = None) -> Operand:
         q, out = self._whole(q), self.value(heads.value_width, q.groups)
         sizes = (q.groups, q.width, heads.value_width, heads.groups, heads.value_offset)
-        self._note(Opcode.ATTENTION, out.at, q.at, layer, *sizes, _bits(heads.scale), self._type)
+        chosen = (-1, 0) if selection is None else (self._whole(selection).at, selection.width)
+        operands = (out.at, q.at, self._cache(layer, name), *sizes, _bits(heads.scale), self._type, *chosen)
+        self._note(Opcode.ATTENTION, *operands)
         return out
 
     def route(self, index: int, logits: Operand | None, selection: Selection) -> Operand:
@@ -288,50 +296,65 @@ class Tape:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
         sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, FORMATS[weight.format].code, self._type)
-        self._note(
-            Opcode.EXPERTS, out.at, x.at, weights.at, index, weight.gate_up.data_ptr(), weight.down.data_ptr(), *sizes
-        )
+        tables = (part.data_ptr() for part in weight.addresses)
+        self._note(Opcode.EXPERTS, out.at, x.at, weights.at, index, *tables, *sizes)
         return out
 
     def run(
         self,
         inputs: Sequence[tuple[Operand, Tensor]],
         layout: StepLayout,
-        layers: Sequence[Tensor],
+        layers: Sequence[Caches],
         ids: Tensor,
         out: Operand,
     ) -> Tensor:
-        """Values [N, D] to begin with, where the rows go, the cache, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
-        (pages, _, width), n = layers[0].shape, len(layout.slots)
+        """Values [N, D] to begin with, where the rows go, the caches, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
+        n, found = len(layout.slots), [layers[layer][name] for layer, name in self._caches]
+        pages = found[0].shape[0] if found else 0
         fits = (
             len(layout.tables) == len(layout.first) == len(layout.starts) - 1 and len(layout.cos) == n == ids.shape[1]
         )
-        if not fits or layers[0].dtype != self.dtype or layout.tables.dtype != torch.int32:
-            raise ValueError(f"the layout of a step of {n} rows, its ids or its cache do not fit")
-        memory = torch.empty(n * self._row_bytes // self.dtype.itemsize, dtype=self.dtype)
+        fits = fits and all(t.shape[:2] == (pages, PAGE) and t.is_contiguous() and t.dtype in TYPES for t in found)
+        if not fits or layout.tables.dtype != torch.int32:
+            raise ValueError(f"the layout of a step of {n} rows, its ids or its caches do not fit")
+        memory = torch.empty(n * self._row_bytes, dtype=torch.uint8)
         for place, x in inputs:
-            self._view(memory, place, n).copy_(x)
-        addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
+            self._view(memory, place, n, self._kept_as(place, x.dtype)).copy_(x)
+        caches = (Cache * len(found))(*(Cache(t.data_ptr(), t.shape[2], TYPES[t.dtype]) for t in found))
         step = Step(
             *(
                 memory.data_ptr(),
                 ids.data_ptr(),
-                ctypes.addressof(addresses),
+                ctypes.addressof(caches),
                 layout.cos.data_ptr(),
                 layout.sin.data_ptr(),
             ),
             *(layout.slots.data_ptr(), layout.starts.data_ptr(), layout.first.data_ptr(), layout.tables.data_ptr()),
-            *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(layers), pages, width, layout.cos.shape[1]),
+            *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(found), pages, layout.cos.shape[1]),
             *(*layout.tables.shape, torch.get_num_threads()),
         )
         library.call("moestro_run", self._code.buffer_info()[0], len(self._code), ctypes.addressof(step))
-        return self._view(memory, out, n).clone()
+        return self._view(memory, out, n, self._kept_as(out, torch.float32)).clone()
 
-    def _view(self, memory: Tensor, place: Operand, n: int) -> Tensor:
-        return memory.as_strided((n, place.row), (place.row, 1), place.at * n // self.dtype.itemsize)
+    def _view(self, memory: Tensor, place: Operand, n: int, dtype: torch.dtype) -> Tensor:
+        begin = place.at * n
+        return memory[begin : begin + n * place.row * dtype.itemsize].view(dtype).view(n, place.row)
 
     def _size(self, wide: bool) -> int:
         return 4 if wide else self.dtype.itemsize
+
+    def _type_of(self, x: Operand) -> int:
+        return TYPES[torch.float32] if x.wide else self._type
+
+    def _kept_as(self, place: Operand, given: torch.dtype) -> torch.dtype:
+        """The type of a value that is given in some type: positions stay int32."""
+        return self.dtype if not place.wide else torch.int32 if given == torch.int32 else torch.float32
+
+    def _cache(self, layer: int, name: str) -> int:
+        """The index of a cache, noted when it is first used."""
+        if (layer, name) not in self._caches:
+            self._caches.append((layer, name))
+        return self._caches.index((layer, name))
 
     def _note(self, opcode: Opcode, *operands: int) -> None:
         assert len(operands) == len(opcode.operands), opcode
@@ -372,8 +395,7 @@ class Tape:
     def _multiply(self, weight: PackedLinear | PackedHeads, x: Operand, out: Operand, groups: int) -> Operand:
         x = self._whole(x)
         self._check(x, groups * weight.in_features)
-        kind = library.TYPES[torch.float32] if x.wide else self._type
-        sizes = (groups, weight.out_features, weight.in_features, FORMATS[weight.format].code, kind)
+        sizes = (groups, weight.out_features, weight.in_features, FORMATS[weight.format].code, self._type_of(x))
         self._note(Opcode.LINEAR, out.at, x.at, weight.panels.data_ptr(), *sizes)
         return out
 

@@ -15,7 +15,7 @@ a library's products.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +76,11 @@ def linear(x: Tensor, panels: Tensor, format: str) -> Tensor:
     return torch.cat(parts, 1) if parts else rows.new_empty(len(x), 0)
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, format: str) -> Tensor:
-    """x [N, D] through packed experts, gate_up and down [E, panels, bytes] -> [N, at least D] fp32."""
-    slots = torch.zeros(*ids.shape, down.shape[1] * PANEL)  # [N, A, D]
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Sequence[Tensor], down: Sequence[Tensor], format: str
+) -> Tensor:
+    """x [N, D] through packed experts, gate_up and down E times [panels, bytes] -> [N, at least D] fp32."""
+    slots = torch.zeros(*ids.shape, -(-x.shape[1] // PANEL) * PANEL)  # [N, A, D]
     for expert in ids[ids < len(down)].unique().tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
         halves = linear(x[token], gate_up[expert], format).unflatten(1, (-1, 2, PANEL // 2))
@@ -86,7 +88,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
         act = (activate(F.silu, gate) * up).flatten(1)
         if format == "bf16" and x.dtype == torch.bfloat16:
             act = act.bfloat16()
-        slots[token, choice] = linear(_cut(act, down, format), down[expert], format)
+        slots[token, choice] = linear(_cut(act, down[expert], format), down[expert], format)
     out = torch.zeros(len(x), slots.shape[2])
     for choice in range(ids.shape[1]):
         out = out + slots[:, choice] * weights[:, choice, None].float()
@@ -175,4 +177,4 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _cut(act: Tensor, down: Tensor, format: str) -> Tensor:
     """The columns of act [N, panels · 32] that `down` takes: zeros beyond them meet zeros."""
     spec = formats.FORMATS[format]
-    return act[:, : down.shape[2] // spec.nbytes * spec.length]
+    return act[:, : down.shape[1] // spec.nbytes * spec.length]

@@ -118,7 +118,11 @@ class PackedHeads(_Matrices):
 
 
 class PackedExperts:
-    """E SwiGLU experts: Σ over a token's choices of weight · W_down(silu(W_gate x) · W_up x)."""
+    """E SwiGLU experts: Σ over a token's choices of weight · W_down(silu(W_gate x) · W_up x).
+
+    Kernels find each expert by an address of its own, in `addresses` [2, E] int64: its panels of gate_up, then of down.
+    A tape refers to that table, so `move` takes effect with the next step, without a new tape.
+    """
 
     names = ("gate_up", "down", "sizes")  # of `tensors`
 
@@ -133,7 +137,9 @@ class PackedExperts:
         self.num_experts, self.hidden_dim, self.expert_dim = len(gate_up), hidden_dim, expert_dim
         self.sizes = (len(gate_up), hidden_dim, expert_dim)
         self.nbytes = gate_up.nbytes + down.nbytes
-        self._addresses, self._code = (self.gate_up.data_ptr(), self.down.data_ptr()), FORMATS[format].code
+        self._code = FORMATS[format].code
+        self._places = [list(part.unbind()) for part in (self.gate_up, self.down)]  # where each expert's panels are
+        self.addresses = torch.tensor([[panels.data_ptr() for panels in part] for part in self._places])
 
     @classmethod
     def pack(cls, gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
@@ -161,9 +167,22 @@ class PackedExperts:
         return cls(tensors["gate_up"], tensors["down"], format, hidden, width)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What to save: the panels, and the format with the sizes."""
+        """What to save: the panels where they were packed, and the format with the sizes."""
         sizes = torch.tensor([self._code, self.hidden_dim, self.expert_dim])
         return {"gate_up": self.gate_up, "down": self.down, "sizes": sizes}
+
+    def move(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Take an expert's panels from these two tensors from now on; not while a step runs.
+
+        They have the shapes of `gate_up[expert]` and `down[expert]`, and are kept alive. `tensors` still gives the old
+        place. ValueError where they do not fit.
+        """
+        for part, panels in zip(self._places, (gate_up, down), strict=True):
+            same = (panels.shape, panels.dtype, panels.device) == (part[0].shape, torch.uint8, part[0].device)
+            if not same or not panels.is_contiguous():
+                raise ValueError(f"an expert's panels are {list(part[0].shape)} contiguous bytes, not {panels.shape}")
+        for part, addresses, panels in zip(self._places, self.addresses, (gate_up, down), strict=True):
+            part[expert], addresses[expert] = panels, panels.data_ptr()
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [N, D] fp32 or bf16, ids [N, A] int64 (id E: not carried out), weights [N, A] -> [N, D] of x's type."""
@@ -171,13 +190,13 @@ class PackedExperts:
         if hidden != self.hidden_dim or ids.shape != weights.shape or len(ids) != n:
             raise ValueError(f"x {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)} do not fit")
         if not library.serves(x):
-            parts = (self.gate_up, self.down, self.format)
-            return reference.experts(x, ids, weights, *parts)[:, :hidden].to(x.dtype)
+            gate_up, down = self._places
+            return reference.experts(x, ids, weights, gate_up, down, self.format)[:, :hidden].to(x.dtype)
         x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
         out = torch.empty_like(x)
         sizes = (n, ids.shape[1], self.num_experts, hidden, self.expert_dim)
-        flags = (self._code, library.TYPES[x.dtype], torch.get_num_threads())
-        library.call("moestro_packed_experts", out, x, ids, weights, *self._addresses, *sizes, *flags)
+        kinds = (self._code, library.TYPES[x.dtype], torch.get_num_threads())
+        library.call("moestro_packed_experts", out, x, ids, weights, *self.addresses, *sizes, *kinds)
         return out
 
 

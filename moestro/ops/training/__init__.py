@@ -12,6 +12,8 @@ its rows); the parameter is given as it is, and its cast form is kept until it c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -21,6 +23,8 @@ from moestro.ops import library
 from moestro.ops.precision import Precision, compute_dtype
 from moestro.ops.training import devices, operators, reference
 from moestro.ops.training.forms import forget
+
+Matrices = Tensor | Sequence[Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, precision: Precision | None = None) -> Tensor:
@@ -34,13 +38,15 @@ def linear(x: Tensor, weight: Tensor, precision: Precision | None = None) -> Ten
 
 
 def grouped_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, precision: Precision | None = None
+    x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor, precision: Precision | None = None
 ) -> Tensor:
-    """See `reference.grouped_experts`."""
+    """See `reference.grouped_experts`; gate_up and down may also be a matrix [2F, D] and [D, F] for every expert."""
     x = _in(precision, x)
-    if _takes(x, gate_up, down):
-        out: Tensor = operators.Experts.apply(x, gate_up, down, ids, weights, "")[0]
+    matrices = [gate_up, down] if isinstance(gate_up, Tensor) and isinstance(down, Tensor) else [*gate_up, *down]
+    if _takes(x, *matrices):
+        out: Tensor = operators.Experts.apply(x, ids, weights, "", *matrices)[0]
         return out
+    gate_up, down = (t if isinstance(t, Tensor) else torch.stack(list(t)) for t in (gate_up, down))
     if _is_elsewhere(x):
         return devices.grouped_experts(x, gate_up.to(x.dtype), down.to(x.dtype), ids, weights)
     return reference.grouped_experts(x, gate_up, down, ids, weights)

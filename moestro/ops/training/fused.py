@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 128  # query rows of one attention block: scores of 4 heads × 128 × 512 stay in L2
+Matrices = Sequence[Tensor]
 VOCAB_CHUNK = 1024  # token rows whose logits exist at one time
 
 
@@ -38,52 +39,68 @@ def _expert_slices(bounds: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, end)
 
 
-def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """See `reference.grouped_experts` -> (out [N, D], h [N·A, 2F] before the activation, order, inverse, bounds)."""
+def one_each(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The matrix of every expert, of a stack [E, …] alone in its list, or of a list of them."""
+    return matrices[0] if matrices[0].dim() == 3 else matrices  # type: ignore[return-value]
+
+
+def experts_forward(x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """See `reference.grouped_experts` -> (out [N, D], h [N·A, 2F] before the activation, order, inverse, bounds).
+
+    gate_up and down: one stack, or one matrix for every expert.
+    """
+    gate_ups, downs = one_each(gate_up), one_each(down)
     (n, width), top_k = x.shape, ids.shape[1]
-    order, inverse, bounds = sort_by_expert(ids, len(gate_up))
+    order, inverse, bounds = sort_by_expert(ids, len(downs))
     xs = x.index_select(0, order // top_k)
     ws = weights.flatten()[order].to(x.dtype)[:, None]
-    h = x.new_empty(len(order), gate_up.shape[1])
+    h = x.new_empty(len(order), gate_ups[0].shape[0])
     y = torch.empty_like(xs)
     for e, rows in _expert_slices(bounds):
-        torch.mm(xs[rows], gate_up[e].T, out=h[rows])
+        torch.mm(xs[rows], gate_ups[e].T, out=h[rows])
         gate, up = h[rows].chunk(2, dim=-1)
         act = F.silu(gate).mul_(up).mul_(ws[rows])
-        torch.mm(act, down[e].T, out=y[rows])
+        torch.mm(act, downs[e].T, out=y[rows])
     y[int(bounds[-1]) :] = 0
     return y.index_select(0, inverse).view(n, top_k, width).sum(1), h, order, inverse, bounds
 
 
 def experts_backward(
-    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, saved: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`saved` are h, order, inverse and bounds of the forward pass -> gradients of x, gate_up, down and weights."""
+    d_out: Tensor,
+    x: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    weights: Tensor,
+    saved: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`saved` are h, order, inverse and bounds of the forward pass -> gradients of x, weights, and all matrices."""
     h, order, inverse, bounds = saved
+    gradients = [torch.zeros_like(t) for t in (*gate_up, *down)]
+    gate_ups, downs = one_each(gate_up), one_each(down)
+    d_gate_ups, d_downs = one_each(gradients[: len(gate_up)]), one_each(gradients[len(gate_up) :])
     (n, width), top_k = x.shape, weights.shape[1]
     token = order // top_k
     xs, dy = x.index_select(0, token), d_out.index_select(0, token)
     ws = weights.flatten()[order].to(x.dtype)[:, None]
     dxs, dws = torch.empty_like(xs), weights.new_empty(len(order))
-    d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
     for e, rows in _expert_slices(bounds):
         gate, up = h[rows].chunk(2, dim=-1)
         silu = F.silu(gate)
         act = silu * up
-        torch.mm(dy[rows].T, act * ws[rows], out=d_down[e])
-        d_act = torch.mm(dy[rows], down[e])
+        torch.mm(dy[rows].T, act * ws[rows], out=d_downs[e])
+        d_act = torch.mm(dy[rows], downs[e])
         dws[rows] = (d_act * act).sum(-1, dtype=dws.dtype)
         d_act.mul_(ws[rows])
         dh = torch.empty_like(h[rows])
         d_gate, d_up = dh.chunk(2, dim=-1)
         torch.mul(d_act, silu, out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(d_act.mul_(up), gate))
-        torch.mm(dh, gate_up[e], out=dxs[rows])
-        torch.mm(dh.T, xs[rows], out=d_gate_up[e])
+        torch.mm(dh, gate_ups[e], out=dxs[rows])
+        torch.mm(dh.T, xs[rows], out=d_gate_ups[e])
     dxs[int(bounds[-1]) :] = 0
     dws[int(bounds[-1]) :] = 0
     dx = dxs.index_select(0, inverse).view(n, top_k, width).sum(1)
-    return dx, d_gate_up, d_down, dws[inverse].view(n, top_k).to(weights.dtype)
+    return dx, dws[inverse].view(n, top_k).to(weights.dtype), gradients
 
 
 def _attention_blocks(starts: Tensor) -> Iterator[tuple[slice, slice]]:

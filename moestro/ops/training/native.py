@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moestro.ops import library
-from moestro.ops.training.fused import sort_by_expert
+from moestro.ops.training.fused import Matrices, sort_by_expert
 
 MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
 MIN_ROWS = 32  # of a linear layer, for the same reason
@@ -68,34 +68,58 @@ def cross_entropy(
     return nll, argmax, d_hidden, d_weight
 
 
-def experts_forward(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """See `fused.experts_forward`."""
-    (n, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
-    x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
+def experts_forward(x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """See `fused.experts_forward`. The kernels get an address for every expert."""
+    (n, hidden), top_k, width = x.shape, ids.shape[1], down[0].shape[-1]
+    x, gate_up, down = x.contiguous(), [t.contiguous() for t in gate_up], [t.contiguous() for t in down]
+    tables = _addresses(gate_up, (2 * width, hidden)), _addresses(down, (hidden, width))
+    num_experts = len(tables[1])
+    if len(tables[0]) != num_experts:
+        raise ValueError(f"{len(tables[0])} matrices of gate and up for {num_experts} of down")
     order, inverse, bounds = sort_by_expert(ids, num_experts)
     token, by_slot = order // top_k, weights.flatten()[order].float()
     h, y = x.new_empty(len(order), 2 * width), x.new_empty(len(order), hidden)
     sizes = (num_experts, n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
-    library.call("moestro_experts_forward", y, h, x, gate_up, down, token, by_slot, bounds, *sizes)
+    library.call("moestro_experts_forward", y, h, x, *tables, token, by_slot, bounds, *sizes)
     return _combine(y, inverse, bounds, top_k), h, order, inverse, bounds
 
 
 def experts_backward(
-    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, saved: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_out: Tensor,
+    x: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    weights: Tensor,
+    saved: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See `fused.experts_backward`."""
     h, order, inverse, bounds = saved
-    (n, hidden), top_k, (num_experts, _, width) = x.shape, weights.shape[1], down.shape
-    x, gate_up, down, d_out = x.contiguous(), gate_up.contiguous(), down.contiguous(), d_out.contiguous()
+    (n, hidden), top_k, width = x.shape, weights.shape[1], down[0].shape[-1]
+    x, d_out = x.contiguous(), d_out.contiguous()
+    gate_up, down = [t.contiguous() for t in gate_up], [t.contiguous() for t in down]
+    gradients = [[torch.empty_like(t) for t in side] for side in (gate_up, down)]
+    shapes = (2 * width, hidden), (hidden, width)
+    of_weights, of_gradients = (
+        [_addresses(side, shape) for side, shape in zip(sides, shapes, strict=True)]
+        for sides in ((gate_up, down), gradients)
+    )
     token, by_slot = order // top_k, weights.flatten()[order].float()
     dx, d_weights = x.new_empty(len(order), hidden), torch.zeros_like(by_slot)
-    d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-    gradients = (dx, d_weights, d_gate_up, d_down)
-    sizes = (num_experts, n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
-    operands = (d_out, x, h, gate_up, down, token, by_slot, bounds)
-    library.call("moestro_experts_backward", *gradients, *operands, *sizes)
+    sizes = (len(of_weights[1]), n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
+    operands = (*of_gradients, d_out, x, h, *of_weights, token, by_slot, bounds)
+    library.call("moestro_experts_backward", dx, d_weights, *operands, *sizes)
     by_choice = d_weights[inverse].view(weights.shape).to(weights.dtype)
-    return _combine(dx, inverse, bounds, top_k), d_gate_up, d_down, by_choice
+    return _combine(dx, inverse, bounds, top_k), by_choice, [*gradients[0], *gradients[1]]
+
+
+def _addresses(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Addresses [E] of contiguous matrices of one shape, or of those of one stack; ValueError for other shapes."""
+    if any(part.shape[-2:] != shape or part.dim() != parts[0].dim() for part in parts):
+        raise ValueError(f"experts of {[list(part.shape) for part in parts[:3]]} where each is {list(shape)}")
+    if parts[0].dim() == 2:
+        return torch.tensor([part.data_ptr() for part in parts])
+    (stack,) = parts
+    return torch.arange(len(stack)).mul_(shape[0] * shape[1] * stack.itemsize).add_(stack.data_ptr())
 
 
 def _combine(slots: Tensor, inverse: Tensor, bounds: Tensor, top_k: int) -> Tensor:

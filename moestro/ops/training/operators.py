@@ -93,65 +93,72 @@ class Linear(torch.autograd.Function):
         return *(gradient if needed else None for gradient, needed in zip(found, wanted, strict=True)), None
 
 
-# Routed experts: see `reference.grouped_experts`. Kept for the backward pass: h, order, inverse and bounds.
+# Routed experts: see `reference.grouped_experts`. `matrices`: those of gate and up, then those of down; of either one
+# stack, or one for every expert. Kept for the backward pass: h, order, inverse and bounds.
 
 
-def _fake_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, form: str
-) -> tuple[Tensor, ...]:
+def _fake_experts(x: Tensor, matrices: list[Tensor], ids: Tensor, weights: Tensor, form: str) -> tuple[Tensor, ...]:
+    gate_up = matrices[0]
+    num_experts = gate_up.shape[0] if gate_up.dim() == 3 else len(matrices) // 2
     slots = ids.new_empty(ids.numel())
-    h = x.new_empty(ids.numel(), gate_up.shape[1])
-    return torch.empty_like(x), h, slots, torch.empty_like(slots), ids.new_empty(gate_up.shape[0] + 1)
+    h = x.new_empty(ids.numel(), gate_up.shape[-2])
+    return torch.empty_like(x), h, slots, torch.empty_like(slots), ids.new_empty(num_experts + 1)
 
 
 @define(
-    "experts(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, str form)"
+    "experts(Tensor x, Tensor[] matrices, Tensor ids, Tensor weights, str form)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_experts,
 )
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, form: str) -> tuple[Tensor, ...]:
-    gate_up, down = forms.cast(gate_up, x.dtype), forms.cast(down, x.dtype)
-    return _experts_form(x, gate_up, ids, form).experts_forward(x, gate_up, down, ids, weights)
+def experts(x: Tensor, matrices: list[Tensor], ids: Tensor, weights: Tensor, form: str) -> tuple[Tensor, ...]:
+    by, gate_up, down = _experts_form(x, matrices, ids, form)
+    return by.experts_forward(x, gate_up, down, ids, weights)
 
 
 @define(
-    "experts_backward(Tensor d_out, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor[] saved, str form)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda d_out, x, gate_up, down, weights, saved, form: tuple(map(torch.empty_like, (x, gate_up, down, weights))),
+    "experts_backward(Tensor d_out, Tensor x, Tensor[] matrices, Tensor weights, Tensor[] saved, str form)"
+    " -> (Tensor, Tensor, Tensor[])",
+    lambda d_out, x, matrices, weights, saved, form: (
+        torch.empty_like(x),
+        torch.empty_like(weights),
+        [torch.empty_like(t) for t in matrices],
+    ),
 )
 def experts_backward(
-    d_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, saved: list[Tensor], form: str
-) -> tuple[Tensor, ...]:
-    cast = forms.cast(gate_up, x.dtype), forms.cast(down, x.dtype)
-    by = _experts_form(x, cast[0], weights, form)
-    dx, d_gate_up, d_down, d_weights = by.experts_backward(d_out, x, *cast, weights, saved)
-    return dx, d_gate_up.to(gate_up.dtype), d_down.to(down.dtype), d_weights
+    d_out: Tensor, x: Tensor, matrices: list[Tensor], weights: Tensor, saved: list[Tensor], form: str
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    by, gate_up, down = _experts_form(x, matrices, weights, form)
+    dx, d_weights, gradients = by.experts_backward(d_out, x, gate_up, down, weights, saved)
+    return dx, d_weights, [d.to(t.dtype) for d, t in zip(gradients, matrices, strict=True)]
 
 
-def _experts_form(x: Tensor, gate_up: Tensor, choices: Tensor, form: str) -> Any:
-    worth = choices.numel() >= native.MIN_LOAD * len(gate_up)
-    return native if use_native(form, worth, x, gate_up) else fused
+def _experts_form(
+    x: Tensor, matrices: list[Tensor], choices: Tensor, form: str
+) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """What computes this call, and the matrices cast for it."""
+    cast = [forms.cast(matrix, x.dtype) for matrix in matrices]
+    half = len(cast) // 2
+    worth = choices.numel() >= native.MIN_LOAD * len(fused.one_each(cast[:half]))
+    return native if use_native(form, worth, x, *cast) else fused, cast[:half], cast[half:]
 
 
 class Experts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, form: str
-    ) -> tuple[Tensor, ...]:
-        return torch.ops.moestro.experts(x, gate_up, down, ids, weights, form)
+    def forward(x: Tensor, ids: Tensor, weights: Tensor, form: str, *matrices: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.moestro.experts(x, list(matrices), ids, weights, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, gate_up, down, _, weights, ctx.form = inputs
+        x, _, weights, ctx.form, *matrices = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, gate_up, down, weights, *output[1:])
+        ctx.save_for_backward(x, weights, *output[1:], *matrices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up, down, weights, *saved = ctx.saved_tensors
-        found = torch.ops.moestro.experts_backward(grads[0], x, gate_up, down, weights, saved, ctx.form)
-        dx, d_gate_up, d_down, d_weights = found
-        return dx, d_gate_up, d_down, None, d_weights, None
+        x, weights, *rest = ctx.saved_tensors
+        saved, matrices = rest[:4], rest[4:]
+        dx, d_weights, gradients = torch.ops.moestro.experts_backward(grads[0], x, matrices, weights, saved, ctx.form)
+        return dx, None, d_weights, None, *gradients
 
 
 # Attention inside documents: see `reference.packed_attention`. Kept for the backward pass: sums of rows.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import ctypes
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moestro.ops import library
-from moestro.ops.abi import Step
-from moestro.ops.serving.program import Eager, Heads, Operand, Operations, StepLayout, Tape, Value
+from moestro.ops.abi import Cache, Step
+from moestro.ops.serving.program import Caches, Eager, Heads, Operand, Operations, StepLayout, Tape, Value
 from moestro.ops.serving.rows import rope, route
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection, choose, score_experts
@@ -125,19 +127,32 @@ def small_model(dtype: torch.dtype) -> tuple[dict[str, Any], Selection]:
 
 
 def compute(rows: Operations[Value], x: Value, m: dict[str, Any], chosen: Selection) -> Value:
-    """Every operation there is, on two layers of a cache of width 12."""
+    """Every operation there is, on the two layers of `make_caches`."""
     for layer in range(2):
         with rows.scratch():
             down = rows.linear(m["down"], rows.norm(x, m["weight"], 1e-6))
             q, latent, key = rows.split(down, (24, 8, 4))
-            rows.store(layer, rows.join([latent, rows.rope(key)]))
+            parts = [latent, rows.rope(key), latent] if layer else [latent, rows.rope(key)]
+            rows.store(layer, "latent", rows.join(parts))
+            if layer:
+                rows.store(layer, "key", rows.widen(key))
             plain, turned = rows.split(rows.group(q, 2), (8, 4))
             queries = rows.join([rows.heads(m["heads"], plain), rows.rope(turned)])
-            x = rows.add(x, rows.linear(m["back"], rows.attend(layer, queries, Heads(1, 0, 8, 0.3))))
+            x = rows.add(x, rows.linear(m["back"], rows.attend(layer, "latent", queries, Heads(1, 0, 8, 0.3))))
         with rows.scratch():
             weights = rows.route(layer, rows.linear(m["gate"], rows.widen(x)), chosen)
             x = rows.add(x, rows.experts(layer, m["experts"], x, weights))
     return rows.swiglu(rows.linear(m["half"], x))
+
+
+def make_caches(dtype: torch.dtype) -> list[Caches]:
+    """Three pages: a layer of one cache, then one of two caches, of other widths and one of another type."""
+    wider = {"latent": torch.ones(3, 64, 20, dtype=dtype), "key": torch.ones(3, 64, 4)}
+    return [{"latent": torch.ones(3, 64, 12, dtype=dtype)}, wider]
+
+
+def all_values(layers: list[Caches]) -> list[Tensor]:
+    return [cache for layer in layers for cache in layer.values()]
 
 
 def places(lengths: list[int], rows: list[int]) -> StepLayout:
@@ -166,15 +181,99 @@ def test_a_tape_computes_what_its_operations_do(path: str, dtype: torch.dtype) -
         known[1, ::2] = torch.tensor([7, 0])
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            cache = [torch.ones(3, 64, 12, dtype=dtype) for _ in range(2)]
+            cache = make_caches(dtype)
             ids = known.clone()
             found.append((tape.run([(begin, x)], where, cache, ids, end), ids))
-            caches.append(torch.stack(cache))
-        cache = [torch.ones(3, 64, 12, dtype=dtype) for _ in range(2)]
+            caches.append(all_values(cache))
+        cache = make_caches(dtype)
         ids = known.clone()
         expected = compute(Eager(where, cache, ids), x[:, None], model, chosen).flatten(1)
         for (out, chose), kept in zip(found, caches, strict=True):
-            assert torch.equal(out, expected) and torch.equal(chose, ids) and torch.equal(kept, torch.stack(cache))
+            assert torch.equal(out, expected) and torch.equal(chose, ids)
+            assert all(torch.equal(*pair) for pair in zip(kept, all_values(cache), strict=True))
+        assert not all((cache == 1).all() for cache in kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tape_attends_to_selected_positions(path: str, dtype: torch.dtype) -> None:
+    """Eager as well; the latter also in plain torch."""
+    where, q, layers = places([9, 30], [2, 3]), random(5, 2, 8).to(dtype), [{"kv": random(2, 64, 12, seed=1).to(dtype)}]
+    seen = torch.tensor([[0, 3, 7], [8, -1, -1], [1, 2, 27], [5, 28, -1], [0, 14, 29]], dtype=torch.int32)
+    heads, ids = Heads(1, 4, 8, 0.3), torch.zeros(0, 5, 0, dtype=torch.int64)
+    eager = Eager(where, layers, ids).attend(0, "kv", q, heads, seen[:, None])
+    unselected = Eager(where, layers, ids).attend(0, "kv", q, heads)
+    assert not (eager == unselected).flatten(1).all(1).any()
+    if path == "plain":
+        return
+    tape = Tape(dtype)
+    begin, chosen = tape.value(16), tape.value(3, wide=True)
+    out = tape.attend(0, "kv", tape.group(begin, 2), heads, chosen)
+    found = tape.run([(begin, q.flatten(1)), (chosen, seen)], where, layers, ids, out)
+    assert torch.equal(found, eager.flatten(1))
+    seen[3, 1] = 29  # its own position is 28
+    with pytest.raises(RuntimeError, match="impossible size"):
+        tape.run([(begin, q.flatten(1)), (chosen, seen)], where, layers, ids, out)
+
+
+def test_an_expert_moves_between_two_steps(path: str) -> None:
+    """Its old place is then wiped: a tape, and the experts themselves, read the new one."""
+    model, chosen = small_model(torch.float32)
+    experts, x, where = model["experts"], random(40, 20), places([40], [40])
+    ids = torch.arange(80).view(1, 40, 2) % 8
+
+    def run(rows: Operations[Value], x: Value) -> Value:
+        weights = rows.route(0, rows.linear(model["gate"], x), replace(chosen, hashed=True))
+        return rows.experts(0, experts, x, weights)
+
+    tape = Tape(torch.float32)
+    begin = tape.value(20)
+    end: Operand = run(tape, begin)
+    steps: list[Callable[[], Tensor]] = [lambda: run(Eager(where, [], ids.clone()), x[:, None]).flatten(1)]
+    if path != "plain":
+        steps.append(lambda: tape.run([(begin, x)], where, [], ids.clone(), end))
+    before = [step() for step in steps]
+    for expert in (0, 5):
+        there = [part[expert].clone() for part in (experts.gate_up, experts.down)]
+        experts.move(expert, *there)
+        experts.gate_up[expert], experts.down[expert] = 0, 0
+    assert all(torch.equal(step(), old) for step, old in zip(steps, before, strict=True))
+    assert before[0].abs().sum(1).all()
+    with pytest.raises(ValueError, match="contiguous bytes"):
+        experts.move(1, experts.gate_up[1, :, 1:], experts.down[1])
+
+
+def test_an_expert_without_an_address_is_refused_where_it_is_chosen(path: str) -> None:
+    if path == "plain":
+        pytest.skip("only kernels read addresses")
+    for part in (0, 1):
+        experts, x, weights = small_model(torch.float32)[0]["experts"], random(3, 20), torch.ones(3, 2)
+        experts.addresses[part, 6] = 0
+        assert experts(x, torch.tensor([[0, 1], [2, 8], [3, 7]]), weights).isfinite().all()
+        with pytest.raises(RuntimeError, match="has no address"):
+            experts(x, torch.tensor([[0, 1], [2, 6], [3, 7]]), weights)
+
+
+def test_caches_that_do_not_fit_are_refused(path: str) -> None:
+    if path == "plain":
+        pytest.skip("indexing itself refuses")
+    tape = Tape(torch.bfloat16)
+    begin = tape.value(12)
+    tape.store(1, "latent", begin)
+    where, ids = places([4], [4]), torch.zeros(0, 4, 0, dtype=torch.int64)
+
+    def run(cache: Tensor) -> None:
+        tape.run([(begin, torch.zeros(4, 12))], where, [{}, {"latent": cache}], ids, begin)
+
+    run(torch.zeros(1, 64, 12, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="impossible size"):
+        run(torch.zeros(1, 64, 13, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="unsupported type"):
+        run(torch.zeros(1, 64, 12))
+    for bad in (torch.zeros(1, 64, 12, dtype=torch.float16), torch.zeros(1, 32, 12, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="caches do not fit"):
+            run(bad)
+    with pytest.raises(KeyError, match="latent"):
+        tape.run([(begin, torch.zeros(4, 12))], where, [{}, {}], ids, begin)
 
 
 def test_values_of_a_wrong_width_are_refused_when_they_are_noted(path: str) -> None:
@@ -229,18 +328,24 @@ def test_hostile_routers_are_refused(path: str, change: dict[str, int], code: in
     assert (ids == 8).all() and (weights == 5).all()
 
 
-# on memory of 256 bytes a row, two layers of one page of 16 values a row, two routers: each reaches beyond one of them
+# on memory of 256 bytes a row, two caches of one page of 16 and 12 values a row, two routers: each reaches beyond one
 @pytest.mark.parametrize(
     "code",
     [
         *([99], [-1], [4, 0]),  # no operation, or one without its operands
         *([0, 0, 0, 0, 1, 2**59, 4, 0, 0], [1, 0, 0, 0, 5, 0, 0, 1, 4, 4, 0, 0], [3, 0, 250, 0, 16, 0, 0, 0]),
-        *([2, 0, 0, 3, 1, 8, 8, 1, 0, 0, 0], [4, 0, 200, 16, 0], [4, 0, 0, 16, 7], [5, 0, 64, 128, 999, 0]),
+        *([2, 0, 0, 3, 1, 8, 8, 1, 0, 0, 0, -1, 0], [2, 0, 0, -1, 1, 8, 8, 1, 0, 0, 0, -1, 0]),
+        *([2, 0, 0, 0, 1, 8, 8, 1, 0, 0, 1, -1, 0], [2, 0, 0, 1, 1, 13, 8, 1, 0, 0, 0, -1, 0]),
+        *([2, 0, 0, 0, 1, 8, 8, 1, 0, 0, 0, 256, 4], [2, 0, 0, 0, 1, 8, 8, 1, 0, 0, 0, -2, 4]),
+        *([2, 0, 0, 0, 1, 8, 8, 1, 0, 0, 0, 64, 0], [2, 0, 0, 0, 1, 8, 8, 1, 0, 0, 0, 64, 2]),
+        *([4, 0, 200, 16, 0], [4, 0, 0, 16, 7], [5, 0, 64, 128, 999, 0]),
         *([5, 250, 0, 0, 16, 0], [5, -64, 0, 0, 16, 0], [5, 0, 0, 0, 2**60, 0], [6, 0, 0, 16, 12, 1, 4, 8, 0]),
         *([6, 0, 0, 16, 0, 2**50, 4, 8, 0], [6, 0, 0, 16, 0, 1, 4, 4, 0], [7, 0, 64, 0, 0, 64, 64, 1, 0, 1, 64]),
         *([7, 0, 64, 0, 0, 64, 64, 0, 60, 2, 8], [7, 0, 64, 0, 0, 64, 64, 0, 0, -1, 8]),
         *([7, 0, 64, 0, 0, 64, 64, -1, 0, 1, 8], [7, 0, 64, 2**61, 0, 64, 64, 0, 0, 1, 8]),
-        *([7, 0, 300, 0, 0, 0, 64, 0, 0, 1, 8], [8, 2, 0, 0], [8, -1, 0, 0], [8, 0, 240, 0], [9, 0, 224, 64]),
+        *([7, 0, 300, 0, 0, 0, 64, 0, 0, 1, 8], [9, 0, 224, 64]),
+        *([8, 2, 0, 16, 0], [8, -1, 0, 16, 0], [8, 0, 240, 16, 0], [8, 0, 0, 12, 0]),
+        *([8, 1, 0, 16, 0], [8, 0, 0, 16, 1], [8, 0, 0, 16]),
         [10, 2, 0, 0, 0, 8, 1, 1, 0, 0, 1, 0, 0, 0],
     ],
 )
@@ -249,17 +354,17 @@ def test_hostile_programs_are_refused(path: str, code: list[int]) -> None:
     if kernels is None:
         pytest.skip("needs the native kernels")
     memory, where = torch.full((4 * 64,), 5.0), places([4], [4])
-    cache, ids = [torch.full((1, 64, 16), 5.0) for _ in range(2)], torch.full((2, 4, 2), 7)
-    pages = (ctypes.c_void_p * 2)(*(layer.data_ptr() for layer in cache))
+    cache, ids = [torch.full((1, 64, width), 5.0) for width in (16, 12)], torch.full((2, 4, 2), 7)
+    pages = (Cache * 2)(*(Cache(one.data_ptr(), one.shape[2], 0) for one in cache))
     sines = torch.zeros(4, 4)
     step = Step(
         memory.data_ptr(), ids.data_ptr(), ctypes.addressof(pages), sines.data_ptr(), sines.data_ptr(),
         *(t.data_ptr() for t in (where.slots, where.starts, where.first, where.tables)),
-        4, 256, 2, 2, 2, 1, 16, 4, 1, 1, 1,
+        4, 256, 2, 2, 2, 1, 4, 1, 1, 1,
     )  # fmt: skip
     program = array.array("q", code)
     assert kernels.moestro_run(program.buffer_info()[0], len(program), ctypes.addressof(step)) in (1, 2)
-    assert (memory == 5).all() and (torch.stack(cache) == 5).all() and (ids == 7).all()
+    assert (memory == 5).all() and all((one == 5).all() for one in cache) and (ids == 7).all()
 
 
 def test_slots_outside_of_the_cache_are_refused(path: str) -> None:
@@ -267,9 +372,9 @@ def test_slots_outside_of_the_cache_are_refused(path: str) -> None:
         pytest.skip("indexing itself refuses")
     tape = Tape(torch.float32)
     begin = tape.value(12)
-    tape.store(0, begin)
+    tape.store(0, "kv", begin)
     where, ids = places([4], [4]), torch.zeros(0, 4, 0, dtype=torch.int64)
     for bad in (-1, 64):
         where.slots[2] = bad
         with pytest.raises(RuntimeError, match="impossible size"):
-            tape.run([(begin, torch.zeros(4, 12))], where, [torch.zeros(1, 64, 12)], ids, begin)
+            tape.run([(begin, torch.zeros(4, 12))], where, [{"kv": torch.zeros(1, 64, 12)}], ids, begin)

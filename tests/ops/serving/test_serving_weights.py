@@ -6,6 +6,8 @@ outputs in bf16 add 2⁻⁸ each way; codes are exact, so quantised weights are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,7 +162,7 @@ class Cache:
                 self.pages[page, : len(rows)] = rows
 
     def attend(
-        self, queries: list[Tensor], which: list[int], first: list[int], numbers: dict[str, float]
+        self, queries: list[Tensor], which: list[int], first: list[int], numbers: Mapping[str, object]
     ) -> list[Tensor]:
         """Queries [n, H, K] of some sequences, the first of them at a position -> [n, H, V] each."""
         counts = [len(q) for q in queries]
@@ -174,7 +176,7 @@ MLA, GQA, MHA, ODD = (1, 16, 48, 32, 0, 48), (2, 6, 24, 16, 24, 40), (4, 4, 33, 
 WIDE = (1, 80, 24, 16, 0, 24)
 
 
-def attention_numbers(shape: tuple[int, ...]) -> dict[str, float]:
+def attention_numbers(shape: tuple[int, ...]) -> dict[str, object]:
     return {"groups": shape[0], "value_width": shape[3], "value_offset": shape[4], "scale": shape[2] ** -0.5}
 
 
@@ -225,6 +227,77 @@ def test_a_query_depends_on_its_position_and_its_rows_alone(
         torch.set_num_threads(threads)
         assert torch.equal(cache.attend([q[-1:]], [0], [length - 1], numbers)[0], whole[-1:])
         assert torch.equal(cache.attend([q], [0], [0], numbers)[0], whole)
+
+
+def choose_positions(length: int, first: int, count: int, seed: int) -> Tensor:
+    """For each of `count` rows from a position on, up to `length` of those it may see, in order, filled up with -1."""
+    generator, out = torch.Generator().manual_seed(seed), torch.full((count, length), -1, dtype=torch.int32)
+    for i in range(count):
+        chosen = torch.randperm(first + i + 1, generator=generator)[: length - i % 3].sort().values
+        out[i, : len(chosen)] = chosen
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [MLA, GQA, ODD], ids=["mla", "gqa", "odd"])
+def test_selected_rows_equal_brute_force_whatever_their_company(
+    path: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    lengths, counts, most = [5, 200, 900], [3, 40, 2], 70 if path == "plain" else 300
+    cache, numbers = Cache(lengths, shape[0] * shape[5], dtype), attention_numbers(shape)
+    queries = [random(n, shape[1], shape[2], seed=n).to(dtype) for n in counts]
+    first = [length - n for length, n in zip(lengths, counts, strict=True)]
+    chosen = [choose_positions(most, f, n, f) for f, n in zip(first, counts, strict=True)]
+    together = cache.attend(queries, [0, 1, 2], first, numbers | {"selection": torch.cat(chosen)})
+    close = 1e-5 if dtype == torch.float32 else 8e-3
+    for s, found in enumerate(together):
+        for i, positions in enumerate(chosen[s]):
+            rows = cache.rows[s][positions[positions >= 0].long()]
+            exact = brute_force(queries[s][i : i + 1], rows, len(rows) - 1, shape)[0]
+            assert (found[i].double() - exact).norm() <= close * exact.norm(), (s, i)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        wider = F.pad(chosen[1][5:9], (0, 50), value=-1)
+        alone = cache.attend([queries[1][5:9]], [1], [first[1] + 5], numbers | {"selection": wider})
+        assert torch.equal(alone[0], together[1][5:9])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_selection_of_all_positions_gives_the_bits_of_none(path: str, dtype: torch.dtype) -> None:
+    length, rows = (140, 3) if path == "plain" else (600, 9)
+    cache, q = Cache([length, 30], 48, dtype), random(rows + 2, 16, 48).to(dtype)
+    queries, first, positions = [q[:rows], q[rows:]], [length - rows, 28], torch.arange(length, dtype=torch.int32)
+    seen = torch.tensor([*range(length - rows, length), 28, 29])[:, None]
+    selection = torch.where(positions <= seen, positions, -1)
+    plain = cache.attend(queries, [0, 1], first, attention_numbers(MLA))
+    selected = cache.attend(queries, [0, 1], first, attention_numbers(MLA) | {"selection": selection})
+    assert all(torch.equal(*pair) for pair in zip(plain, selected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        *([10, -1, -1], [0, 3, 10], [-1, -1, -1], [-1, 3, 4], [3, -1, 4], [3, 3, 4], [4, 3, -1], [-2, 3, 4]),
+        *([3, -2, -1], [3, 2**31 - 1, -1], [-(2**31), 3, 4]),
+    ],
+)
+def test_hostile_selections_are_refused(path: str, positions: list[int]) -> None:
+    cache, q = Cache([10], 48, torch.float32), random(2, 16, 48)
+    selection = torch.tensor([[0, 1, 2], positions], dtype=torch.int32)  # the second row is at position 9
+    with pytest.raises((ValueError, RuntimeError), match=r"ascend|impossible size"):
+        cache.attend([q], [0], [8], attention_numbers(MLA) | {"selection": selection})
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (1, 3), (3, 3), (6,)])
+def test_selections_of_a_wrong_shape_are_refused(path: str, shape: tuple[int, ...]) -> None:
+    cache, q = Cache([10], 48, torch.float32), random(2, 16, 48)
+    selection = torch.zeros(shape, dtype=torch.int32)
+    with pytest.raises(ValueError, match="selection of"):
+        cache.attend([q], [0], [8], attention_numbers(MLA) | {"selection": selection})
+    with pytest.raises(ValueError, match="int64"):
+        cache.attend([q], [0], [8], attention_numbers(MLA) | {"selection": torch.zeros(2, 3, dtype=torch.int64)})
+    (none,) = cache.attend([q[:0]], [0], [8], attention_numbers(MLA) | {"selection": selection.new_zeros(0, 3)})
+    assert none.shape == (0, 16, 32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -333,6 +406,6 @@ def test_hostile_pages_are_refused(path: str, change: dict[str, object]) -> None
     table = torch.tensor(lists["table"], dtype=torch.int32)
     starts, first = torch.tensor(lists["starts"]), torch.tensor(lists["first"])
     where = [t.data_ptr() for t in (out, q, pages, table, starts, first)]
-    found = kernels.moestro_paged_attention(*where, *(numbers[name] for name in sizes), 1.0, 0, 1)
+    found = kernels.moestro_paged_attention(*where, *(numbers[name] for name in sizes), None, 0, 1.0, 0, 1)
     assert found == 2
     assert (out == 5).all()

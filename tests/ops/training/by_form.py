@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moestro.ops.training import operators
+from moestro.ops.training import Matrices, operators
 
 
 class Form:
@@ -18,8 +18,9 @@ class Form:
         out: Tensor = operators.Linear.apply(x.reshape(-1, x.shape[-1]), weight, self.name)
         return out.view(*x.shape[:-1], len(weight))
 
-    def grouped_experts(self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out: Tensor = operators.Experts.apply(x, gate_up, down, ids, weights, self.name)[0]
+    def grouped_experts(self, x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor) -> Tensor:
+        matrices = [gate_up, down] if isinstance(gate_up, Tensor) else [*gate_up, *down]
+        out: Tensor = operators.Experts.apply(x, ids, weights, self.name, *matrices)[0]
         return out
 
     def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:

@@ -150,6 +150,52 @@ def test_enough_tokens_go_to_the_kernels() -> None:
     assert torch.equal(ops.grouped_experts(*inputs), by_kernels.grouped_experts(*inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_lie_apart_give_the_bits_of_a_stack(isa: str, dtype: torch.dtype) -> None:
+    x, gate_up, down, ids, weights = expert_inputs([1, 6, 0, 2, 1], 33, 17, dtype)
+    grad, choices = random(*x.shape, seed=7).to(dtype), weights.requires_grad_()
+    stacks = [gate_up.requires_grad_(), down.requires_grad_()]
+    apart = [[m.detach().clone().requires_grad_() for m in stack.unbind()] for stack in stacks]
+    whole = by_kernels.grouped_experts(x, *stacks, ids, choices)
+    pieces = by_kernels.grouped_experts(x, *apart, ids, choices)
+    assert torch.equal(pieces, whole)
+    expected = torch.autograd.grad(whole, [*stacks, choices], grad)
+    *matrices, by_choice = torch.autograd.grad(pieces, [*apart[0], *apart[1], choices], grad)
+    assert torch.equal(torch.stack(matrices[:4]), expected[0]) and torch.equal(torch.stack(matrices[4:]), expected[1])
+    assert torch.equal(by_choice, expected[2])
+    few = (x[:2], *apart, ids[:2], choices[:2])  # go to plain torch
+    torch.testing.assert_close(ops.grouped_experts(*few), pieces[:2], rtol=0.02, atol=0.02)
+
+
+def test_experts_of_other_shapes_are_refused() -> None:
+    x, gate_up, down, ids, weights = expert_inputs([1, 1, 0], 8, 4, torch.float32)
+    for wrong in (gate_up[:, :7], gate_up[..., :7], gate_up[:1], [gate_up[0], gate_up[1, :7]], [gate_up[0], gate_up]):
+        with pytest.raises(ValueError, match=r"experts of|matrices of"):
+            by_kernels.grouped_experts(x, wrong, down if isinstance(wrong, Tensor) else list(down), ids, weights)
+
+
+def test_an_expert_without_an_address_is_refused_where_it_has_choices(isa: str) -> None:
+    x, gate_up, down, _, _ = expert_inputs([1, 1, 0], 8, 4, torch.float32)
+    y, h, weights, token = torch.full((2, 8), 5.0), torch.full((2, 8), 5.0), torch.ones(2), torch.tensor([0, 1])
+    d_weights, gradients = torch.full((2,), 5.0), [torch.full_like(gate_up, 5.0), torch.full_like(down, 5.0)]
+
+    def compute(missing: list[tuple[int, int]], offsets: list[int]) -> None:
+        tables = torch.tensor([[m.data_ptr() for m in part] for part in (gate_up, down, *gradients)])
+        for part, expert in missing:
+            tables[part, expert] = 0
+        rest = (token, weights, torch.tensor(offsets), 2, len(x), 8, 4, 0, 1)
+        if not any(part > 1 for part, _ in missing):
+            library.call("moestro_experts_forward", y, h, x, *tables[:2], *rest)
+        library.call("moestro_experts_backward", y, d_weights, *tables[2:], x, x, h, *tables[:2], *rest)
+
+    for part, expert, offsets in ((0, 0, [0, 2, 2]), (1, 1, [0, 1, 2]), (2, 1, [0, 2, 2]), (3, 0, [0, 1, 2])):
+        with pytest.raises(RuntimeError, match="has no address"):
+            compute([(part, expert)], offsets)
+        assert all(bool((t == 5).all()) for t in (y, h, d_weights, *gradients))
+    compute([(0, 1), (1, 1)], [0, 2, 2])
+    assert not gradients[0][1].any() and not gradients[1][1].any()
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -174,8 +220,9 @@ def test_hostile_indices_are_refused(token: list[int], offsets: list[int]) -> No
     x, gate_up, down, _, _ = expert_inputs([1, 1, 0], 8, 4, torch.float32)
     y, h, weights = torch.empty(2, 8), torch.empty(2, 8), torch.ones(2)
     where = (torch.tensor(token), weights, torch.tensor(offsets))
+    tables = (torch.tensor([m.data_ptr() for m in part]) for part in (gate_up, down))
     with pytest.raises(RuntimeError, match="impossible size"):
-        library.call("moestro_experts_forward", y, h, x[:9], gate_up, down, *where, 2, 9, 8, 4, 0, 1)
+        library.call("moestro_experts_forward", y, h, x[:9], *tables, *where, 2, 9, 8, 4, 0, 1)
 
 
 def test_a_forced_instruction_set_is_used_or_refused() -> None:
