@@ -72,7 +72,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float) -> Te
 
 def run_attention(form: str, q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float) -> Tensor:
     """The operation computed by one form."""
-    out: Tensor = operators.Attention.apply(q, k, v, torch.tensor(starts), scale, form)[0]
+    out: Tensor = operators.AttentionFunction.apply(q, k, v, torch.tensor(starts), scale, form)[0]
     return out
 
 

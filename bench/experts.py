@@ -58,7 +58,7 @@ def make_step(experts: Experts, shape: tuple[int, int, int, int, int], dtype: to
 
 def run_experts(form: str, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """The operation computed by one form."""
-    out: Tensor = operators.Experts.apply(x, ids, weights, form, gate_up, down)[0]
+    out: Tensor = operators.ExpertsFunction.apply(x, ids, weights, form, gate_up, down)[0]
     return out
 
 

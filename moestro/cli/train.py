@@ -69,15 +69,19 @@ def train(
     run = out or free_directory(Path("runs"), name, resume)
     if threads is not None:
         overrides = (*overrides, f"train.threads={threads}")
-    settings = resume_config(
-        tree, overrides, run, given=bool(preset or config or depth or data or start), resume=resume
-    )
+    given = any((preset, config, depth, data, start))
+    settings = resume_config(tree, overrides, run, given=given, resume=resume)
     if dry_run:
-        from moestro.model.size import describe_size
-
-        print_json({"config": settings.model_dump(mode="json"), **describe_size(settings.model)})
-        return 0
+        return print_plan(settings)
     return run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
+
+
+def print_plan(settings: Config) -> int:
+    """The configuration and the size of the model, as JSON."""
+    from moestro.model.size import describe_size
+
+    print_json({"config": settings.model_dump(mode="json"), **describe_size(settings.model)})
+    return 0
 
 
 def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, json_output: bool) -> int:

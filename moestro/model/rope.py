@@ -26,9 +26,9 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale * yarn_mscale(config.rope.factor, config.rope.mscale_all_dim) ** 2
 
 
-def rope_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
+def rope_frequencies(rope: RopeConfig, rope_dim: int, device: torch.device | None = None) -> Tensor:
     """Radians per position of each pair [R/2], fp32."""
-    exponents = torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim
+    exponents = torch.arange(0, rope_dim, 2, dtype=torch.float32, device=device) / rope_dim
     plain = 1.0 / rope.theta**exponents
     if rope.factor == 1:
         return plain
@@ -39,7 +39,7 @@ def rope_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
 
     low = max(math.floor(turns_to_pair(rope.beta_fast)), 0)
     high = min(math.ceil(turns_to_pair(rope.beta_slow)), rope_dim - 1)
-    ramp = (torch.arange(rope_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(rope_dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
     slow_share = ramp.clamp(0, 1)
     return plain / rope.factor * slow_share + plain * (1 - slow_share)
 
@@ -47,7 +47,7 @@ def rope_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
 def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """positions [N] int -> cos, sin [N, R/2] fp32."""
     rope = config.rope
-    angles = positions[:, None].float() * rope_frequencies(rope, config.rope_dim).to(positions.device)
+    angles = positions[:, None].float() * rope_frequencies(rope, config.rope_dim, positions.device)
     magnitude = 1.0
     if rope.mscale and rope.mscale_all_dim:
         magnitude = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)

@@ -27,7 +27,7 @@ from moestro.model.experts import Experts, MoE
 from moestro.model.layers import MLP, Linear, RMSNorm
 from moestro.model.rope import rope_tables
 from moestro.ops.precision import Precision, compute_dtype
-from moestro.routing.router import Router, Routes
+from moestro.routing.router import Router, Routes, mix_seed
 
 MakeExperts = Callable[[ModelConfig, Precision], nn.Module]
 
@@ -41,7 +41,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Scores:
+class HeadScores:
     """Of a head and its targets: Σ weight · nll, differentiable; nll [N] in nats, 0 without a target; argmax [N]."""
 
     total: Tensor
@@ -58,7 +58,7 @@ class Output:
 
     hidden: Tensor
     routes: list[Routes] = field(default_factory=list)
-    scores: Scores | None = None
+    scores: HeadScores | None = None
     logits: Tensor | None = None
     ahead: list[Output] = field(default_factory=list)
 
@@ -190,11 +190,11 @@ class Transformer(nn.Module):
             return main
         return replace(main, logits=ops.linear(main.hidden, self._head_weight(), self.precision))
 
-    def _score(self, hidden: Tensor, targets: Targets | None) -> Scores | None:
+    def _score(self, hidden: Tensor, targets: Targets | None) -> HeadScores | None:
         if targets is None:
             return None
         weight = self._head_weight()
-        return Scores(*ops.linear_cross_entropy(hidden, weight, targets.ids, targets.weights, self.precision))
+        return HeadScores(*ops.linear_cross_entropy(hidden, weight, targets.ids, targets.weights, self.precision))
 
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
@@ -236,7 +236,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
         return torch.zeros(*shape)
     if len(shape) == 3:
         return torch.stack([initial_value(f"{name}.{e}", shape[1:], config, seed) for e in range(shape[0])])
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(mix_seed(seed, zlib.crc32(name.encode())))
     if not config.init_scale:
         return torch.empty(*shape).normal_(0.0, config.init_std, generator=generator)
     std = (config.init_scale / shape[-1]) ** 0.5

@@ -129,7 +129,7 @@ def choose(compared: Tensor, selection: Selection) -> Tensor:
         groups = compared.unflatten(-1, (s.num_groups, -1))
         best = groups.topk(s.group_best, dim=-1).values.sum(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, find_best(best, s.top_k_groups), True)
-        compared = groups.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        compared = torch.where(kept.unsqueeze(-1), groups, float("-inf")).flatten(1)
     return find_best(compared, s.top_k)
 
 

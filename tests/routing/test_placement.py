@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moestro import ops
 from moestro.ops import library
-from moestro.ops.training import fused, reference
+from moestro.ops.training import reference
 from moestro.routing.placement import Placement, place_routes
 
 # expert 2 has three copies in the first layer, expert 0 in the second
@@ -74,7 +74,7 @@ def test_placed_experts_compute_what_experts_do(choice: str, layer: int) -> None
     x, weights = random(tokens, 12).double(), random(tokens, 2, seed=1).double()
     stacks = [random(4, 10, 12, seed=2).double(), random(4, 12, 5, seed=3).double()]
     ids = torch.randint(0, 5, (tokens, 2), generator=torch.Generator().manual_seed(4))
-    for experts in (reference.grouped_experts, fused.grouped_experts):
+    for experts in (reference.grouped_experts, ops.grouped_experts):
         leaves = [t.clone().requires_grad_() for t in (x, *stacks, weights)]
         plain = experts(leaves[0], leaves[1], leaves[2], ids, leaves[3])
         expected = torch.autograd.grad(plain, leaves, random(tokens, 12, seed=5).double())

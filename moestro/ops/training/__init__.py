@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, precision: Precision | None = None) -> Ten
     if not _takes(x, weight):
         return reference.linear(x, weight)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = operators.Linear.apply(rows, weight, "")
+    out: Tensor = operators.LinearFunction.apply(rows, weight, "")
     return out if x.dim() == 2 else out.view(*x.shape[:-1], len(weight))
 
 
@@ -44,7 +44,7 @@ def grouped_experts(
     x = _in(precision, x)
     matrices = [gate_up, down] if isinstance(gate_up, Tensor) and isinstance(down, Tensor) else [*gate_up, *down]
     if _takes(x, *matrices):
-        out: Tensor = operators.Experts.apply(x, ids, weights, "", *matrices)[0]
+        out: Tensor = operators.ExpertsFunction.apply(x, ids, weights, "", *matrices)[0]
         return out
     gate_up, down = (t if isinstance(t, Tensor) else torch.stack(list(t)) for t in (gate_up, down))
     if _is_elsewhere(x):
@@ -55,7 +55,7 @@ def grouped_experts(
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
     """See `reference.packed_attention`."""
     if _takes(q, k, v):
-        out: Tensor = operators.Attention.apply(q, k, v, starts, scale, "")[0]
+        out: Tensor = operators.AttentionFunction.apply(q, k, v, starts, scale, "")[0]
         return out
     return (devices if _is_elsewhere(q) else reference).packed_attention(q, k, v, starts, scale)
 
@@ -72,7 +72,7 @@ def linear_cross_entropy(
     if not _takes(hidden, weight):
         return reference.linear_cross_entropy(hidden, weight, targets, row_weights)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, nll, argmax, *_ = operators.CrossEntropy.apply(hidden, weight, targets, row_weights, with_grad, "")
+    total, nll, argmax, *_ = operators.CrossEntropyFunction.apply(hidden, weight, targets, row_weights, with_grad, "")
     return total, nll, argmax
 
 
@@ -80,7 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     if not _has_kernel(x) or weight.dtype not in library.TYPES:
         return reference.rms_norm(x, weight, eps)
-    out: Tensor = operators.RMSNorm.apply(x, weight, eps)
+    out: Tensor = operators.RMSNormFunction.apply(x, weight, eps)
     return out
 
 
@@ -88,7 +88,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """See `reference.swiglu`."""
     if not _has_kernel(gate_up):
         return reference.swiglu(gate_up)
-    out: Tensor = operators.SwiGLU.apply(gate_up)
+    out: Tensor = operators.SwiGLUFunction.apply(gate_up)
     return out
 
 
@@ -97,7 +97,7 @@ def join_heads(plain: Tensor, rotary: Tensor, tables: tuple[Tensor, Tensor]) -> 
     same = plain.dtype == rotary.dtype and {table.dtype for table in tables} == {torch.float32}
     if not same or not _has_kernel(plain, rotary):
         return reference.join_heads(plain, rotary, tables)
-    out: Tensor = operators.JoinHeads.apply(plain, rotary, *tables)
+    out: Tensor = operators.JoinHeadsFunction.apply(plain, rotary, *tables)
     return out
 
 

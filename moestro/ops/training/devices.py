@@ -13,16 +13,26 @@ from torch import Tensor
 
 
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Tokens sorted by expert, then two grouped products."""
+    """Tokens sorted by expert, then two grouped products: in bf16 torch's own, else every expert on every choice."""
     top_k, num_experts = ids.shape[1], gate_up.shape[0]
     expert, order = ids.flatten().sort(stable=True)
     bounds = torch.searchsorted(expert, torch.arange(num_experts, device=ids.device), right=True).to(torch.int32)
     carried = (expert < num_experts)[:, None]  # what lies beyond the bounds is never written
     xs = torch.where(carried, x.index_select(0, order // top_k), 0)
-    gate, up = F.grouped_mm(xs, gate_up.mT, offs=bounds).chunk(2, dim=-1)
+    multiply = F.grouped_mm if x.dtype == torch.bfloat16 else multiply_by_group
+    gate, up = multiply(xs, gate_up.mT, offs=bounds).chunk(2, dim=-1)
     act = torch.where(carried, F.silu(gate) * up, 0)
-    y = F.grouped_mm(act, down.mT, offs=bounds) * weights.flatten()[order, None].to(x.dtype)
+    y = multiply(act, down.mT, offs=bounds) * weights.flatten()[order].unsqueeze(1).to(x.dtype)
     return torch.zeros_like(x).index_add(0, order // top_k, torch.where(carried, y, 0))
+
+
+def multiply_by_group(x: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
+    """`F.grouped_mm` for types that it does not take: rows offs[e − 1]:offs[e] of x [S, K] times matrices[e] [K, M]."""
+    owner = torch.searchsorted(offs, torch.arange(len(x), device=x.device, dtype=offs.dtype), right=True)[:, None]
+    out = x.new_zeros(len(x), matrices.shape[2])
+    for e, matrix in enumerate(matrices):
+        out = torch.where(owner == e, x @ matrix, out)
+    return out
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:

@@ -75,7 +75,7 @@ def _multiplies(x: Tensor, weight: Tensor, form: str) -> bool:
     return use_native(form, worth, x, weight)
 
 
-class Linear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, form: str) -> Tensor:
         return torch.ops.moestro.linear(x, weight, form)
@@ -142,7 +142,7 @@ def _experts_form(
     return native if use_native(form, worth, x, *cast) else fused, cast[:half], cast[half:]
 
 
-class Experts(torch.autograd.Function):
+class ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, ids: Tensor, weights: Tensor, form: str, *matrices: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.moestro.experts(x, list(matrices), ids, weights, form)
@@ -192,7 +192,7 @@ def attention_backward(
     return fused.attention_backward(d_out, (q, k, v), starts, scale)
 
 
-class Attention(torch.autograd.Function):
+class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, form: str) -> tuple[Tensor, Tensor]:
         return torch.ops.moestro.attention(q, k, v, starts, scale, form)
@@ -235,7 +235,7 @@ def cross_entropy(
     return by.cross_entropy(hidden, weight, targets, row_weights, with_grad)
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor | None, with_grad: bool, form: str
@@ -275,7 +275,7 @@ def rms_norm_backward(d_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> t
     return native_rows.rms_norm_backward(d_out, x, weight, eps)
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.ops.moestro.rms_norm(x, weight, eps)
@@ -303,7 +303,7 @@ def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
     return native_rows.swiglu_backward(d_out, gate_up)
 
 
-class SwiGLU(torch.autograd.Function):
+class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(gate_up: Tensor) -> Tensor:
         return torch.ops.moestro.swiglu(gate_up)
@@ -338,7 +338,7 @@ def split_heads(d_out: Tensor, cos: Tensor, sin: Tensor, shared: bool) -> tuple[
     return native_rows.join_heads_backward(d_out, cos, sin, shared)
 
 
-class JoinHeads(torch.autograd.Function):
+class JoinHeadsFunction(torch.autograd.Function):
     @staticmethod
     def forward(plain: Tensor, rotary: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.ops.moestro.join_heads(plain, rotary, cos, sin)

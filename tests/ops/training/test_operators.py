@@ -106,8 +106,8 @@ def test_distributed_tensors_are_computed_or_refused_never_read_as_memory(mesh: 
     if library.load_library() is not None:
         with pytest.raises(TypeError, match="kernels take plain tensors in CPU memory, not a DTensor"):
             library.call("moestro_swiglu", shard, shard, 8, 3, 0, 1)
-    with pytest.raises(NotImplementedError, match=r"moestro\.experts"):
-        torch.ops.moestro.experts(shard, *expert_inputs()[1:], "")
+    with pytest.raises(NotImplementedError, match=r"moestro\.swiglu"):
+        torch.ops.moestro.swiglu(shard)
 
 
 class Parts(nn.Module):
@@ -181,13 +181,14 @@ def test_weights_of_rows_multiply_losses_and_gradients(form: str, dtype: torch.d
     targets = (torch.arange(70) % 33).where(torch.arange(70) % 7 > 0, -100)
     factors = random(70, seed=2).where(torch.arange(70) % 4 > 0, 0)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, factors)]
-    total, nll, _ = operators.CrossEntropy.apply(leaves[0], leaves[1], targets, leaves[2], True, form)[:3]
+    total, nll, _ = operators.CrossEntropyFunction.apply(leaves[0], leaves[1], targets, leaves[2], True, form)[:3]
     found = torch.autograd.grad(2 * total, leaves)
     exact_leaves = [t.double().requires_grad_() for t in (hidden, weight, factors)]
     logprobs = (exact_leaves[0] @ exact_leaves[1].T).log_softmax(-1)
     exact_nll = -logprobs.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
     exact = torch.autograd.grad(2 * (exact_nll * exact_leaves[2]).sum(), exact_leaves)
-    torch.testing.assert_close(nll.double(), exact_nll.detach(), rtol=1e-5, atol=2e-5)
+    close = 0.05 if (form, dtype) == ("torch", torch.bfloat16) else 2e-5  # whose logits are rounded to bf16
+    torch.testing.assert_close(nll.double(), exact_nll.detach(), rtol=close, atol=close)
     torch.testing.assert_close(total, (nll * factors).sum())
     for mine, theirs in zip(found, exact, strict=True):
         error = float((mine.double() - theirs).norm() / theirs.norm())
