@@ -1,5 +1,6 @@
 # make demo   a trained model, a report and a sample, from nothing but Python and this folder
-# make test   the whole fast suite           make lint   ruff and mypy           make clean   all but runs/
+# make test   the whole suite                make quick  all but slow tests
+# make lint   ruff and mypy                  make clean  all but runs/
 #
 # Everything is installed into .venv, editable, at the versions of constraints.txt. The stamps make a second call
 # start at once; they are renewed when pyproject.toml or constraints.txt changes.
@@ -9,15 +10,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location \
           --root-user-action ignore --constraint constraints.txt
+# A worker for each core. The tests of a file stay together, since they share what is costly to make.
+WORKERS := -n auto --dist loadfile
 CACHES := build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moestro train --preset demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from command_line import Call
 
-from moestro.cli import main
 from moestro.cli.serve import parse_bytes
 from moestro.config import Config
 from moestro.data.tokenizer import Tokenizer
@@ -103,25 +103,22 @@ def test_a_key_is_asked_for(model: Path, tmp_path: Path) -> None:
         assert httpx.get(url + "/v1/models", headers=headers).status_code == 200
 
 
-Call = Callable[..., str]
+Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def refused(call: Call) -> Refused:
     """`refused("--port", 1)` -> the one line of standard error, after exit code 2."""
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["moestro", "serve", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        err = capsys.readouterr().err
-        assert caught.value.code == 2 and len(err.strip().splitlines()) == 1
+        code, _, err = call("serve", *arguments)
+        assert code == 2 and len(err.strip().splitlines()) == 1
         return err
 
     return run
 
 
-def test_a_port_that_is_taken(refused: Call, model: Path) -> None:
+def test_a_port_that_is_taken(refused: Refused, model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1 port {port}" in refused(model, "--port", port)
@@ -129,11 +126,11 @@ def test_a_port_that_is_taken(refused: Call, model: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.com"])
-def test_addresses_that_others_can_reach_want_a_key(refused: Call, model: Path, host: str) -> None:
+def test_addresses_that_others_can_reach_want_a_key(refused: Refused, model: Path, host: str) -> None:
     assert "--api-key-file" in refused(model, "--host", host)
 
 
-def test_keys_and_models_that_cannot_be_used(refused: Call, model: Path, tmp_path: Path) -> None:
+def test_keys_and_models_that_cannot_be_used(refused: Refused, model: Path, tmp_path: Path) -> None:
     assert "cannot read the API key" in refused(model, "--api-key-file", tmp_path / "none")
     for text in ("short", "two words of sixteen", "schlüssel-schlüssel", "0123456789abcdef\nmore"):
         (tmp_path / "key").write_text(text)
@@ -144,7 +141,7 @@ def test_keys_and_models_that_cannot_be_used(refused: Call, model: Path, tmp_pat
 
 
 def test_without_the_extra_one_line_says_what_to_install(
-    refused: Call, model: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "moestro.server.run", raising=False)
