@@ -29,6 +29,6 @@ def compile_all(folder: Path, sources: Mapping[str, Sequence[str]], common: Sequ
         command = [COMPILER, *common, *flags, "-c", source, "-o", objects[-1]]
         building.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     for process in building:
-        _, errors = process.communicate(timeout=600)
+        _, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
     return objects
