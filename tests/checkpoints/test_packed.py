@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from fused_experts import fuse
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
@@ -101,18 +102,6 @@ def test_packed_in_memory_from_files_and_saved_are_the_same_bits(
     assert (mapped.runtime.routed_bytes, mapped.runtime.other_bytes) == (held.routed_bytes, held.other_bytes)
     assert answers(mapped) == answers(original)
     assert mapped.generate("the cat", max_tokens=9) == original.generate("the cat", max_tokens=9)
-
-
-def fuse(tensors: dict[str, torch.Tensor]) -> None:
-    """Experts of a layer in one tensor, as newer transformers write them."""
-    for prefix in {name.split(".experts.")[0] for name in tensors if ".mlp.experts." in name}:
-        parts = {
-            kind: [tensors.pop(f"{prefix}.experts.{e}.{kind}_proj.weight") for e in range(8)]
-            for kind in ("gate", "up", "down")
-        }
-        pairs = zip(parts["gate"], parts["up"], strict=True)
-        tensors[f"{prefix}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
-        tensors[f"{prefix}.experts.down_proj"] = torch.stack(parts["down"])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
