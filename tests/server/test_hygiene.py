@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import itertools
 import json
 import math
 import socket
@@ -181,14 +182,16 @@ def test_every_route_but_health_and_the_page_wants_the_key(guarded: Live) -> Non
     paths = guarded.http.get("/openapi.json").json()["paths"]
     routes = [(method, path) for path, methods in paths.items() for method in methods]
     assert {"/v1/chat/completions", "/metrics", "/routing", "/tokenize", "/version", "/health"} <= paths.keys()
-    for method, path in [*routes, ("get", "/openapi.json"), ("get", "/none"), ("post", "/webx"), ("get", "/health/x")]:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}, {"X-Api-Key": KEY}):
-            reply = httpx.request(method, guarded.url + path, headers=headers)
+    wrong = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}, {"X-Api-Key": KEY})
+    others = [("get", "/openapi.json"), ("get", "/none"), ("post", "/webx"), ("get", "/health/x")]
+    with httpx.Client(base_url=guarded.url) as stranger:
+        for (method, path), headers in itertools.product([*routes, *others], wrong):
+            reply = stranger.request(method, path, headers=headers)
             if path == "/health":
                 assert reply.status_code == 200
             else:
                 assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key", path
-    assert httpx.get(guarded.url + "/").status_code == 200
+        assert stranger.get("/").status_code == 200
     assert guarded.http.get("/version").status_code == 200
 
 
