@@ -214,14 +214,14 @@ for command in ("", *commands.split()):
 heavy = {"torch", "pyarrow", "transformers", "datasets"} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "--resume" in done.stdout
 
 
 def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "moestro", "generate", "/nowhere", "--prompt", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "/nowhere" in done.stderr
 

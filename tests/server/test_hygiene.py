@@ -138,7 +138,7 @@ def test_forms_of_other_sites_are_not_read_as_json(live: Live) -> None:
 
 def send_raw(live: Live, data: bytes) -> bytes:
     host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         try:
             connection.sendall(data)
             return connection.makefile("rb").readline()
@@ -172,7 +172,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(
     monkeypatch.setattr(guard.Guard.__init__, "__defaults__", (None, 0.2))
     with run_live(make_engine, tokenizer_path) as running:
         host, port = running.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as connection:
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
             head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(head + b"Content-Length: 9\r\n\r\n{")
             assert b" 408 " in connection.makefile("rb").readline()
@@ -228,7 +228,7 @@ def test_a_client_that_hangs_up_is_dropped_within_a_step(
     aborted = live.service.metrics.aborted._value.get()
     body = json.dumps({**LONG, "messages": TALK, "stream": stream, "n": 2}).encode()
     host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(
             f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -277,7 +277,7 @@ def test_a_request_that_makes_the_engine_raise_fails_alone(
     with live.http.stream("POST", "/v1/completions", json={**good, "stream": True}) as reply:
         lines = reply.iter_lines()
         first = next(line for line in lines if line)
-        bad = httpx.post(live.url + "/v1/completions", json={**good, "seed": 666}, timeout=30)
+        bad = httpx.post(live.url + "/v1/completions", json={**good, "seed": 666}, timeout=60)
         rest = [line for line in lines if line]
     assert bad.status_code == 500 and bad.json()["error"]["type"] == "server_error"
     assert "secret" not in bad.text and "secret" in caplog.text

@@ -129,7 +129,7 @@ def start_process(config: Config, run: Path, folder: Path) -> subprocess.Popen[b
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     """Poll until `condition` holds; the process must live as long."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < end, "the run does not move"
