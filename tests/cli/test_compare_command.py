@@ -41,6 +41,7 @@ def small(text_file: Path) -> list[str]:
     return ["--data", str(text_file), *(part for pair in SMALL for part in ("--set", pair)), "--seeds", "1"]
 
 
+@pytest.mark.slow
 def test_cells_are_trained_shown_and_not_trained_again(
     call: Call, compare: Call, small: list[str], tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_cells_are_trained_shown_and_not_trained_again(
     assert code == 2 and "leaves out" in stderr and (out / v3["run"] / "run.json").stat().st_mtime_ns == changed
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["compare", "--routers", "switch,hash", "--budget", "9Mtok", "--out", str(out), *small]
