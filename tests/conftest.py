@@ -1,8 +1,8 @@
 """What many tests share: a little text, a tiny configuration, one trained run. Everything is made once, offline.
 
 With `pytest -n auto` there is one worker for each usable core, up to `MAX_WORKERS`. A worker and the processes that its
-tests start compute with one thread each, and threads that a test asks for sleep while they wait: spinning, the threads
-of two workers on two cores take turns and are ten times slower. Both settings must come before torch is imported.
+tests start compute with one thread each. Threads that a test asks for sleep while they wait: spinning threads of two
+workers, or of a test and anything else on the machine, are ten times slower. Both settings must come before torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 
