@@ -1,5 +1,6 @@
 # make demo   a trained model, a report and a sample, from nothing but Python and this folder
-# make test   the whole fast suite           make lint   ruff, clang-format, mypy       make clean   all but runs/
+# make test   the whole suite                make quick  all but slow tests
+# make lint   ruff, clang-format, mypy       make clean  all but runs/
 #
 # Everything is installed into .venv, editable, at the versions of constraints.txt. The stamps make a second call
 # start at once; they are renewed when the requirements, the kernels or what builds them change.
@@ -15,13 +16,19 @@ CACHES := build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesi
 
 NEWER  := 3.12 3.13  # what lint checks beside the Python that runs it
 
-.PHONY: demo test lint clean
+# A worker for each core. The tests of a file stay together, since they share what is costly to make.
+WORKERS := -n auto --dist loadfile
+
+.PHONY: demo test quick lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moestro train --preset demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

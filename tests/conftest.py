@@ -1,17 +1,30 @@
-"""What many tests share: a little text, a tiny configuration, one trained run. Everything is made once, offline."""
+"""What many tests share: a little text, a tiny configuration, one trained run. Everything is made once, offline.
+
+With `pytest -n auto` there is one worker for each usable core, up to `MAX_WORKERS`. A worker and the processes that its
+tests start compute with one thread each. Threads that a test asks for sleep while they wait: spinning threads of two
+workers, or of a test and anything else on the machine, are ten times slower. Both settings must come before torch.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 from moestro.config import Config, build_config
 from moestro.data.tokenizer import Tokenizer
+from moestro.machine import usable_cores
+
+MAX_WORKERS = 8  # each takes up to 2 GB, and makes the shared fixtures anew
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "ran", "over", "hill", "and", "12", "345", "été", "moon", "tree"]
 TINY_MODEL: dict[str, Any] = {
@@ -23,6 +36,12 @@ TINY_TRAIN: dict[str, Any] = {
     "steps": 12, "seq_len": 32, "batch_size": 4, "warmup_steps": 2, "lr": 3e-3, "dtype": "fp32", "threads": 1,
     "checkpoint_every": 5, "keep_checkpoints": 2, "eval_every": 6,
 }  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: xdist itself knows nothing of the quotas of containers."""
+    return min(usable_cores(), MAX_WORKERS)
 
 
 def write_texts(path: Path, count: int = 120, seed: int = 0) -> Path:

@@ -26,7 +26,7 @@ BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*?) -->\n\s*)?^```(?:bash|sh|shell)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-SECONDS_PER_BLOCK = 240
+SECONDS_PER_BLOCK = 900
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 A template is a program that came with a checkpoint, and messages are its input. `data/template.py` keeps it in a
 sandbox and bounds its size, loops and output; what a sandbox cannot bound, time and memory, an operating system can.
-The child reads one JSON object a line and answers with one; when it is late it is killed, and the next request starts
-another.
+The child says `READY` once it has loaded the tokenizer; then it reads one JSON object a line and answers with one. When
+an answer is late the child is killed, and the next request starts another. Starting has a limit of its own, so that a
+busy machine never makes the first request fail.
 
-    python -m moestro.server.renderer TOKENIZER      # {"messages": […], "variables": {…}} -> {"ids": […]}
+    python -m moestro.server.renderer TOKENIZER BYTES      # {"messages": […], "variables": {…}} -> {"ids": […]}
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import DataError
 
-SECONDS, MEMORY_BYTES = 10.0, 4 * 2**30
+SECONDS, START_SECONDS, MEMORY_BYTES = 10.0, 120.0, 4 * 2**30
+READY = b"ready\n"
 RESERVED = frozenset({"messages", "chat_template", "template", "add_generation_prompt"})
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 
@@ -33,9 +35,9 @@ _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 class Renderer:
     """Messages to ids through the child. Calls wait for each other."""
 
-    def __init__(self, tokenizer_path: Path, seconds: float = SECONDS) -> None:
+    def __init__(self, tokenizer_path: Path, seconds: float = SECONDS, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self.seconds = seconds
-        self._path = tokenizer_path
+        self._arguments = [str(tokenizer_path), str(memory_bytes)]
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -57,18 +59,7 @@ class Renderer:
             self._kill()
 
     def _ask(self, line: bytes) -> dict[str, Any]:
-        child = self._start()
-        late = threading.Timer(self.seconds, child.kill)
-        late.start()
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            child.stdin.write(line)
-            child.stdin.flush()
-            answer = child.stdout.readline()
-        except BrokenPipeError:
-            answer = b""
-        finally:
-            late.cancel()
+        answer = self._exchange(self._start(), line, self.seconds)
         if not answer.endswith(b"\n"):
             self._kill()
             raise DataError(f"the chat template needs more than {self.seconds:g} seconds, or too much memory")
@@ -76,16 +67,35 @@ class Renderer:
         return tree
 
     def _start(self) -> subprocess.Popen[bytes]:
+        """The child, ready for a request. RuntimeError where it cannot start: no client's fault."""
         if self._child is None or self._child.poll() is not None:
             self._kill()
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "moestro.server.renderer", str(self._path)],
+                [sys.executable, "-P", "-m", "moestro.server.renderer", *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
                 start_new_session=True,  # a terminal's Ctrl-C is for the server, which drains first
             )
+            if self._exchange(self._child, b"", START_SECONDS) != READY:
+                self._kill()
+                raise RuntimeError("the process of the chat template does not start")
         return self._child
+
+    @staticmethod
+    def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes:
+        """The child's next line after it got `line`; cut short where it ended, or was killed after `seconds`."""
+        late = threading.Timer(seconds, child.kill)
+        late.start()
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(line)
+            child.stdin.flush()
+            return child.stdout.readline()
+        except BrokenPipeError:
+            return b""
+        finally:
+            late.cancel()
 
     def _kill(self) -> None:
         if self._child is not None:
@@ -130,8 +140,10 @@ def limit_memory(num_bytes: int) -> None:
 
 def main() -> None:
     """Answer until the input ends."""
-    limit_memory(MEMORY_BYTES)
-    tokenizer = Tokenizer.from_file(sys.argv[1])
+    tokenizer_path, memory_bytes = sys.argv[1:]
+    limit_memory(int(memory_bytes))
+    tokenizer = Tokenizer.from_file(tokenizer_path)
+    print(READY.decode(), end="", flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(line, tokenizer)), flush=True)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_experts import fuse
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -40,18 +41,6 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-
-
-def fuse(tensors: dict[str, torch.Tensor]) -> None:
-    """Experts of a layer in one tensor, as newer transformers write them."""
-    for prefix in {name.split(".experts.")[0] for name in tensors if ".mlp.experts." in name}:
-        parts = {
-            kind: [tensors.pop(f"{prefix}.experts.{e}.{kind}_proj.weight") for e in range(8)]
-            for kind in ("gate", "up", "down")
-        }
-        pairs = zip(parts["gate"], parts["up"], strict=True)
-        tensors[f"{prefix}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
-        tensors[f"{prefix}.experts.down_proj"] = torch.stack(parts["down"])
 
 
 def test_experts_one_by_one_and_fused_load_equal(directory: Path) -> None:

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Call, Result, last_json
 
-from moestro.cli import main
 from moestro.config import Config
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`call("ablate", run)` -> exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moestro", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +23,14 @@ def two_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def last_json(result: tuple[int, str, str]) -> dict[str, Any]:
-    code, out, err = result
-    assert (code, err) == (0, "")
-    tree: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-    return tree
+def quiet_json(result: Result) -> dict[str, Any]:
+    """The JSON of a command that had nothing to say beside it."""
+    assert result[2] == ""
+    return last_json(result)
 
 
 def test_json_of_all_ablations(call: Call, tiny_run: Path, two_domains: Path) -> None:
-    tree = last_json(call("ablate", tiny_run, "--data", two_domains, "--seeds", 2, "--json"))
+    tree = quiet_json(call("ablate", tiny_run, "--data", two_domains, "--seeds", 2, "--json"))
     rows = {row["name"]: row for row in tree["ablations"]}
     controlled = ["domain:animals", "domain:numbers", "control"]
     assert list(rows) == ["top1", "fraction:0.25", "shared", "shared+1", *controlled]
@@ -58,7 +39,7 @@ def test_json_of_all_ablations(call: Call, tiny_run: Path, two_domains: Path) ->
         assert list(row["domains"]) == ["animals", "numbers"] == list(tree["intact"]["domains"])
         assert row["masked"]
     assert {name: row["draws"] for name, row in rows.items() if row["draws"] > 1} == {"fraction:0.25": 2, "control": 2}
-    evaluated = last_json(call("eval", tiny_run, "--data", two_domains, "--json"))
+    evaluated = quiet_json(call("eval", tiny_run, "--data", two_domains, "--json"))
     assert (tree["tokens"], tree["intact"]["bits_per_byte"]) == (evaluated["tokens"], evaluated["bits_per_byte"])
 
 

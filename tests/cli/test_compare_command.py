@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import Call
 
-from moestro.cli import main
 from moestro.cli.compare import difference_text, spread, target_text
 from moestro.compare.results import (
     CellSummary,
@@ -24,7 +23,6 @@ from moestro.compare.results import (
 )
 from moestro.training.metrics import read_metrics
 
-Call = Callable[..., tuple[int, str, str]]
 SMALL = (
     *("model.vocab_size=300", "model.hidden_dim=32", "model.num_layers=2", "model.dense_dim=64", "train.threads=1"),
     *("train.seq_len=32", "train.batch_size=4", "data.valid_fraction=0.1", "train.warmup_steps=2"),
@@ -32,18 +30,9 @@ SMALL = (
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`call("--budget", "1ktok")` -> exit code, standard output, standard error of `moestro compare`."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moestro", "compare", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, out, err
-
-    return run
+def compare(call: Call) -> Call:
+    """`compare("--budget", "1ktok")` -> what `moestro compare` gives."""
+    return partial(call, "compare")
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +41,16 @@ def small(text_file: Path) -> list[str]:
     return ["--data", str(text_file), *(part for pair in SMALL for part in ("--set", pair)), "--seeds", "1"]
 
 
+@pytest.mark.slow
 def test_cells_are_trained_shown_and_not_trained_again(
-    call: Call, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, compare: Call, small: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     cells = "dense,v3=deepseek-v3:mtp_depth=1,bad=switch:vocab_size=10"
     arguments = ("--routers", cells, "--budget", "1ktok", "--out", out, *small, "--json")
-    code, stdout, stderr = call(*arguments)
+    code, stdout, stderr = compare(*arguments)
     assert code == 1 and "1 of 3 runs failed" in stderr and "bad, seed 0 failed: the tokenizer has" in stderr
-    tree: dict[str, Any] = json.loads(stdout.strip().splitlines()[-1])
+    tree = json.loads(stdout.strip().splitlines()[-1])
     assert (tree["runs"], tree["finished"], tree["failed"], tree["baseline"]) == (3, 2, 1, "dense")
     assert Path(tree["report"]).is_file() and "At equal tokens" in stdout and "(one seed)" in stdout
 
@@ -76,16 +66,15 @@ def test_cells_are_trained_shown_and_not_trained_again(
 
     page = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
-    monkeypatch.setattr(sys, "argv", ["moestro", "report", str(out)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 0 and (out / "report.html").read_bytes() == page
+    assert call("report", out)[0] == 0 and (out / "report.html").read_bytes() == page
 
+    fewer = ("--routers", "dense,v3=deepseek-v3:mtp_depth=1", "--budget", "1ktok", "--out", out, *small)
     changed = (out / v3["run"] / "run.json").stat().st_mtime_ns
-    code, _, stderr = call("--routers", "dense,v3=deepseek-v3:mtp_depth=1", "--budget", "1ktok", "--out", out, *small)
+    code, _, stderr = compare(*fewer)
     assert code == 2 and "leaves out" in stderr and (out / v3["run"] / "run.json").stat().st_mtime_ns == changed
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["compare", "--routers", "switch,hash", "--budget", "9Mtok", "--out", str(out), *small]
@@ -95,11 +84,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small: list[str], tmp_path: Path) ->
         env=environment, text=True, start_new_session=True,
     )  # fmt: skip
     run = out / "cells" / "switch" / "seed-0"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not read_metrics(run) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to the whole group
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert "Go on with:\n  moestro compare --routers switch,hash" in stderr
     stopped, waiting = read_results(out)
@@ -108,10 +97,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small: list[str], tmp_path: Path) ->
     assert (checkpoint / "manifest.json").is_file() and stopped["steps"] == int(checkpoint.name.removeprefix("step-"))
 
 
-def test_a_dry_run_shows_cells_and_writes_nothing(call: Call, small: list[str], tmp_path: Path) -> None:
+def test_a_dry_run_shows_cells_and_writes_nothing(compare: Call, small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--routers", "dense,[b]=switch:expert_dim=4", "--budget", "1ktok", "--out", out, "--dry-run", *small)
-    code, stdout, stderr = call(*arguments, "--json")
+    code, stdout, stderr = compare(*arguments, "--json")
     tree = json.loads(stdout.strip().splitlines()[-1])
     assert code == 0 and not out.exists() and "[b]" in stdout
     assert [cell["label"] for cell in tree["cells"]] == ["dense", "[b]"] and tree["cells"][0]["flops_ratio"] == 1.0
@@ -131,8 +120,8 @@ def test_a_dry_run_shows_cells_and_writes_nothing(call: Call, small: list[str], 
         (("--jobs", "0"), "jobs must be"),
     ],
 )
-def test_mistakes_are_one_line(call: Call, arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    code, _, stderr = call(*arguments, "--out", tmp_path / "out")
+def test_mistakes_are_one_line(compare: Call, arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    code, _, stderr = compare(*arguments, "--out", tmp_path / "out")
     assert code == 2 and message in stderr and len(stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 

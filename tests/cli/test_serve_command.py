@@ -1,35 +1,44 @@
-"""`moestro serve` as a process: the line when it is ready, what it refuses to do, and how it ends."""
+"""`moestro serve`: as a process, the line when it is ready and how it ends; in ours, what it refuses to do."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from command_line import Call
+from starlette.testclient import TestClient
 
-from moestro.cli import main
 from moestro.cli.serve import parse_bytes
 from moestro.config import Config
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights
+from moestro.server import run
+from moestro.server.app import create_app
+from moestro.server.run import address_of
+from moestro.server.service import Service
 from moestro.training.checkpoint import write_model_directory
 
-LONG = {"prompt": "the cat", "max_tokens": 400, "temperature": 0, "logit_bias": {"1": -100}}
+LONG = {
+    "prompt": "the cat", "temperature": 0, "logit_bias": {"1": -100}, "stream": True,
+    "stream_options": {"include_usage": True},
+}  # fmt: skip
+SECONDS = 120  # what has not happened by then never does
 
 
 @pytest.fixture(scope="module")
 def model(make_config: Callable[..., Config], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = Transformer(make_config("model.max_seq_len=512").model)
+    model = Transformer(make_config("model.max_seq_len=16384").model)
     init_weights(model, 0)
     directory = tmp_path_factory.mktemp("models") / "tiny"
     directory.mkdir()
@@ -54,73 +63,71 @@ def serving(model: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
             process.kill()
 
 
-def ask(url: str, into: list[httpx.Response]) -> threading.Thread:
-    """A long request under way in a thread."""
-    thread = threading.Thread(target=lambda: into.append(httpx.post(url + "/v1/completions", json=LONG, timeout=90)))
-    thread.start()
-    for _ in range(500):
-        if "num_requests_running 1.0" in httpx.get(url + "/metrics").text:
-            return thread
-        time.sleep(0.01)
-    pytest.fail("the request does not run")
+@contextmanager
+def streaming(url: str, max_tokens: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """The chunks of a request, which has begun to run with the first of them."""
+    body = {**LONG, "max_tokens": max_tokens}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=SECONDS) as reply:
+        yield (json.loads(line[6:]) for line in reply.iter_lines() if line.startswith("data: {"))
 
 
-def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(model: Path) -> None:
-    replies: list[httpx.Response] = []
-    with serving(model, "--drain-seconds", "120") as (process, url):
+def test_sigterm_lets_running_requests_finish(model: Path) -> None:
+    with serving(model, "--drain-seconds", "1000") as (process, url):
         assert httpx.get(url + "/v1/models").json()["data"][0]["id"] == "tiny"
-        thread = ask(url, replies)
-        process.send_signal(signal.SIGTERM)
-        for _ in range(100):
-            if httpx.get(url + "/health").status_code != 200:
-                break
-            time.sleep(0.01)
-        refused = httpx.post(url + "/v1/completions", json={"prompt": "x"})
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "closing"
-        thread.join()
-        assert process.wait(60) == 0
+        with streaming(url, max_tokens=400) as chunks:
+            assert next(chunks)["choices"]
+            process.send_signal(signal.SIGTERM)
+            *_, last = chunks
+        assert last["usage"]["completion_tokens"] == 400
+        assert process.wait(SECONDS) == 0
         assert process.stderr is not None and process.stderr.read() == ""
-    assert replies[0].status_code == 200 and replies[0].json()["usage"]["completion_tokens"] == 400
 
 
-def test_draining_has_a_limit_and_a_second_signal_ends_at_once(model: Path) -> None:
-    replies: list[httpx.Response] = []
-    with serving(model, "--drain-seconds", "0.1") as (process, url):
-        thread = ask(url, replies)
-        process.send_signal(signal.SIGTERM)
-        thread.join()
-        assert process.wait(30) == 128 + signal.SIGTERM
-    assert replies[0].status_code == 503 and "shutting down" in replies[0].json()["error"]["message"]
+def test_draining_has_a_limit(model: Path) -> None:
+    """16,000 tokens take so long that they cannot be done before the limit."""
+    with serving(model, "--drain-seconds", "0") as (process, url):
+        with streaming(url, max_tokens=16_000) as chunks:
+            assert next(chunks)["choices"]
+            process.send_signal(signal.SIGTERM)
+            *_, last = chunks
+        assert "shutting down" in last["error"]["message"]
+        assert process.wait(SECONDS) == 128 + signal.SIGTERM
 
 
-def test_a_key_is_asked_for(model: Path, tmp_path: Path) -> None:
-    key = tmp_path / "key"
-    key.write_text("0123456789abcdef\n")
-    with serving(model, "--api-key-file", str(key), "--served-name", "tiny") as (_, url):
-        assert httpx.get(url + "/v1/models").status_code == 401
-        headers = {"Authorization": "Bearer 0123456789abcdef"}
-        assert httpx.get(url + "/v1/models", headers=headers).status_code == 200
+def test_a_key_is_asked_for(call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "0123456789abcdef"
+    (tmp_path / "key").write_text(key + "\n")
+    statuses = []
+
+    def ask(service: Service, listener: socket.socket, key: str | None, drain_seconds: float) -> int:
+        with TestClient(create_app(service, key=key), address_of(listener)) as client:
+            statuses.append(client.get("/v1/models").status_code)
+            statuses.append(client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code)
+        service.close()
+        return 0
+
+    monkeypatch.setattr(run, "run_service", ask)
+    options = ("--port", 0, "--memory", "64MiB", "--served-name", "tiny")
+    assert call("serve", model, "--api-key-file", tmp_path / "key", *options) == (0, "", "")
+    assert statuses == [401, 200]
 
 
-Call = Callable[..., str]
+Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def refused(call: Call) -> Refused:
     """`refused("--port", 1)` -> the one line of standard error, after exit code 2."""
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["moestro", "serve", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        err = capsys.readouterr().err
-        assert caught.value.code == 2 and len(err.strip().splitlines()) == 1
+        code, _, err = call("serve", *arguments)
+        assert code == 2 and len(err.strip().splitlines()) == 1
         return err
 
     return run
 
 
-def test_a_port_that_is_taken(refused: Call, model: Path) -> None:
+def test_a_port_that_is_taken(refused: Refused, model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1 port {port}" in refused(model, "--port", port)
@@ -128,11 +135,11 @@ def test_a_port_that_is_taken(refused: Call, model: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.com"])
-def test_addresses_that_others_can_reach_want_a_key(refused: Call, model: Path, host: str) -> None:
+def test_addresses_that_others_can_reach_want_a_key(refused: Refused, model: Path, host: str) -> None:
     assert "--api-key-file" in refused(model, "--host", host)
 
 
-def test_keys_and_models_that_cannot_be_used(refused: Call, model: Path, tmp_path: Path) -> None:
+def test_keys_and_models_that_cannot_be_used(refused: Refused, model: Path, tmp_path: Path) -> None:
     assert "cannot read the API key" in refused(model, "--api-key-file", tmp_path / "none")
     for text in ("short", "two words of sixteen", "schlüssel-schlüssel", "0123456789abcdef\nmore"):
         (tmp_path / "key").write_text(text)
@@ -143,7 +150,7 @@ def test_keys_and_models_that_cannot_be_used(refused: Call, model: Path, tmp_pat
 
 
 def test_without_the_extra_one_line_says_what_to_install(
-    refused: Call, model: Path, monkeypatch: pytest.MonkeyPatch
+    refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "moestro.server.run", raising=False)

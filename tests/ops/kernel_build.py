@@ -31,7 +31,11 @@ def compile_all(folder: Path, sources: Mapping[str, Sequence[str]], common: Sequ
         objects.append(str(folder / f"{Path(source).stem}.o"))
         command = [COMPILER, *common, *flags, "-c", source, "-o", objects[-1]]
         building.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-    for process in building:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    try:
+        for process in building:
+            _, errors = process.communicate(timeout=1800)
+            assert process.returncode == 0, errors
+    finally:
+        for process in building:
+            process.kill()
     return objects

@@ -83,7 +83,7 @@ def draw(path: Path, profile: Path) -> str:
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
     options = [*flags.split(), f"--user-data-dir={profile}", "--virtual-time-budget=2000"]
     command = [CHROMIUM, *options, "--dump-dom", path.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in result.stderr
     assert re.search(r'<html[^>]*class="drawn"', result.stdout)
     return result.stdout

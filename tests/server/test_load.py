@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from live import Live, MakeEngine, run_live
+from live import Held, Live, MakeEngine, run_live
 
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.sequence import Request, SamplingParams
@@ -42,16 +42,30 @@ async def read(http: httpx.AsyncClient, body: dict[str, Any]) -> str:
     return text
 
 
-async def be_client(url: str, bodies: list[dict[str, Any]], rng: random.Random) -> list[str | None]:
+async def be_client(live: Live, bodies: list[dict[str, Any]], rng: random.Random) -> list[str | None]:
     """The texts; None where this client hung up."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-        return [await hang_up(http, body, rng) if rng.random() < 0.2 else await read(http, body) for body in bodies]
+    async with httpx.AsyncClient(base_url=live.url, timeout=60) as http:
+        return [
+            await hang_up(live, http, body, rng.randrange(50)) if rng.random() < 0.2 else await read(http, body)
+            for body in bodies
+        ]
 
 
-async def hang_up(http: httpx.AsyncClient, body: dict[str, Any], rng: random.Random) -> None:
-    """Ask for much and leave soon."""
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(read(http, {**body, "max_tokens": 800}), rng.uniform(0.01, 0.1))
+async def hang_up(live: Live, http: httpx.AsyncClient, body: dict[str, Any], steps: int) -> None:
+    """Ask for much and leave after a few steps of the engine, which waits for that: 800 tokens take hundreds."""
+    held = Held(live.engine.step, after=steps)
+    live.engine.step = held  # type: ignore[method-assign]
+    reading = asyncio.ensure_future(read(http, {**body, "max_tokens": 800}))
+    try:
+        async with asyncio.timeout(60):
+            while not held.reached.is_set():
+                await asyncio.sleep(0.002)
+        assert not reading.done()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    finally:
+        held.release()
 
 
 def test_many_clients_of_whom_some_hang_up(make_engine: MakeEngine, tokenizer_path: Path, tokenizer: Tokenizer) -> None:
@@ -59,7 +73,7 @@ def test_many_clients_of_whom_some_hang_up(make_engine: MakeEngine, tokenizer_pa
     bodies = [[make_body(rng) for _ in range(REQUESTS_EACH)] for _ in range(CLIENTS)]
 
     async def run(live: Live) -> list[list[str | None]]:
-        return await asyncio.gather(*(be_client(live.url, own, random.Random(n)) for n, own in enumerate(bodies)))
+        return await asyncio.gather(*(be_client(live, own, random.Random(n)) for n, own in enumerate(bodies)))
 
     threads = threading.active_count()
     with run_live(lambda: make_engine(num_pages=48, max_running=12, token_budget=64), tokenizer_path) as live:

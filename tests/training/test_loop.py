@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,51 +119,47 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(make_config: Make, tin
     assert_same_run(run, tiny_run)
 
 
-def start_process(config: Config, run: Path, folder: Path) -> subprocess.Popen[bytes]:
-    file = folder / "config.json"
-    file.write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "moestro", "train", "--config", str(file), "--out", str(run), "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+KILLED = """
+import os, signal, sys
+from moestro.cli import main
+from moestro.training import checkpoint, loop, metrics
+
+owner, name, number = {
+    "step": (loop, "train_step", 8),
+    "log": (metrics.RunLog, "step", 8),
+    "checkpoint": (checkpoint, "write_tensors", 2),
+}[sys.argv.pop(1)]
+original, calls = getattr(owner, name), 0
+
+def dies(*args, **kwargs):
+    global calls
+    calls += 1
+    result = original(*args, **kwargs)
+    if calls == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(owner, name, dies)
+main()
+"""
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Poll until `condition` holds; the process must live as long."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, "the run ended too early"
-        assert time.monotonic() < end, "the run does not move"
-        time.sleep(0.001)
-
-
-def has_steps(run: Path, count: int) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and path.read_bytes().count(b"\n") >= count
-
-
-@pytest.fixture(scope="module")
-def long_run(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("long") / "run"
-    train(make_config("train.steps=120", "train.checkpoint_every=4", "train.eval_every=60"), run, quiet=True)
-    return run
-
-
-@pytest.mark.parametrize("moment", ["step", "checkpoint"])
-def test_a_killed_process_loses_nothing(make_config: Make, long_run: Path, tmp_path: Path, moment: str) -> None:
-    config = make_config("train.steps=120", "train.checkpoint_every=4", "train.eval_every=60")
-    run = tmp_path / "run"
-    process = start_process(config, run, tmp_path)
-    try:
-        wait_until(lambda: has_steps(run, 13), process)
-        if moment == "checkpoint":
-            wait_until(lambda: any((run / "checkpoints").glob("*.tmp")), process)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not has_steps(run, 120)
-    outcome = train(config, run, resume=True, quiet=True)
-    assert outcome.step == 120
+@pytest.mark.parametrize(("moment", "steps"), [("step", 7), ("log", 8), ("checkpoint", 10)])
+def test_a_killed_process_loses_nothing(
+    make_config: Make, tiny_run: Path, tmp_path: Path, moment: str, steps: int
+) -> None:
+    """Killed after it computed its eighth step, logged it, or wrote half of its second checkpoint."""
+    run, file = tmp_path / "run", tmp_path / "config.json"
+    file.write_text(json.dumps(make_config().model_dump(mode="json")))
+    arguments = [moment, "train", "--config", str(file), "--out", str(run), "--quiet"]
+    process = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert len(read_metrics(run)) == steps
+    assert [path.name for path in (run / "checkpoints").glob("*.tmp")] == ["step-00000010.tmp"] * (steps == 10)
+    outcome = train(make_config(), run, resume=True, quiet=True)
+    assert outcome.step == 12
     assert not list((run / "checkpoints").glob("*.tmp"))
-    assert_same_run(run, long_run)
+    assert_same_run(run, tiny_run)
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_a_resume_repairs_it(
