@@ -133,7 +133,7 @@ class TestHostileText:
         tags = set(re.findall(r"<(\w+)", kept[1]))
         assert tags <= {"div", "a", "p", "br", "code", "pre"}
         log = page.driver.get_log("browser")  # it tells of what it blocks, even in a document that is not shown
-        assert all("has been fused" in entry["message"] for entry in log)
+        assert all("has been blocked" in entry["message"] for entry in log)
         assert "onerror" not in kept[1] and "javascript:window.hacked=5" not in kept[1] and "style=" not in kept[1]
 
     def test_a_conversation_with_a_hostile_title_and_question(self, page: Page) -> None:
