@@ -186,7 +186,7 @@ class Runtime:
             for first, last in pairwise(texts.starts):
                 pages = range(num_pages, num_pages := num_pages + pages_for(last - first))
                 parts.append((texts.tokens[first:last].tolist(), 0, pages))
-            if cache is None or len(cache.layers[0]) < num_pages:
+            if cache is None or len(cache.routes) < num_pages:
                 cache = None  # before the next one is made
                 cache = PagedCache(self.config, num_pages, self.dtype)
             output = self.forward(cache.prepare(parts), cache, texts.ids)

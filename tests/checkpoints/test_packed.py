@@ -326,7 +326,7 @@ def test_loading_needs_little_more_than_the_packed_weights(
     peak, runtime = peak_bytes(large, lambda: load(large, weights="int8").runtime)
     packed = sum(tensor.nbytes for tensor in runtime.tensors.values())
     assert packed > 50e6
-    assert packed <= peak < 1.05 * packed
+    assert packed <= peak < 1.1 * packed
     pack(large, tmp_path / "packed", weights="int8")
     peak, runtime = peak_bytes(tmp_path / "packed", lambda: load(tmp_path / "packed").runtime)
     assert sum(tensor.nbytes for tensor in runtime.tensors.values()) == packed

@@ -232,7 +232,7 @@ def test_stops_end_a_text(written: LanguageModel) -> None:
     text = [written.tokenizer.decode(ids[:n]) for n in range(17)]
     by_id = run_all(engine_of(written), [Request([5, 6], SamplingParams(stop_ids=frozenset([ids[4]])))])[0]
     assert (by_id.ids, by_id.finish_reason, by_id.stop_string) == (ids[: ids.index(ids[4]) + 1], "stop", None)
-    stop = text[9][-3:]
+    stop = next(end for end in (one[-3:] for one in text[9:]) if "\ufffd" not in end)  # no half character
     by_text = run_all(engine_of(written), [Request([5, 6], SamplingParams(stop=("never!", stop)))])[0]
     count = min(n for n in range(17) if stop in text[n])
     assert (by_text.ids, by_text.finish_reason, by_text.stop_string) == (ids[:count], "stop", stop)

@@ -185,11 +185,15 @@ def answer(engine: Engine, prompt: list[int]) -> Any:
     return completion.ids, completion.logprobs, completion.routes.tolist(), completion.drafts
 
 
+def engine_of(held: LanguageModel) -> Engine:
+    return Engine(held.runtime, held.tokenizer, held.stop_ids, memory_bytes=1 << 20)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_updated_engine_forgets_the_prefixes_of_the_old_weights(make_config: Make, format: str) -> None:
     models = [make_model(make_config, seed=seed) for seed in (0, 10)]
     held = [LanguageModel(model, SimpleNamespace(), frozenset(), weights=format) for model in models]  # type: ignore[arg-type]
-    engine, fresh = (Engine(one, memory_bytes=1 << 20) for one in held)
+    engine, fresh = (engine_of(one) for one in held)
     prompt = random_tokens(100)
     old = answer(engine, prompt)
     assert answer(engine, prompt) == old and engine.stats().prefix_hit_tokens == 64
@@ -205,7 +209,7 @@ def test_an_updated_engine_forgets_the_prefixes_of_the_old_weights(make_config: 
 def test_another_engine_of_the_same_model_forgets_too(make_config: Make) -> None:
     models = [make_model(make_config, seed=seed) for seed in (0, 10)]
     held = LanguageModel(models[0], SimpleNamespace(), frozenset())  # type: ignore[arg-type]
-    engine, other = (Engine(held, memory_bytes=1 << 20) for _ in range(2))
+    engine, other = (engine_of(held) for _ in range(2))
     prompt = random_tokens(100)
     answer(engine, prompt)
     answer(other, prompt)
@@ -221,7 +225,7 @@ def test_another_engine_of_the_same_model_forgets_too(make_config: Make) -> None
 def test_what_cannot_be_updated_is_refused(make_config: Make, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, larger = make_model(make_config), make_model(make_config, "model.expert_dim=24", "model.router.scale=2")
     held = LanguageModel(model, SimpleNamespace(), frozenset())  # type: ignore[arg-type]
-    engine = Engine(held, memory_bytes=1 << 20)
+    engine = engine_of(held)
     before = {name: tensor.clone() for name, tensor in engine.runtime.tensors.items()}
     with pytest.raises(ConfigError, match="another model: expert_dim, router differ"):
         engine.update(larger)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+import steps
 import torch
 import torch.distributed as dist
 from processes import run_processes
@@ -16,8 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from moestro.checkpoints.files import load_model, model_tensors, write_tensors
+from moestro.checkpoints.files import model_tensors, write_tensors
+from moestro.config import build_config, load_file
+from moestro.errors import ConfigError
+from moestro.model.transformer import Transformer
 from moestro.parallel.world import ONE, World, join
+from moestro.training.loop import train
 
 HERE = Path(__file__).parent
 
@@ -64,19 +67,14 @@ def test_a_run_over_two_processes_is_written_once_and_resumes_on_one(tiny_run: P
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused(tiny_run: Path, tmp_path: Path) -> None:
-    from moestro.config import load_file, build_config
-    from moestro.errors import ConfigError
-    from moestro.training.loop import train
 
     config = build_config(load_file(tiny_run / "settings.json"), ["train.batch_size=3"])
-    with pytest.raises(ConfigError, match="train.batch_size=3 cannot be dealt out to 2 processes"):
+    with pytest.raises(ConfigError, match=r"train\.batch_size=3 cannot be dealt out to 2 processes"):
         train(config, tmp_path / "run", quiet=True, world=World(0, 2))
 
 
 def test_sharded_parameters_train_and_are_saved_whole(tmp_path: Path) -> None:
     """FSDP2 in a world of one: blocks, MTP modules and the root wrapped; one step, then a checkpoint of all of it."""
-    import steps
-    from moestro.model.transformer import Transformer
 
     plain = steps.take_steps(ONE, 2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -101,4 +99,3 @@ def test_sharded_parameters_train_and_are_saved_whole(tmp_path: Path) -> None:
     finally:
         dist.destroy_process_group()
     assert (tmp_path / "model.safetensors").stat().st_size > 0
-    assert sys.modules and load_model is not None

@@ -34,7 +34,7 @@ def test_loglikelihoods_of_ids(
     live: Live, language_model: LanguageModel, tokenizer: Tokenizer, max_tokens: int
 ) -> None:
     """A batch of (context, continuation) as ids; the harness sums token_logprobs[context:-1] (with max_tokens 1)."""
-    pairs = [("the cat", " sat on the mat"), ("a", " dog"), ("the dog ran", " over the hill and the moon")]
+    pairs = [("the cat", " sat on the mat"), ("on", " hill"), ("the dog ran", " over the hill and the moon")]
     encoded = [(tokenizer.encode(a), tokenizer.encode(b)) for a, b in pairs]
     with torch.no_grad():  # make one continuation the likeliest one, so that both answers occur
         for _ in range(3):
@@ -63,7 +63,9 @@ def test_loglikelihoods_of_ids(
         greedy.append(all(a == max(top.values()) for a, top in zip(found, tops, strict=True)))
         assert greedy[-1] == all(int(row.argmax()) == id for row, id in zip(expected, continuation, strict=True))
         count = len(context) + len(continuation)
-        assert "".join(scores["tokens"][:count]) == tokenizer.decode(context + continuation)
+        text = tokenizer.decode(context + continuation)
+        if "\ufffd" not in text and not {*continuation} & {*tokenizer.specials.values()}:  # whose tokens spell more
+            assert "".join(scores["tokens"][:count]) == text
         assert choice["text"].startswith(tokenizer.decode(context + continuation))
         for name, place in list(zip(scores["tokens"], scores["text_offset"], strict=True))[:count]:
             assert choice["text"][place : place + len(name)] == name

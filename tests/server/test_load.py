@@ -55,7 +55,8 @@ async def hang_up(live: Live, http: httpx.AsyncClient, body: dict[str, Any], ste
     """Ask for much and leave after a few steps of the engine, which waits for that: 800 tokens take hundreds."""
     held = Held(live.engine.step, after=steps)
     live.engine.step = held  # type: ignore[method-assign]
-    reading = asyncio.ensure_future(read(http, {**body, "max_tokens": 800}))
+    endless = {**body, "max_tokens": 800, "logit_bias": {"1": -100}}  # no end of sequence before
+    reading = asyncio.ensure_future(read(http, endless))
     try:
         async with asyncio.timeout(60):
             while not held.reached.is_set():

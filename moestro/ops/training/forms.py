@@ -19,7 +19,7 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of `weight` in `dtype`, without gradient; itself where that is its own type. Not to be written to."""
     if weight.dtype == dtype:
         return weight
-    if not isinstance(weight, torch.nn.Parameter):  # made for this call: nobody will ask again
+    if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():  # nobody asks again, or no version tells
         return weight.to(dtype)
     kept = _forms.setdefault(weight, {})
     version, form = kept.get(dtype, (None, None))

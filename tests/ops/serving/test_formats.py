@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from moestro.ops import library
+from moestro.ops import abi, library
 from moestro.ops.serving import formats
 from moestro.ops.serving.weights import PackedLinear
 
@@ -53,9 +52,7 @@ def test_the_tables_of_the_documentation_are_the_table_of_the_code() -> None:
 
 
 def test_the_numbers_of_formats_are_those_of_the_kernels() -> None:
-    header = (ROOT / "csrc" / "abi" / "moestro.h").read_text("utf-8")
-    numbers = {name.lower(): int(number) for name, number in re.findall(r"MOESTRO_KIND_(\w+) = (\d+)", header)}
-    assert numbers == {one.name: one.code for one in formats.FORMATS.values()}
+    assert {one.name: one.code for one in formats.FORMATS.values()} == abi.KINDS
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -85,7 +82,7 @@ def test_native_packing_is_plain_packing(
     spread[:, 64:] *= random(128, 192).exp2()  # and of values far apart
     spread[5], spread[6, 64:], spread[7] = 0, -0.0, random(256).sign()
     found = [formats.pack_panels(weight, format) for weight in [*weights, spread.to(dtype), spread.T.to(dtype)]]
-    monkeypatch.setattr(library, "PLAIN", True)
+    monkeypatch.setattr(library, "WISH", "fused")
     for weight, panels in zip([*weights, spread.to(dtype), spread.T.to(dtype)], found, strict=True):
         assert torch.equal(formats.pack_panels(weight, format), panels)
 
