@@ -196,6 +196,8 @@ def test_n_continuations_and_stops_are_those_of_single_requests(models: dict[int
         )
         assert (by_id[0].ids, by_id[0].finish_reason) == (ids[: ids.index(ids[end]) + 1], "stop")
         text = tokenizer.decode(ids[end - 1 : end + 1])
+        if "\ufffd" in text:  # half a character is no text yet
+            continue
         by_text = run_all(engine_of(models[1], 3), [Request(prompt, SamplingParams(stop=(text,), return_routes=True))])[
             0
         ]
