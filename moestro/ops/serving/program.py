@@ -314,8 +314,7 @@ class Tape:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
         sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, LAYOUTS[weight.kind].code, self._type)
-        tables = (part.data_ptr() for part in weight.addresses)
-        self._note(EXPERTS, out.at, x.at, weights.at, index, *tables, *sizes)
+        self._note(EXPERTS, out.at, x.at, weights.at, index, *weight.tables, *sizes)
         return out
 
     def run(

@@ -125,6 +125,7 @@ class PackedExperts:
         self._code = LAYOUTS[kind].code
         self._places = [list(part.unbind()) for part in (self.gate_up, self.down)]  # where each expert's panels are
         self.addresses = torch.tensor([[panels.data_ptr() for panels in part] for part in self._places])
+        self.tables = tuple(part.data_ptr() for part in self.addresses)  # where the two rows of `addresses` are
 
     @classmethod
     def pack(cls, gate_up: Tensor | Stack, down: Tensor | Stack, kind: str) -> PackedExperts:
@@ -169,7 +170,7 @@ class PackedExperts:
         out = torch.empty_like(x)
         sizes = (n, ids.shape[1], self.num_experts, hidden, self.expert_dim)
         kinds = (self._code, library.TYPES[x.dtype], torch.get_num_threads())
-        library.call("moestro_packed_experts", out, x, ids, weights, *self.addresses, *sizes, *kinds)
+        library.call("moestro_packed_experts", out, x, ids, weights, *self.tables, *sizes, *kinds)
         return out
 
 
