@@ -383,6 +383,7 @@ class Tape:
         """The index of a cache, noted when it is first used."""
         if (layer, name) not in self._caches:
             self._caches.append((layer, name))
+            self._bound = None
         return self._caches.index((layer, name))
 
     def _note(self, *operation: int) -> None:
