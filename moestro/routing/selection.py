@@ -141,10 +141,10 @@ def find_best(values: Tensor, count: int) -> Tensor:
     if values.dtype != torch.float32:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     bits = (values + 0.0).view(torch.int32)  # no −0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()  # in the order of the values
     last = values.shape[-1] - 1
-    index = torch.arange(last, -1, -1, device=values.device)
-    return last - ((ordered.long() << 32) | index).topk(count, dim=-1).values.bitwise_and(0xFFFFFFFF)
+    key.bitwise_left_shift_(32).add_(torch.arange(last, -1, -1, device=values.device))
+    return last - key.topk(count, dim=-1).values.bitwise_and_(0xFFFFFFFF)
 
 
 def weigh(scores: Tensor, ids: Tensor, selection: Selection, arithmetic: Arithmetic = TORCH) -> Tensor:

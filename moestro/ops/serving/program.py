@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import ctypes
 import struct
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -205,6 +206,8 @@ class Tape:
         self._top = self._row_bytes = 0
         self._kept: list[Tensor] = []
         self._caches: list[tuple[int, str]] = []  # by the index that operations name
+        self._seen: list[weakref.ref[Tensor]] = []  # what `_bound` was made of
+        self._bound: tuple[ctypes.Array[Cache], int] | None = None
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
@@ -296,8 +299,7 @@ class Tape:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
         sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, FORMATS[weight.format].code, self._type)
-        tables = (part.data_ptr() for part in weight.addresses)
-        self._note(Opcode.EXPERTS, out.at, x.at, weights.at, index, *tables, *sizes)
+        self._note(Opcode.EXPERTS, out.at, x.at, weights.at, index, *weight.tables, *sizes)
         return out
 
     def run(
@@ -309,18 +311,15 @@ class Tape:
         out: Operand,
     ) -> Tensor:
         """Values [N, D] to begin with, where the rows go, the caches, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
-        n, found = len(layout.slots), [layers[layer][name] for layer, name in self._caches]
-        pages = found[0].shape[0] if found else 0
+        n, (caches, pages) = len(layout.slots), self._bind(layers)
         fits = (
             len(layout.tables) == len(layout.first) == len(layout.starts) - 1 and len(layout.cos) == n == ids.shape[1]
         )
-        fits = fits and all(t.shape[:2] == (pages, PAGE) and t.is_contiguous() and t.dtype in TYPES for t in found)
         if not fits or layout.tables.dtype != torch.int32:
-            raise ValueError(f"the layout of a step of {n} rows, its ids or its caches do not fit")
-        memory = torch.empty(n * self._row_bytes, dtype=torch.uint8)
+            raise ValueError(f"the layout of a step of {n} rows or its ids do not fit")
+        memory = torch.empty(n * self._row_bytes // self.dtype.itemsize, dtype=self.dtype)
         for place, x in inputs:
             self._view(memory, place, n, self._kept_as(place, x.dtype)).copy_(x)
-        caches = (Cache * len(found))(*(Cache(t.data_ptr(), t.shape[2], TYPES[t.dtype]) for t in found))
         step = Step(
             *(
                 memory.data_ptr(),
@@ -330,15 +329,27 @@ class Tape:
                 layout.sin.data_ptr(),
             ),
             *(layout.slots.data_ptr(), layout.starts.data_ptr(), layout.first.data_ptr(), layout.tables.data_ptr()),
-            *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(found), pages, layout.cos.shape[1]),
+            *(n, self._row_bytes, ids.shape[0], ids.shape[2], len(caches), pages, layout.cos.shape[1]),
             *(*layout.tables.shape, torch.get_num_threads()),
         )
         library.call("moestro_run", self._code.buffer_info()[0], len(self._code), ctypes.addressof(step))
         return self._view(memory, out, n, self._kept_as(out, torch.float32)).clone()
 
+    def _bind(self, layers: Sequence[Caches]) -> tuple[ctypes.Array[Cache], int]:
+        """The caches as kernels take them, made anew where they are not those of the step before, and their pages."""
+        found = [layers[layer][name] for layer, name in self._caches]
+        if self._bound is None or not all(seen() is cache for seen, cache in zip(self._seen, found, strict=True)):
+            pages = found[0].shape[0] if found else 0
+            if not all(t.shape[:2] == (pages, PAGE) and t.is_contiguous() and t.dtype in TYPES for t in found):
+                raise ValueError(f"caches are fp32 or bf16 [{pages}, {PAGE}, W] each, which these do not fit")
+            self._seen = [weakref.ref(cache) for cache in found]  # a tape keeps no cache alive
+            made = (Cache(t.data_ptr(), t.shape[2], TYPES[t.dtype]) for t in found)
+            self._bound = (Cache * len(found))(*made), pages
+        return self._bound
+
     def _view(self, memory: Tensor, place: Operand, n: int, dtype: torch.dtype) -> Tensor:
-        begin = place.at * n
-        return memory[begin : begin + n * place.row * dtype.itemsize].view(dtype).view(n, place.row)
+        typed = memory if dtype == memory.dtype else memory.view(dtype)
+        return typed.as_strided((n, place.row), (place.row, 1), place.at * n // dtype.itemsize)
 
     def _size(self, wide: bool) -> int:
         return 4 if wide else self.dtype.itemsize
@@ -354,6 +365,7 @@ class Tape:
         """The index of a cache, noted when it is first used."""
         if (layer, name) not in self._caches:
             self._caches.append((layer, name))
+            self._bound = None
         return self._caches.index((layer, name))
 
     def _note(self, opcode: Opcode, *operands: int) -> None:

@@ -140,6 +140,7 @@ class PackedExperts:
         self._code = FORMATS[format].code
         self._places = [list(part.unbind()) for part in (self.gate_up, self.down)]  # where each expert's panels are
         self.addresses = torch.tensor([[panels.data_ptr() for panels in part] for part in self._places])
+        self.tables = tuple(part.data_ptr() for part in self.addresses)  # where the two rows of `addresses` are
 
     @classmethod
     def pack(cls, gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
@@ -156,9 +157,9 @@ class PackedExperts:
         return cls(gate_up, down, format, hidden_dim, expert_dim)
 
     def fill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
-        """Pack other experts of the same shapes into the same memory, a matrix at a time."""
-        _pack_each((_mix(one, self.expert_dim) for one in gate_up), self.format, self.gate_up)
-        _pack_each(down, self.format, self.down)
+        """Pack other experts of the same shapes into the memory where they are now, a matrix at a time."""
+        _pack_each((_mix(one, self.expert_dim) for one in gate_up), self.format, self._places[0])
+        _pack_each(down, self.format, self._places[1])
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedExperts:
@@ -196,7 +197,7 @@ class PackedExperts:
         out = torch.empty_like(x)
         sizes = (n, ids.shape[1], self.num_experts, hidden, self.expert_dim)
         kinds = (self._code, library.TYPES[x.dtype], torch.get_num_threads())
-        library.call("moestro_packed_experts", out, x, ids, weights, *self.addresses, *sizes, *kinds)
+        library.call("moestro_packed_experts", out, x, ids, weights, *self.tables, *sizes, *kinds)
         return out
 
 
@@ -206,7 +207,7 @@ def _expert_panels(format: str, hidden_dim: int, expert_dim: int) -> tuple[tuple
     return formats.panel_shape(up_rows, hidden_dim, format), formats.panel_shape(hidden_dim, expert_dim, format)
 
 
-def _pack_each(matrices: Iterable[Tensor], format: str, out: Tensor) -> None:
+def _pack_each(matrices: Iterable[Tensor], format: str, out: Iterable[Tensor]) -> None:
     """Matrices [M, K], one after the other, into `out`, uint8 [number, panels, bytes of a panel]."""
     for packed, matrix in zip(out, matrices, strict=True):
         formats.pack_panels(matrix, format, out=packed)
