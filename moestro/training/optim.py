@@ -92,7 +92,8 @@ class Optimizers:
             {"params": [p for p in rest if p.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+        groups, has_memory = [g for g in groups if g["params"]], not next(iter(self.names)).is_meta
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=has_memory)
         self.all: list[torch.optim.Optimizer] = [adamw]
         if muon:
             halves = [p for p in muon if "gate_up" in self.names[p]]

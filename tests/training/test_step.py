@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moestro.config import Config
 from moestro.data.batches import Batch
 from moestro.model.attention import AttentionBatch, Context
 from moestro.model.rope import rope_tables
 from moestro.model.transformer import MTPModule, Transformer, init_weights
-from moestro.training.loss import Counts, compute_loss
+from moestro.training.loss import Counts, attention_batch, compute_loss
 from moestro.training.optim import Optimizers
 from moestro.training.step import StepResult, train_step
 
@@ -193,3 +195,60 @@ def test_dense_models_have_no_loads(make_config: Make) -> None:
     config = make_config("model.num_experts=0", "model.mtp_depth=1")
     result = run_step(*build(config), [sample_batch()], config)
     assert result.loads.numel() == 0 and result.balance == 0.0 and result.applied
+
+
+def test_a_whole_step_runs_on_the_meta_device(make_config: Make) -> None:
+    """Shapes alone: nothing is made elsewhere and nothing is read back."""
+    config = make_config("model.mtp_depth=1", "train.recompute=true")
+    with torch.device("meta"):
+        model = Transformer(config.model, "bf16")
+    result = run_step(model, Optimizers(model, config.train), cut(sample_batch(), 4), config)
+    assert result.applied and result.loads.shape == (len(model.routers()), config.model.num_experts)
+    assert result.loads.is_meta and {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_runs_on_fake_tensors(make_config: Make, precision: Any) -> None:
+    config, batch = make_config("model.mtp_depth=1"), sample_batch()
+    counts, attention = Counts.of([batch], 1), attention_batch(batch, mask_documents=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Transformer(config.model, precision)
+        optimizers = Optimizers(model, config.train)
+        result = compute_loss(model, batch, counts, mtp_weight=0.3, attention=attention)
+        result.terms.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(1e-3)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    assert result.loads.shape == (len(model.routers()), config.model.num_experts)
+
+
+def test_a_step_leaves_torchs_generator_alone(make_config: Make) -> None:
+    """Noise of routers is drawn from streams of their own, the same again where blocks are recomputed."""
+    noisy = ("model.router.noise=jitter", "model.router.score=softmax")
+    results = []
+    for recompute, seed in (("false", 1), ("true", 1), ("false", 2)):
+        config = make_config(*noisy, f"train.recompute={recompute}")
+        model, optimizers = build(config)
+        state = torch.random.get_rng_state()
+        results.append(run_step(model, optimizers, [sample_batch()], config, noise_seed=seed))
+        assert torch.equal(state, torch.random.get_rng_state())
+    assert results[0].loss == results[1].loss and results[0].grad_norm == results[1].grad_norm
+    assert results[0].loss != results[2].loss
+
+
+def test_weights_of_targets_multiply_their_loss(make_config: Make) -> None:
+    """Weight 0 is no target; the sum is divided by the number of targets, whatever they weigh."""
+    config, batch = make_config("model.mtp_depth=1"), sample_batch()
+    model, _ = build(config)
+    plain = compute_loss(model, batch, Counts.of([batch], 1), mtp_weight=0.3)
+    ones = replace(batch, weights=torch.ones(batch.tokens.shape))
+    assert torch.equal(compute_loss(model, ones, Counts.of([ones], 1), mtp_weight=0.3).terms.total, plain.terms.total)
+    weights = torch.linspace(-1, 2, batch.tokens.numel()).view(batch.tokens.shape)
+    weights[:, ::3] = 0
+    some = replace(batch, weights=weights)
+    counts = Counts.of([some], 1)
+    found = compute_loss(model, some, counts, mtp_weight=0.3)
+    valid = (batch.targets(0) >= 0) & (weights[:, 1:] != 0)
+    assert counts.targets[0] == int(valid.sum())
+    expected = (plain.nll.view(valid.shape) * weights[:, 1:] * valid).sum() / valid.sum()
+    torch.testing.assert_close(found.terms.main, expected, rtol=1e-4, atol=1e-5)
