@@ -1,10 +1,10 @@
 """Every configuration of the project: frozen, strict, written as TOML, changed with `key=value`.
 
-Three sections make one `Config`: `model` (the architecture, flat, one preset is some twenty lines), `train`
+A `Config` has three sections: `model` (the architecture, flat; a preset is about twenty lines), `train`
 and `data`. Unknown keys and impossible combinations are `ConfigError`s that name the key. Names are Moestro's
 own (`num_` counts, `_dim` widths); Hugging Face names live in `checkpoints/hf.py` alone.
 
-Reading order of values: defaults < preset or file < `--depth` dial < `key=value` overrides.
+Values are read in this order: defaults < preset or file < `--depth` dial < `key=value` overrides.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ SHARE_KINDS = ("expert", "device", "communication")
 class CapacityConfig(Frozen):
     """How many choices an expert, or a device (a group of experts), accepts from one forward pass.
 
-    The limit is factor · mean load; 0 sets none. What exceeds it passes by on the residual: the last ones in the order
-    of the batch, first choices before second ones (GShard, Switch), or those of the lowest affinity (DeepSeek-V2).
-    Tokens of a random `spared_fraction` of the sequences are always accepted (V2: 0.1).
+    The limit is factor · mean load; 0 means no limit. Choices beyond it are dropped: the residual carries the token.
+    `position` keeps choices in batch order, first choices before second ones (GShard, Switch). `affinity` drops the
+    lowest affinities first (DeepSeek-V2). Tokens of a random `spared_fraction` of the sequences are always accepted
+    (V2: 0.1).
     """
 
     factor: float = Field(0.0, ge=0)
@@ -80,13 +81,14 @@ class CapacityConfig(Frozen):
 class RouterConfig(Frozen):
     """How tokens choose experts: a scheme is data, not a class. Presets in `presets/routers/`.
 
-    score           of an expert: sigmoid (V3), softmax, sqrt_softplus (V4), or constant (no learned gate: Hash layers)
-    selection       the top_k by score, or by a hash of the token id; the first `num_hash_layers` MoE layers by hash
-                    whatever it says (V4)
-    group_score     of a group of experts: the sum of its two best (V3) or its best (V2)
-    normalize       weights of the chosen experts sum to `scale`
+    score           an expert's score: sigmoid (V3), softmax, sqrt_softplus (V4), or constant (no learned gate: Hash
+                    layers)
+    selection       the top_k by score, or by a hash of the token id; the first `num_hash_layers` MoE layers always
+                    use the hash (V4)
+    group_score     a group's score: the sum of its two best experts (V3) or its best (V2)
+    normalize       whether the weights of the chosen experts sum to `scale`
     noise           in training: none; learned, Shazeer's noisy top-k (both matrices start at zero); jitter, Switch's
-    random_second   in training, a choice after the first is followed with probability 2 · weight (GShard)
+    random_second   in training, a choice after the first is kept with probability 2 · weight (GShard)
     bias            none; sign, b += γ sign(e) (V3); error, b += γ e; multiplicative, s · (1 + b) with the sign rule,
                     where e = (mean load − load) / mean load (arXiv 2408.15664)
     """
@@ -106,7 +108,7 @@ class RouterConfig(Frozen):
 
     @model_validator(mode="after")
     def check_scheme(self) -> Self:
-        """Refuse losses and biases that the scheme has nothing for."""
+        """Refuse losses that the scheme cannot compute, and a constant score that would have to choose."""
         kinds = {term.kind for term in self.balance}
         if "load" in kinds and self.noise != "learned":
             raise ValueError("the balance term 'load' is an estimate over the noise: it needs noise='learned'")
@@ -201,7 +203,7 @@ class ModelConfig(Frozen):
 
 
 class TrainConfig(Frozen):
-    """The run: length, schedule, optimizer, precision, what is written when."""
+    """The run: length, schedule, optimizer, precision, and what is written when."""
 
     start_from: str = Field("", description="a run, checkpoint or model directory whose weights are trained on")
     seed: int = Field(0, gt=-(2**43), lt=2**43, description="seed and step together seed a step's noise, 64 bits")
@@ -233,8 +235,8 @@ class TrainConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """Where text comes from. `weights` gives domains their share of the tokens: domains that are not named divide the
-    rest by size, 0 leaves one out, and where all are named only proportions count."""
+    """Where text comes from. `weights` sets each domain's share of the tokens. Domains not named divide the rest by
+    size, 0 leaves a domain out, and if all are named only the proportions count."""
 
     source: str = "builtin"
     tokenizer: str = Field("auto", description="auto, builtin, train, or a tokenizer.json")
@@ -243,7 +245,7 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def check_weights(self) -> Self:
-        """Weights are positive shares; a domain is left out with 0."""
+        """Weights are shares, never negative; 0 leaves a domain out."""
         if any(weight < 0 for weight in self.weights.values()):
             raise ValueError("data.weights must not be negative")
         return self
@@ -258,7 +260,7 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def check_accumulation(self) -> Self:
-        """Losses over a whole batch cannot be summed from its parts."""
+        """Refuse accumulation under losses over a whole batch: its parts do not sum to them."""
         cut = [term.kind for term in self.model.router.balance if term.needs_whole_batch]
         if cut and self.train.accumulate > 1 and self.model.num_experts:
             raise ValueError(
@@ -272,7 +274,7 @@ SETTINGS = "settings.json"  # a run directory's resolved configuration; config.j
 
 
 def preset_names(folder: str = "presets") -> list[str]:
-    """Names that `load_preset` takes; those of router schemes lie in `presets/routers`."""
+    """Names that `load_preset` takes; router schemes are in `presets/routers`."""
     entries = (resources.files("moestro") / folder).iterdir()
     return sorted(entry.name.removesuffix(".toml") for entry in entries if entry.name.endswith(".toml"))
 
@@ -297,7 +299,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Set `section.key=value` pairs in a copy of `tree`; values are read as TOML, else as plain strings."""
+    """Set `section.key=value` pairs in a copy of `tree`; a value that is not TOML is a plain string."""
     result: dict[str, Any] = copy.deepcopy(dict(tree))
     for pair in overrides:
         key, separator, text = pair.partition("=")
@@ -329,7 +331,7 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> Conf
 
 
 def _suggest(key: str) -> str:
-    """The known key that is nearest: of the same name in another section, else of similar spelling."""
+    """The nearest known key: the same name in another section, else a similar spelling."""
     known = list(_list_keys(Config().model_dump()))
     leaf = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == leaf]

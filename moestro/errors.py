@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend: one clear line, exit code 2, no traceback."""
+"""Errors that the user can fix: one clear line, exit code 2, no traceback."""
 
 
 class MoestroError(Exception):
@@ -23,4 +23,4 @@ class DataError(MoestroError):
 
 
 class CheckpointError(MoestroError):
-    """A model directory that is incomplete, damaged or of a kind that is not supported."""
+    """A model directory that is incomplete, damaged or of an unsupported kind."""

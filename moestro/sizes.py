@@ -1,8 +1,9 @@
-"""One dial for size: from a depth alone, a whole configuration that trains sensibly.
+"""One dial for size: a depth gives a whole configuration that trains sensibly.
 
-Width grows with depth (64 per layer), heads are 64 wide, experts fine-grained at half the width, and the learning rate
-falls with √width, as in the shipped presets. Steps follow from 8 tokens per active parameter: below what is optimal on
-a cluster (about 20), above what most machines this is meant for reach in a night.
+Width grows with depth (64 per layer), heads are 64 wide, fine-grained experts are half as wide as the model, and the
+learning rate falls with √width, as in the shipped presets. The number of steps follows from 8 tokens per active
+parameter. That is less than the optimum on a cluster (about 20), and more than most of the intended machines reach in a
+night.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def tree_of_depth(depth: int) -> dict[str, Any]:
 
 
 def _active_parameters(model: dict[str, Any]) -> int:
-    """Matrices in blocks that a token meets: close enough for a schedule, without building the model."""
+    """Parameters of the block matrices that a token uses: close enough for a schedule, without building the model."""
     hidden, layers = model["hidden_dim"], model["num_layers"]
     attention = 4 * hidden * hidden
     experts = 3 * hidden * model["expert_dim"] * (model["top_k"] + 1)

@@ -1,14 +1,14 @@
 """Shards to batches: `(packer, state) -> (batch, state)`, a pure function whose whole memory is `PackState`.
 
-A document is cut into pieces of at most `seq_len + 1` tokens with stride `seq_len`: every token but the first
-is a target exactly once an epoch. The next piece comes from the domain that lags furthest behind its share,
-`weight * total - emitted`, so shares hold without chance; no domain runs ahead by more than a piece. Within
-a domain, pieces come in an order shuffled anew each epoch: the argsort of a counter-based generator's raw
-output, which, unlike a library's `shuffle`, no later version may change.
+A document is cut into pieces of at most `seq_len + 1` tokens with stride `seq_len`, so every token but the first
+is a target exactly once per epoch. The next piece comes from the domain that lags furthest behind its share,
+`weight * total - emitted`. So shares hold without randomness, and no domain runs ahead by more than a piece.
+Each epoch shuffles a domain's pieces anew, by the argsort of a counter-based generator's raw output. Unlike a
+library's `shuffle`, no later version may change that.
 
-Rows of `seq_len + 1` tokens are filled with pieces back to back. A piece that does not fit goes on in the
-next row, one token repeated: no target is lost and nothing is padded, at the price of a context cut in two. A
-row's last slot is never an input; where a piece has but that slot, the next row starts with the whole of it.
+Rows of `seq_len + 1` tokens are filled with pieces back to back. A piece that does not fit continues in the next
+row, with one token repeated: no target is lost and nothing is padded, but its context is cut in two. A row's last
+slot is never an input; if a piece gets only that slot, the next row starts with the whole piece.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ import torch
 from moestro.data.shards import ShardSet, Split
 from moestro.errors import DataError
 
-IGNORED = -100  # the target of positions without one, as cross_entropy's default has it
+IGNORED = -100  # the target of positions without one: cross_entropy's default
 PADDING = -1  # the segment of padding
 
-Span = tuple[int, int, int]  # domain number, first token, end: a slice of one document
+Span = tuple[int, int, int]  # domain number, first token and end of a slice of one document
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and the number of the piece within its row that each belongs to; both int64 [B, seq_len + 1].
+    """Token ids, and for each token the number of its piece within the row; both int64 [B, seq_len + 1].
 
-    Segment `PADDING` marks padding, which only evaluation has. `weights` fp32 [B, seq_len + 1]: how much each token
-    counts as a target; None: all 1. A weight of 0 is no target.
+    Segment `PADDING` marks padding, which only evaluation has. `weights` fp32 [B, seq_len + 1] says how much each token
+    counts as a target; None: all 1. A token of weight 0 is no target.
     """
 
     tokens: torch.Tensor
@@ -48,7 +48,7 @@ class Batch:
         return Batch(self.tokens[part], self.segments[part], None if self.weights is None else self.weights[part])
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device."""
+        """This batch on another device."""
         weights = None if self.weights is None else self.weights.to(device)
         return Batch(self.tokens.to(device), self.segments.to(device), weights)
 
@@ -80,9 +80,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class PackState:
-    """Where a packer stands. Tuples have an entry a domain: epoch, pieces taken of it, targets so far.
+    """The position of a packer. Tuples have one entry per domain: epoch, pieces taken in it, targets so far.
 
-    `rest` is the unfinished piece that the next row starts with; `key` names data and settings it belongs to.
+    `rest` is the unfinished piece that the next row starts with; `key` identifies the data and settings.
     """
 
     key: str
@@ -114,7 +114,7 @@ class _Pieces:
         self.offsets = offsets.astype(np.int64)
         self.seq_len = seq_len
         num_targets = np.maximum(np.diff(self.offsets) - 1, 0)
-        self.ends = np.cumsum(-(-num_targets // seq_len))  # pieces up to and with each document
+        self.ends = np.cumsum(-(-num_targets // seq_len))  # pieces up to and including each document
         self.num_targets = int(num_targets.sum())
         self.count = int(self.ends[-1]) if len(self.ends) else 0
 
@@ -127,10 +127,10 @@ class _Pieces:
 
 
 class Packer:
-    """Training batches of `[batch_size, seq_len + 1]` from the `train` split; immutable but for a cache.
+    """Training batches of `[batch_size, seq_len + 1]` from the `train` split; immutable except for a cache.
 
-    `weights` maps domains to their shares of the targets: those not named divide what is left by size, and 0
-    leaves a domain out. If every domain is named, only the proportions count.
+    `weights` maps domains to their shares of the targets. Domains not named divide the rest by size, and 0 leaves
+    a domain out. If every domain is named, only the proportions count.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Packer:
         return PackState(self.key, zeros, zeros, zeros)
 
     def next(self, state: PackState) -> tuple[Batch, PackState]:
-        """The batch at `state`, and the state after it; raises `DataError` for a state of other data."""
+        """The batch at `state`, and the state after it; raises `DataError` for a state from other data."""
         if state.key != self.key or len(state.emitted) != len(self.domains):
             raise DataError("the data, seq_len or seed differ from those of the saved position; start a new run")
         epochs, cursors, emitted = list(state.epochs), list(state.cursors), list(state.emitted)
@@ -228,7 +228,7 @@ def evaluation_batches(
     seq_len: int,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
-    """The documents of a domain in order, each target exactly once, the first `max_tokens` of them.
+    """The documents of a domain in order, each target exactly once, up to `max_tokens` targets.
 
     Documents are packed whole, back to back. The last row ends in padding (id 0), and the last batch has
     only as many rows as it needs.
@@ -259,7 +259,7 @@ def _fill_rows(
     num_rows: int,
     width: int,
 ) -> tuple[Batch, Span | None]:
-    """Fill rows from `rest` and then from `take`, until that gives None; returns what did not fit as well."""
+    """Fill rows from `rest`, then from `take` until it gives None; returns the batch and the rest that did not fit."""
     tokens = np.zeros((num_rows, width), np.int64)
     segments = np.full((num_rows, width), PADDING, np.int64)
     for row in range(num_rows):

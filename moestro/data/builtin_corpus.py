@@ -1,11 +1,11 @@
-"""The built-in corpus: six domains of real text on every machine, offline, some 15 MB.
+"""The built-in corpus: six domains of real text on every machine, offline, about 15 MB.
 
 `english korean chinese math` are shipped compressed in `builtin/` (sources, licences and hashes in
 `builtin/provenance.json`); `python` is the running interpreter's own standard library, so it differs a little
-between Python versions and may be absent; `arithmetic` is generated, the same everywhere. Long documents are
-cut as those of any text file are.
+between Python versions and may be absent; `arithmetic` is generated and the same everywhere. Long documents are
+cut as in any text file.
 
-The shipped `builtin/tokenizer.json` (vocabulary 8192) was trained on this corpus and is remade with
+The shipped `builtin/tokenizer.json` (vocabulary 8192) was trained on this corpus. To train it again, run
 `python -c "import moestro.data.builtin_corpus as b; b.train_tokenizer('moestro/data/builtin')"`.
 """
 
@@ -74,7 +74,7 @@ def iterate_python(folder: Path, max_bytes: int = PYTHON_BYTES) -> Iterator[str]
 
 
 def iterate_arithmetic(max_bytes: int = ARITHMETIC_BYTES, seed: int = 0) -> Iterator[str]:
-    """Documents of a dozen worked problems; equal on every Python, which promises `random()` alone."""
+    """Documents of a dozen worked problems, the same on every Python: only `random()` is guaranteed to be stable."""
     rng = random.Random(seed)
     size = 0
     while size < max_bytes:

@@ -1,16 +1,16 @@
-"""Files to documents: one stream of `(text, domain)` from whatever holds text.
+"""Files to documents: one stream of `(text, domain)` from any source of text.
 
 A source is `builtin`, a file or folder (`.txt .md .py .json .jsonl .parquet`, each also `.gz` or `.zst`), or
 the name of a Hugging Face dataset (`owner/name` or `owner/name:config`). Files come in sorted order; hidden
-ones and folders already seen (symbolic links) are skipped: the same source always gives the same stream.
+ones and folders already seen (symbolic links) are skipped, so the same source always gives the same stream.
 
-Domain of a document: the first sub-folder below the source; else the record's `domain` field; else the stem
+A document's domain is the first sub-folder below the source; else the record's `domain` field; else the stem
 of a file given by itself, or `text` for files at the top of a folder.
 
 Reading is strict: invalid UTF-8, a bad record or a damaged archive is a `DataError` with file and line, since
 text that is silently repaired or dropped shifts every number measured later. Memory is bounded by one line
-or batch (`.json` alone is read whole). Documents of text files are cut near 32 KiB: one big file then still
-gives a validation split, at the price that neighbouring parts of one book may stand on both sides of it.
+or batch (only `.json` is read whole). Documents of text files are cut near 32 KiB, so that even one big file
+gives a validation split. The price: neighbouring parts of one book may be on both sides of the split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
 def iterate_documents(source: str) -> Iterator[Document]:
-    """Stream the documents of `source`; raises `DataError` where it cannot be read or holds no text."""
+    """Stream the documents of `source`; raises `DataError` if it cannot be read or has no text."""
     found = False
     for document in _open_source(source):
         if document.text.strip():
@@ -69,7 +69,7 @@ def _open_source(source: str) -> Iterator[Document]:
 
 
 def _kind(path: Path) -> str | None:
-    """The suffix that decides how `path` is read, compression aside; None for files that are not text."""
+    """The suffix that decides how `path` is read, ignoring compression; None for files that are not text."""
     suffix = Path(path.stem).suffix if path.suffix.lower() in _COMPRESSED else path.suffix
     return suffix.lower() if suffix.lower() in SUFFIXES else None
 
@@ -100,7 +100,7 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _read_file(path: Path, folder_domain: str | None, default_domain: str) -> Iterator[Document]:
-    """The documents of one file; `folder_domain` goes before a record's own, `default_domain` after it."""
+    """The documents of one file; a record's own domain yields to `folder_domain` but overrides `default_domain`."""
     kind = _kind(path)
     try:
         with _open_binary(path) as stream:
@@ -133,7 +133,7 @@ def _open_binary(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _load_pyarrow(path: Path) -> ModuleType:
-    """The library that reads a file; DataError where it is not installed."""
+    """Load pyarrow to read a file; DataError if it is not installed."""
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
@@ -221,7 +221,7 @@ def _read_dataset(source: str) -> Iterator[Document]:
 def _iterate_rows(datasets: Any, name: str, config: str | None, source: str) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(name, config, split="train", streaming=True)
-    except Exception as error:  # the hub, HTTP and builder layers each raise kinds of their own
+    except Exception as error:  # the hub, HTTP and builder layers each raise their own kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"cannot stream dataset '{source}' (offline, or no such dataset or config?): {reason}"

@@ -1,4 +1,4 @@
-"""What a document is, and how the lines of a text file become documents of a bounded size."""
+"""Documents, and how the lines of a text file become documents of bounded size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO
 
 from moestro.errors import DataError
 
-SEPARATOR = "<|endoftext|>"  # alone on a line of a .txt file, it parts two documents
+SEPARATOR = "<|endoftext|>"  # alone on a line of a .txt file, it separates two documents
 CUT_BYTES = 32 * 1024
 _CHUNK_BYTES = 16 * 1024  # a line longer than this arrives in several strings
 
@@ -46,7 +46,7 @@ def iterate_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(decoder: codecs.IncrementalDecoder, data: bytes, place: str, final: bool = False) -> str:
-    """Bytes as UTF-8; `DataError` naming the place where they are not."""
+    """Decode bytes as UTF-8; a `DataError` names the place if they are not valid."""
     try:
         return decoder.decode(data, final)
     except UnicodeDecodeError as error:
@@ -54,7 +54,7 @@ def decode(decoder: codecs.IncrementalDecoder, data: bytes, place: str, final: b
 
 
 def split_text(stream: IO[bytes], path: Path, *, separated: bool) -> Iterator[str]:
-    """Documents of a text file: parted at separator lines when `separated`, each cut near `CUT_BYTES`."""
+    """Documents of a text file: split at separator lines if `separated`, each cut near `CUT_BYTES`."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     cutter, number, at_line_start = _Cutter(), 1, True
     for number, line in iterate_lines(stream, path):
@@ -69,19 +69,19 @@ def split_text(stream: IO[bytes], path: Path, *, separated: bool) -> Iterator[st
 
 
 def cut_long_document(text: str) -> list[str]:
-    """Parts of at most `CUT_BYTES` that join to `text`: cut at blank lines, else at lines, else anywhere."""
+    """Cut `text` into parts of at most `CUT_BYTES`: at blank lines, else at lines, else anywhere."""
     cutter = _Cutter()
     parts = [part for line in text.splitlines(keepends=True) for part in cutter.add(line)]
     return [*parts, *cutter.finish()]
 
 
 class _Cutter:
-    """Collects lines of one document and gives out parts as soon as they are full."""
+    """Collects lines of one document and yields parts as soon as they are full."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.size = 0
-        self.paragraph_end = 0  # lines up to and with the last blank one, once the part is half full
+        self.paragraph_end = 0  # lines up to and including the last blank one, once the part is half full
 
     def add(self, line: str) -> Iterator[str]:
         """Take one line; yields the parts that it completes."""

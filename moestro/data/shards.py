@@ -1,16 +1,17 @@
-"""Documents to memory-mapped token shards: tokenised once, read at any place for the price of a page fault.
+"""Documents to memory-mapped token shards: tokenised once, read anywhere for the price of a page fault.
 
 A shard directory holds, for domain number `d` and split `s` (`train`, `valid`):
 
-    d.s.tokens    documents one after another, each [BOS] text [EOS]; little-endian uint16, or uint32 where
-                  the vocabulary is beyond 65536
+    d.s.tokens    documents one after another, each [BOS] text [EOS]; little-endian uint16, or uint32 if the
+                  vocabulary exceeds 65536
     d.s.offsets   little-endian uint64 [documents + 1]: where each document starts, and the end of the last
     index.json    format, dtype, fingerprints; tokens, documents and bytes of text by domain and split
 
-It is written beside its place under another name, index last, synced, and renamed; what does not match its
-index is refused. The split goes by the hash of a document's text: stable under reordering and growth of the
-corpus, with equal texts on the same side even in different domains. Where a domain would lack a side, the
-document nearest to the border changes over. Memory: one batch of documents, and 24 bytes a document.
+A directory is written next to its final place under another name, with the index last, then synced and renamed.
+Files that do not match the index are refused. The hash of a document's text decides its split. So the split is
+stable when the corpus is reordered or grows, and equal texts are on the same side even in different domains. If
+a domain would lack a side, the document nearest to the border moves over. Memory: one batch of documents, and 24
+bytes per document.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
 FORMAT = 1
 MAX_DOMAINS = 256
-_BATCH_CHARS = 1 << 20  # some 40 MB while the tokenizer works on it
+_BATCH_CHARS = 1 << 20  # about 40 MB while the tokenizer works on it
 _BATCH_DOCUMENTS = 1024
 
 
 @dataclass(frozen=True)
 class SplitSize:
-    """How large one split of one domain is; `bytes` are those of the text, special tokens not counted."""
+    """Size of one split of one domain; `bytes` counts the text without special tokens."""
 
     tokens: int
     documents: int
@@ -51,7 +52,7 @@ class SplitSize:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A shard directory, opened: arrays are mapped when asked for."""
+    """An open shard directory; arrays are mapped when asked for."""
 
     directory: Path
     domains: tuple[str, ...]
@@ -70,7 +71,7 @@ class ShardSet:
         return _map(self._path(domain, split, "offsets"), np.dtype("<u8"), self.counts[domain, split].documents + 1)
 
     def num_tokens(self, domain: str, split: Split) -> int:
-        """Tokens of a split, beginnings and ends of documents included."""
+        """Tokens of a split, including BOS and EOS of each document."""
         return self.counts[domain, split].tokens
 
     def _path(self, domain: str, split: Split, kind: str) -> Path:
@@ -86,10 +87,10 @@ def prepare(
     valid_fraction: float,
     log: Callable[[str], None] | None = None,
 ) -> ShardSet:
-    """Tokenise `documents` into `directory`, in place of what shards it held, and open them.
+    """Tokenise `documents` into `directory`, replacing any shards there, and open them.
 
-    Raises `DataError` when there are no documents, the disk is full or the place cannot be written, and
-    when the directory holds something else. Whatever goes wrong, `directory` itself is never half-written.
+    Raises `DataError` if there are no documents, the disk is full, the place cannot be written, or the directory
+    holds something else. Whatever goes wrong, `directory` itself is never half-written.
     """
     directory = Path(directory).absolute()
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
@@ -108,7 +109,7 @@ def prepare(
 
 
 def open_shards(directory: str | Path) -> ShardSet:
-    """Open a shard directory; raises `DataError` where it is missing, of another format, or damaged."""
+    """Open a shard directory; raises `DataError` if it is missing, of another format, or damaged."""
     directory = Path(directory)
     try:
         tree = json.loads((directory / "index.json").read_text("utf-8"))
@@ -161,7 +162,7 @@ def _map(path: Path, dtype: np.dtype[Any], size: int) -> npt.NDArray[Any]:
 
 @dataclass
 class _Side:
-    """One split of one domain while it is written; the arrays have one entry a document, in file order."""
+    """One split of one domain while it is written; the arrays have one entry per document, in file order."""
 
     path: Path
     digests: array[int] = field(default_factory=lambda: array("Q"))
@@ -280,7 +281,7 @@ def _write_offsets(sides: _Sides) -> None:
 def _choose_moves(domains: list[_Sides], border: int) -> npt.NDArray[np.uint64]:
     """Digests that change sides, so that each domain can train on something and, if possible, validate.
 
-    A text moves in every domain at once, and at most once; hence the rounds, until nothing changes.
+    A text moves in every domain at once, and at most once. So this repeats until nothing changes.
     """
     unique = [np.unique(np.concatenate([sides[split].digests for split in SPLITS])) for sides in domains]
     moves: set[int] = set()
@@ -302,7 +303,7 @@ def _choose_moves(domains: list[_Sides], border: int) -> npt.NDArray[np.uint64]:
 
 
 def _move(sides: _Sides, moves: npt.NDArray[np.uint64], dtype: np.dtype[Any]) -> None:
-    """Rewrite both sides of a domain where documents with a digest in `moves` belong to the other one."""
+    """Rewrite both sides of a domain if it has documents with a digest in `moves`: these change sides."""
     moving = {split: np.isin(np.array(sides[split].digests), moves) for split in SPLITS}
     if not any(flags.any() for flags in moving.values()):
         return

@@ -1,13 +1,13 @@
-"""Messages to ids: the chat template, and why a message cannot forge a role.
+"""Messages to ids: the chat template, and how it keeps a message from forging a role.
 
 A template is Jinja: ours (DeepSeek-R1's layout: BOS, system text, `<｜User｜>…<｜Assistant｜>…<EOS>`)
 or the one that came with a checkpoint. It is rendered to text, and the special tokens found there become ids.
-A message that spells `<｜Assistant｜>` must not: before rendering, an invisible mark is put behind every
-character of the messages that could begin a special token, so only the template's own are found; the marks
-are then taken out. Assistant messages may hold real `<think>` tags, which templates look for.
+If a message spells `<｜Assistant｜>`, that must stay text. So before rendering, an invisible mark is put after
+every character of the messages that could begin a special token; only the template's own tokens are found, and
+the marks are removed again. Assistant messages may hold real `<think>` tags, which templates look for.
 
-Templates of strangers run in Jinja's immutable sandbox, with bounds on their size, loop depth, repetition and
-output. That stops the cheap attacks, not every slow program: a server renders off its event loop.
+Foreign templates run in Jinja's immutable sandbox, with bounds on their size, loop depth, repetition and output.
+That stops cheap attacks, but not every slow program, so a server renders outside its event loop.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Ids of a conversation, special tokens from the template alone.
+    """Ids of a conversation; only the template gives special tokens.
 
     Each message has `role` (one of `ROLES`) and `content`. `template` defaults to the tokenizer's own, else
-    to `CHAT_TEMPLATE`. Raises `DataError` for bad messages and for templates that fail or pass their bounds.
+    to `CHAT_TEMPLATE`. Raises `DataError` for bad messages and for templates that fail or exceed their bounds.
     """
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str | None):
@@ -115,7 +115,7 @@ def _render(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer,
                 raise DataError(f"chat template: more than {MAX_OUTPUT_CHARS} characters of output")
     except DataError:
         raise
-    except Exception as error:  # a template is a program: it may fail in any way
+    except Exception as error:  # a template is a program and may fail in any way
         raise DataError(f"chat template: {error}") from error
     return "".join(parts)
 
@@ -126,7 +126,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Refuse to repeat or format strings and lists, and powers; other arithmetic is as usual."""
+        """Refuse powers, and repeating or formatting strings and lists; other arithmetic works as usual."""
         if operator == "**" or not all(isinstance(value, int | float) for value in (left, right)):
             raise SecurityError(f"operator '{operator}' is bounded to products of numbers")
         return super().call_binop(context, operator, left, right)
@@ -144,7 +144,7 @@ def _compile(template: str) -> jinja2.Template:
         "indent",
         "format",
         "wordwrap",
-    ):  # each pads by a number of the template's choosing
+    ):  # each pads by a number that the template chooses
         environment.filters.pop(name)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -162,7 +162,7 @@ def _measure_loops(node: nodes.Node) -> int:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as chat templates expect it: not escaped for HTML."""
+    """JSON as chat templates expect it: without HTML escapes."""
     return json.dumps(value, ensure_ascii=False, indent=indent if indent is None else min(indent, 8))
 
 

@@ -1,13 +1,13 @@
 """Text to ids and back: byte-level BPE, lossless on every valid UTF-8 text.
 
 `Tokenizer` wraps the `tokenizers` library around one `tokenizer.json`, ours or any other byte-level one
-(GPT-2's kind, DeepSeek's own included). Three promises go beyond the library's: no text becomes a special
-token, however it is spelled; `token_bytes` says exactly how many bytes of text each id stands for, so loss
-can be given in bits per byte; and decoding joins bytes first, so a stream can hold back half a character.
+(GPT-2's kind, including DeepSeek's own). It promises three things beyond the library. No text becomes a special
+token, however it is spelled. `token_bytes` says exactly how many bytes of text each id stands for, so loss can
+be given in bits per byte. Decoding joins bytes first, so a stream can hold back half a character.
 
 New vocabularies are trained with DeepSeek-V3's pre-tokenizer: digits in threes, CJK runs apart, then words,
-punctuation and white space. Other kinds of tokenizer (SentencePiece, WordPiece) are refused: their ids stand
-for no definite bytes.
+punctuation and white space. Other kinds of tokenizer (SentencePiece, WordPiece) are refused, because their ids
+do not stand for definite bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WORDS = (
     "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
 
-# Spellings to try where no configuration names the token.
+# Spellings to try if no configuration names the token.
 _FALLBACKS = {
     "bos": (BOS, "<|begin_of_text|>", "<|startoftext|>", "<s>", "[BOS]", "<bos>", "<|endoftext|>"),
     "eos": (EOS, "<|end_of_text|>", "</s>", "[EOS]", "<eos>", "<|endoftext|>"),
@@ -49,8 +49,8 @@ _FALLBACKS = {
 class Tokenizer:
     """One byte-level vocabulary; immutable.
 
-    `specification` is the text of its `tokenizer.json`, `fingerprint` the hash of that; `specials` maps every
-    added token to its id; `pieces[id]` are the bytes an id decodes to; `token_bytes`, int32 [vocab_size], how
+    `specification` is the text of its `tokenizer.json`, `fingerprint` the hash of that text. `specials` maps every
+    added token to its id. `pieces[id]` are the bytes an id decodes to. `token_bytes`, int32 [vocab_size], says how
     many bytes of text an id stands for, 0 for added tokens.
     """
 
@@ -132,7 +132,7 @@ class Tokenizer:
         )
         tokenizer.train_from_iterator(texts, trainer)
         tree = json.loads(tokenizer.to_str())
-        for token in tree["added_tokens"]:  # thoughts are to be seen, as in DeepSeek's own file
+        for token in tree["added_tokens"]:  # thoughts stay visible, as in DeepSeek's own file
             token["special"] = token["content"] not in (THINK, THINK_END)
         specification = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
         return cls(specification, {"chat_template": CHAT_TEMPLATE})
@@ -145,19 +145,19 @@ class Tokenizer:
         """`encode` of each text, on all cores."""
         try:
             encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError as error:  # so the library says that a string is not valid Unicode
+        except TypeError as error:  # how the library says that a string is not valid Unicode
             raise DataError("the text is not valid Unicode: it has half of a surrogate pair") from error
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are no valid UTF-8 become U+FFFD.
+        """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD.
 
-        Ids beyond the vocabulary stand for no text: models may pad their embedding.
+        Ids beyond the vocabulary give no text: models may pad their embedding.
         """
         return b"".join(self._spell(id, skip_special) for id in ids).decode("utf-8", "replace")
 
     def decode_stream(self, ids: Iterable[int], skip_special: bool = True) -> Iterator[str]:
-        """The text of `decode`, one string (perhaps empty) for each id and one more; no halved characters."""
+        """The text of `decode` as one string (perhaps empty) per id and one more at the end, never half a character."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for id in ids:
             yield decoder.decode(self._spell(id, skip_special))

@@ -1,9 +1,9 @@
 """Multi-head latent attention (V3 eq. 1–11), and MHA/GQA/MQA behind the same call as baselines.
 
-MLA's keys and values are expanded from one latent of `kv_lora_rank` values and one rotated key of `rope_dim` values per
-token, shared by all heads: what a cache has to hold. Here they are expanded to keys and values per head, which is the
-cheapest way to compute whole sequences; `model/served.py` attends over the latents themselves, the absorbed form,
-which is the cheapest for a few queries over a long cache. A test holds the two against each other.
+For each token, MLA has one latent of `kv_lora_rank` values and one rotated key of `rope_dim` values, shared by all
+heads. A cache has to hold only these. Here they are expanded to keys and values per head, the cheapest way to compute
+whole sequences. `model/served.py` attends over the latents themselves (the absorbed form), the cheapest way for a few
+queries over a long cache. A test compares the two.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from moestro.model.rope import softmax_scale
 from moestro.ops.precision import Precision
 
 RopeTables = tuple[Tensor, Tensor]
-LATENT_EPS = 1e-6  # of the norms of latents, whatever `norm_eps` is
+LATENT_EPS = 1e-6  # for the norms of latents, whatever `norm_eps` is
 
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Which of N tokens may attend to which: `positions` [N] in a sequence; sequence s is starts[s]:starts[s+1].
+    """Which of N tokens attend to which: `positions` [N] in the sequence; sequence s is starts[s]:starts[s+1].
 
-    Both int64, on the device of the tokens; starts [S + 1].
+    starts is [S + 1]. Both are int64, on the device of the tokens.
     """
 
     positions: Tensor
@@ -46,22 +46,22 @@ class AttentionBatch:
         """segments [B, T]: a new sequence starts with every row and wherever the number changes."""
         new = torch.ones_like(segments, dtype=torch.bool)
         new[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        first = new.flatten().nonzero()[:, 0]  # how many there are is known on the host alone: pack there, then move
+        first = new.flatten().nonzero()[:, 0]  # a size that depends on data: pack on the host, then move
         index = torch.arange(segments.numel(), device=segments.device)
         owner = torch.bucketize(index, first, right=True) - 1
         return AttentionBatch(index - first[owner], torch.cat([first, first.new_tensor([segments.numel()])]))
 
     def to(self, device: torch.device | str) -> AttentionBatch:
-        """The same on another device."""
+        """This batch on another device."""
         return AttentionBatch(self.positions.to(device), self.starts.to(device))
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every block of a pass reads beside its hidden states.
+    """What every block of a pass reads besides its hidden states.
 
-    `tokens` [N]; `rope`, tables (cos, sin) [N, R/2]; `batch`, which tokens attend to which; `noise_seed`, from which
-    each router draws its own noise.
+    `tokens` [N]; `rope`, tables (cos, sin) [N, R/2]; `batch`, which tokens attend to which; `noise_seed`, the seed of
+    each router's own noise.
     """
 
     tokens: Tensor
@@ -72,19 +72,19 @@ class Context:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Something that a layer caches: `width` values of a token, in the model's type or one of its own."""
+    """One thing that a layer caches: `width` values per token, in the model's type or in `dtype`."""
 
     name: str
     width: int
     dtype: torch.dtype | None = None
 
     def count_bytes(self, dtype: torch.dtype) -> int:
-        """Of a token, in a model that computes in `dtype`."""
+        """Bytes per token, in a model that computes in `dtype`."""
         return self.width * (self.dtype or dtype).itemsize
 
 
 def list_caches(config: ModelConfig) -> list[tuple[CacheSpec, ...]]:
-    """What each layer caches, those of MTP modules last."""
+    """What each layer caches, MTP modules last."""
     attention = LatentAttention if config.attention == "mla" else HeadAttention
     return [attention.caches(config)] * (config.num_layers + config.mtp_depth)
 
@@ -95,7 +95,7 @@ def cache_width(config: ModelConfig) -> int:
 
 
 def num_kv_heads(config: ModelConfig) -> int:
-    """Heads of keys and values of the baselines."""
+    """Number of key and value heads in the baselines."""
     return {"mha": config.num_heads, "gqa": config.num_kv_heads, "mqa": 1}[config.attention]
 
 

@@ -1,9 +1,9 @@
-"""The mixture-of-experts layer: a router, E small experts of which each token uses A, and shared experts that all use.
+"""The mixture-of-experts layer: a router, E small experts (each token uses A), and shared experts for every token.
 
 h = x + Shared(x) + Σ_a w_a · Expert_a(x)   (V3 eq. 12; the residual is the block's)
 
-The routing is returned, never kept. Experts are given to the layer, not made by it: any module that maps (x, routes) to
-[N, D], such as `Experts` here, or one behind which copies, other processes or a disk stand.
+The layer returns its routing and never keeps it. It is given its experts, and does not make them: any module that maps
+(x, routes) to [N, D], such as `Experts` here, or one that uses copies, other processes or a disk.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MoE(nn.Module):
         self.shared = MLP(config.hidden_dim, shared_dim, precision) if shared_dim else None
 
     def forward(self, x: Tensor, context: Context, ids: Tensor | None = None) -> tuple[Tensor, Routes]:
-        """`ids` [N, A] replay a choice that was made before; its weights are this router's own."""
+        """`ids` [N, A] replay an earlier choice; the weights are this router's own."""
         starts, seed = context.batch.starts, context.noise_seed
         routes = self.router(x, context.tokens, starts, noise_seed=seed, ids=ids)
         out = self.experts(x, routes)

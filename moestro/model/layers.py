@@ -1,5 +1,5 @@
-"""The layers that everything is made of. Parameters keep their own precision (fp32 master weights in training); what a
-product is computed in is an argument of its operation, never autocast's."""
+"""The basic layers. Parameters keep their own precision (fp32 master weights in training); each operation takes the
+precision of its product as an argument, never from autocast."""
 
 from __future__ import annotations
 

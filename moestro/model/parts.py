@@ -1,11 +1,11 @@
-"""What a served model is made of: one list of parts, which is packed, saved, checked, given to the layers and updated.
+"""The parts of a served model: one list for packing, saving, checking, updating and building the layers.
 
-    plain    a parameter as it is                                        embeddings, norms, biases of routers
+    plain    a parameter as it is                                        embeddings, norms, router biases
     linear   one product for parameters [M, K] with the same input       attention, FFN, router, head
     heads    a matrix [V, K] for every head, cut out of one parameter    the absorbed form of MLA
     experts  the routed experts of a layer                               gate_up [E, 2F, D] and down [E, D, F]
 
-A part is named after its place in the model, as in docs/weights.md; its parameters have the names of the trained model.
+A part's name is its place in the model, as in docs/weights.md; its parameters have the names of the trained model.
 `checkpoints/packing.py` makes the parts, `model/served.py` computes with them.
 """
 
@@ -31,7 +31,7 @@ Kept = TypeVar("Kept", Tensor, PackedLinear, PackedHeads, PackedExperts)
 
 @dataclass(frozen=True)
 class HeadCut:
-    """How a matrix for every head is cut out of a parameter [H · rows, K]: rows from `start` to `stop`, or turned."""
+    """How to cut a matrix for every head out of a parameter [H · rows, K]: rows `start` to `stop`, or transposed."""
 
     num_heads: int
     start: int
@@ -39,23 +39,23 @@ class HeadCut:
     turned: bool = False
 
     def take(self, parameter: Tensor) -> Tensor:
-        """[H · rows, K] -> [H, stop − start, K], or [H, K, stop − start] where it is turned."""
+        """[H · rows, K] -> [H, stop − start, K], or [H, K, stop − start] if `turned`."""
         rows = parameter.unflatten(0, (self.num_heads, -1))[:, self.start : self.stop]
         return rows.transpose(1, 2) if self.turned else rows
 
     def shape(self, columns: int) -> tuple[int, int, int]:
-        """The shape of what `take` gives for K `columns`."""
+        """The shape that `take` gives for K `columns`."""
         rows = self.stop - self.start
         return (self.num_heads, columns, rows) if self.turned else (self.num_heads, rows, columns)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part: its name, its form, the parameters it is made of, and the rule for the format it is kept in.
+    """One part: its name, its form, the parameters it is made of, and the rule for its format.
 
-    activations  in the precision of activations: plain parameters and the matrices of heads
-    weights      as the user says
-    head         the same, but 8 bits at least
+    activations  the precision of activations: plain parameters and the matrices of heads
+    weights      the format that the user chose
+    head         the same, but at least 8 bits
     router       fp32
     """
 
@@ -66,7 +66,7 @@ class Part:
     cut: HeadCut | None = None
 
     def dtype(self, activations: torch.dtype) -> torch.dtype:
-        """What the parameters are rounded to before they are packed."""
+        """The type that parameters are rounded to before packing."""
         return torch.float32 if self.rule == "router" else activations
 
     def format(self, weights: str, activations: torch.dtype) -> str:
@@ -79,7 +79,7 @@ class Part:
 
 
 def served_parts(config: ModelConfig) -> list[Part]:
-    """Every part of a served model, in the order in which they are packed."""
+    """Every part of a served model, in packing order."""
     head = "embed.weight" if config.tie_embeddings else "head.weight"
     parts = [_plain("embed.weight"), Part("head", "linear", (head,), "head"), _plain("norm.weight")]
     for index in range(config.num_layers):
@@ -96,7 +96,7 @@ def _plain(parameter: str) -> Part:
 
 
 def _linear(at: str, name: str, *parameters: str) -> Part:
-    """The product `name` below `at`, of the layers `parameters` there; of the one of its own name without any."""
+    """The product `name` below `at`, made of the layers `parameters` there, by default of the layer `name`."""
     return Part(f"{at}.{name}", "linear", tuple(f"{at}.{layer}.weight" for layer in parameters or (name,)), "weights")
 
 
@@ -139,7 +139,7 @@ def _moe_parts(config: ModelConfig, at: str) -> Iterator[Part]:
 
 
 class Parts:
-    """Packed parts by name, for a layer: names are below the place `at` which it stands."""
+    """Packed parts by name, for one layer: names are relative to its place in the model."""
 
     def __init__(self, parts: Mapping[str, PackedPart], place: str = "") -> None:
         self._parts, self._place = parts, place
@@ -172,12 +172,12 @@ class Parts:
 
 
 def saved_tensors(name: str, part: PackedPart) -> dict[str, Tensor]:
-    """The tensors of a part by the names under which they are saved."""
+    """The tensors of a part, by the names they are saved under."""
     if isinstance(part, Tensor):
         return {name: part}
     return {f"{name}.{key}": tensor for key, tensor in part.tensors().items()}
 
 
 def count_bytes(parts: Mapping[str, PackedPart], forms: Sequence[type[PackedPart]]) -> int:
-    """Bytes of the parts of some forms."""
+    """Bytes of all parts of the given forms."""
     return sum(part.nbytes for part in parts.values() if isinstance(part, tuple(forms)))

@@ -1,7 +1,7 @@
 """Rotary position embedding on interleaved pairs, with YaRN (arXiv 2309.00071) as DeepSeek and Hugging Face apply it.
 
-YaRN leaves frequencies that turn often within the original length alone, divides slow ones by `factor`, and blends
-in between. Attention is sharpened by mscale²: through the softmax scale (`mscale_all_dim`) and, where the two mscales
+YaRN keeps frequencies that turn often within the original length, divides slow ones by `factor`, and blends in
+between. Attention is sharpened by mscale²: through the softmax scale (`mscale_all_dim`) and, where the two mscales
 differ, through cos and sin.
 """
 
@@ -16,7 +16,7 @@ from moestro.config import ModelConfig, RopeConfig
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 · mscale · ln(factor) + 1, and 1 without extension."""
+    """0.1 · mscale · ln(factor) + 1, or 1 if factor ≤ 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -27,7 +27,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rope_frequencies(rope: RopeConfig, rope_dim: int, device: torch.device | None = None) -> Tensor:
-    """Radians per position of each pair [R/2], fp32."""
+    """Radians per position for each pair, [R/2] fp32."""
     exponents = torch.arange(0, rope_dim, 2, dtype=torch.float32, device=device) / rope_dim
     plain = 1.0 / rope.theta**exponents
     if rope.factor == 1:

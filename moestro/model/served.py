@@ -1,16 +1,16 @@
 """The model as it is served: weights packed for the kernels, attention over the pages of many sequences.
 
-The same arithmetic as `model/transformer.py`, without gradients and with one promise more: a token's numbers depend on
-that token and on what it attends to alone, bit for bit. Every operation below is one of `ops/serving/program.py`, whose
-rows do not depend on each other; a forward pass is written down once and then run as one native call, or carried out at
-once. So a request gets the same tokens and log-probabilities whatever shares its batch, however its prompt is cut into
-chunks, wherever its prefix comes from, and however often it is preempted.
+The same arithmetic as `model/transformer.py`, without gradients and with one more promise: a token's numbers depend
+only on that token and on what it attends to, bit for bit. Every operation below comes from `ops/serving/program.py`,
+where rows do not depend on each other. A forward pass is either recorded once and then run as one native call, or
+executed directly. So a request gets the same tokens and log-probabilities whatever shares its batch, however its prompt
+is cut into chunks, wherever its prefix comes from, and however often it is preempted.
 
 MLA attends in the absorbed form only: the cached latents serve as keys and values of all heads (V2 §2.1.2). The naive
-form rounds otherwise, so a prefix cached by one request would change the bits of another; what the absorbed form costs
-more in prefill is a few percent until thousands of tokens (docs/serving.md).
+form rounds differently, so a prefix cached by one request would change the bits of another. In prefill the absorbed
+form costs a few percent more, up to thousands of tokens (docs/serving.md).
 
-Layers take their packed parts by name; `model/parts.py` is the list of them.
+Layers take their packed parts by name; `model/parts.py` lists them.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class ServedMLP:
 class ServedMoE:
     """Router in fp32, packed experts, shared expert. x [N, 1, D] -> [N, 1, D]; `index` counts the routers of a pass.
 
-    `layer` is the index of the block. Every choice is carried out, also of models whose experts had limited room
-    (`router.capacity`): who finds room there depends on the batch. A token alone always does.
+    `layer` is the index of the block. Every choice is carried out, even if the model was trained with limited capacity
+    (`router.capacity`): there, which choices find room depends on the batch. A token alone always finds room.
     """
 
     def __init__(self, config: ModelConfig, layer: int, parts: Parts) -> None:
@@ -122,7 +122,7 @@ class ServedMoE:
 
 
 class ServedBlock:
-    """Pre-norm residual block over one layer's pages; `index` is its own among all blocks."""
+    """Pre-norm residual block over one layer's pages; `index` is its place among all blocks."""
 
     def __init__(self, config: ModelConfig, index: int, parts: Parts) -> None:
         self.attention_norm = ServedNorm(config.norm_eps, parts.at("attention_norm"))
@@ -139,7 +139,7 @@ class ServedBlock:
         return self.ffn.selection if isinstance(self.ffn, ServedMoE) else None
 
     def __call__(self, rows: Operations[Value], x: Value, layer: int, index: int) -> Value:
-        """x [N, 1, D], the cache layer and the place among the routers."""
+        """x [N, 1, D]; `layer` is the cache layer, `index` the router's place among the routers."""
         with rows.scratch():
             x = rows.add(x, self.attention(rows, self.attention_norm(rows, x), layer))
         with rows.scratch():
@@ -148,7 +148,7 @@ class ServedBlock:
 
 
 class ServedMTP:
-    """One prediction depth: combines the hidden states of the depth before with the tokens ahead, runs its block."""
+    """One prediction depth: combines the previous depth's hidden states with the tokens ahead, then runs its block."""
 
     def __init__(self, config: ModelConfig, depth: int, parts: Parts) -> None:
         self.embed_norm = ServedNorm(config.norm_eps, parts.at("embed_norm"))

@@ -1,7 +1,7 @@
 """What a model costs, from its configuration alone: parameters, arithmetic, cache and weight bytes.
 
-Parameters are counted on a model built on the meta device, so that the count cannot drift from the code. Flops count
-two per multiply-add. Checked against the published figures of DeepSeek-V2 and V3.
+Parameters are counted on a model built on the meta device, so that the count cannot drift from the code. A multiply-add
+is two flops. The counts are checked against the published figures of DeepSeek-V2 and V3.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts. `total` and `active` are the main model with both embeddings, `mtp` what the modules add;
-    `routed` are all routed experts of the main model."""
+    """Parameter counts. `total` and `active` count the main model with both embeddings, `mtp` what the MTP modules add,
+    `routed` all routed experts of the main model."""
 
     total: int
     active: int
@@ -32,7 +32,7 @@ class Size:
 
     @property
     def active_without_embedding(self) -> int:
-        """The input embedding is a look-up, not arithmetic."""
+        """`active` without the input embedding, which is a look-up, not arithmetic."""
         return self.active - self.embedding
 
 
@@ -58,13 +58,13 @@ def measure_size(config: ModelConfig) -> Size:
 
 
 def attention_flops(config: ModelConfig, context: int) -> int:
-    """Flops per token of scores and mixing in all layers, naive form, attending to `context` tokens."""
+    """Flops per token for scores and mixing in all layers, naive form, attending to `context` tokens."""
     per_pair = 2 * (config.nope_dim + config.rope_dim + config.v_dim)
     return config.num_layers * config.num_heads * per_pair * context
 
 
 def forward_flops(config: ModelConfig, context: int = 0) -> int:
-    """Flops of one token through the main model, attending to `context` tokens."""
+    """Flops for one token through the main model, attending to `context` tokens."""
     size = measure_size(config)
     matrices = size.active if config.tie_embeddings else size.active_without_embedding
     return 2 * matrices + attention_flops(config, context)
@@ -83,7 +83,7 @@ def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
 
 
 def describe_size(config: ModelConfig) -> dict[str, Any]:
-    """Everything that `moestro inspect` tells, as JSON."""
+    """Everything that `moestro inspect` shows, as JSON."""
     size = measure_size(config)
     return {
         "parameters": {

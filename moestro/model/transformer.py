@@ -1,13 +1,13 @@
 """The DeepSeek-V3 model: embedding, blocks, norm, head, and MTP modules that share embedding and head.
 
-One call computes everything: the main model, MTP modules where tokens ahead are given, and the head where targets or
-logits are asked for. It returns the routing of every MoE layer beside the hidden states: nothing is counted or kept in
-modules, so recompute, evaluation and gradient accumulation cannot miscount. `blocks()` is the one enumeration of
-blocks: the main ones, then those of the MTP modules.
+One call computes everything: the main model, MTP modules if tokens ahead are given, and the head if targets or logits
+are asked for. It returns the routing of every MoE layer along with the hidden states. Modules count and keep nothing,
+so recompute, evaluation and gradient accumulation cannot miscount. `blocks()` is the one enumeration of blocks: the
+main ones, then those of the MTP modules.
 
 MTP (V3 eq. 21–25): h'ᵏ_i = M_k[norm(Emb(t_{i+k})); norm(hᵏ⁻¹_i)], hᵏ = Block_k(h'ᵏ), predicting t_{i+k+1}. As in the
-published checkpoint the embedding half comes first, h⁰ is the main model's output after its final norm, and each
-module ends with a norm of its own.
+published checkpoint, the embedding half comes first, h⁰ is the main model's output after its final norm, and each
+module ends with its own norm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MakeExperts = Callable[[ModelConfig, Precision], nn.Module]
 
 @dataclass(frozen=True)
 class Targets:
-    """What a head is to predict: ids [N] int64 (−100: nothing), and weights [N] in the sum, None for ones."""
+    """What a head should predict: ids [N] int64 (−100: nothing), and weights [N] in the sum, None for ones."""
 
     ids: Tensor
     weights: Tensor | None = None
@@ -42,7 +42,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Of a head and its targets: Σ weight · nll, differentiable; nll [N] in nats, 0 without a target; argmax [N]."""
+    """A head's loss on its targets: Σ weight · nll, differentiable; nll [N] in nats, 0 without a target; argmax [N]."""
 
     total: Tensor
     nll: Tensor
@@ -51,9 +51,9 @@ class HeadScores:
 
 @dataclass(frozen=True)
 class Output:
-    """hidden [N, D], ready for the head; the routes of every MoE block passed through, in order.
+    """hidden [N, D], ready for the head; the routes of every MoE block on the way, in order.
 
-    `scores` where targets were given, `logits` [N, V] where they were asked for; `ahead`: one output per MTP module.
+    `scores` if targets were given, `logits` [N, V] if they were asked for; `ahead`: one output per MTP module.
     """
 
     hidden: Tensor
@@ -106,16 +106,16 @@ class MTPModule(nn.Module):
     def forward(
         self, embedded: Tensor, hidden: Tensor, context: Context, ids: Tensor | None = None, recompute: bool = False
     ) -> tuple[Tensor, Routes | None]:
-        """embedded [N, D] of the tokens k ahead, hidden [N, D] of depth k − 1 -> its own hidden [N, D], and routes."""
+        """embedded [N, D] tokens k ahead, hidden [N, D] of depth k − 1 -> this depth's hidden [N, D], and routes."""
         x = self.project(torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1))
         x, routes = run_block(self.block, x, context, ids, recompute)
         return self.norm(x), routes
 
 
 class Transformer(nn.Module):
-    """The whole model. Activations are kept and products computed in `precision`; parameters keep their own type.
+    """The whole model. Activations and products are in `precision`; parameters keep their own type.
 
-    `make_experts` makes what stands behind the routes of a MoE layer.
+    `make_experts` makes the experts of a MoE layer.
     """
 
     def __init__(self, config: ModelConfig, precision: Precision = "fp32", make_experts: MakeExperts = Experts) -> None:
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """The type of activations."""
         return compute_dtype(self.precision)
 
     def blocks(self) -> list[tuple[str, Block]]:
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         return [*main, *extra]  # type: ignore[list-item]
 
     def routers(self) -> list[tuple[str, Router]]:
-        """Every router with the name of its block, in the order in which routes are returned."""
+        """Every router with its block's name, in the order of the returned routes."""
         return [(name, block.ffn.router) for name, block in self.blocks() if isinstance(block.ffn, MoE)]
 
     def forward(
@@ -159,11 +159,10 @@ class Transformer(nn.Module):
     ) -> Output:
         """tokens [N] -> hidden [N, D] after the final norm, the routes of the main MoE layers, and what is asked for.
 
-        `ahead`: per MTP depth k, the tokens k ahead [N]; as many outputs. `targets` of the main head, then of the
-        depths in `ahead`: their scores. `replay`: expert ids [N, A] of every router passed through, in the order of
-        `routers`, to be used in place of its choice. `logits`: of the main head. `recompute` keeps only block inputs
-        and computes blocks again in the backward pass. `noise_seed`: noise of routers is a function of it and the
-        layer.
+        `ahead`: for each MTP depth k, the tokens k ahead [N]; each gives one output. `targets`: for the main head, then
+        for the depths in `ahead`; each gives scores. `replay`: expert ids [N, A] for every router on the way, in the
+        order of `routers`, used instead of its choice. `logits` asks for those of the main head. `recompute` keeps only
+        block inputs and computes blocks again in the backward pass. Router noise depends on `noise_seed` and layer.
         """
         context = Context(tokens, rope_tables(self.config, batch.positions), batch, noise_seed)
         if len(ahead) > len(self.mtp) or len(targets) > 1 + len(ahead):
@@ -203,7 +202,7 @@ class Transformer(nn.Module):
 def run_block(
     block: nn.Module, x: Tensor, context: Context, ids: Tensor | None, recompute: bool
 ) -> tuple[Tensor, Routes | None]:
-    """A block, its inside kept for the backward pass or computed again there."""
+    """Run a block; with `recompute`, its activations are computed again in the backward pass instead of kept."""
     if recompute:
         x, chosen = checkpoint(block, x, context, ids, use_reentrant=False)
     else:
@@ -213,10 +212,10 @@ def run_block(
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Give every parameter its initial value, and router biases 0. On any device, in any order.
+    """Give every parameter its initial value, and router biases 0. Works on any device, in any order.
 
-    A value depends on the seed, the name of its parameter and, among experts, the expert alone: the same however a
-    model is distributed.
+    A value depends only on the seed, the name of its parameter and, for experts, the expert. So it is the same however
+    a model is distributed.
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
@@ -227,8 +226,8 @@ def init_weights(model: Transformer, seed: int) -> None:
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """Normal(0, init_std) for a matrix, ones for a norm (V3 §4.2); fp32.
 
-    With `init_scale`, σ = √(init_scale / inputs), cut at 2σ (Switch §2.4); routers with learned noise start at zero
-    (Shazeer, appendix A).
+    With `init_scale`, σ = √(init_scale / inputs), truncated at 2σ (Switch §2.4). Routers with learned noise start at
+    zero (Shazeer, appendix A).
     """
     if len(shape) == 1:
         return torch.ones(*shape)

@@ -1,7 +1,7 @@
 """The operations that models are made of.
 
-Those of training, with gradients, are in `training/`, and `from moestro import ops` gives them by name. Those of
-serving, on packed weights and without gradients, are in `serving/`.
+Training operations, with gradients, are in `training/`; `from moestro import ops` gives them by name. Serving
+operations, on packed weights and without gradients, are in `serving/`.
 """
 
 from moestro.ops.training import (

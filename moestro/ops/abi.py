@@ -1,11 +1,11 @@
 """The one table that Python and the native kernels share: numbers, the struct of a step, and every exported function.
 
-`library.py` binds the compiled library with it. `setup.py` runs this file alone, so it imports nothing but the standard
-library, and writes `header()` to `csrc/abi/generated.h`, which `csrc/abi/moestro.h` includes. There the functions are
-declared once more, each with what it means, and the compiler refuses two declarations that disagree. The library
-answers `moestro_abi()` with the VERSION it was built from, and `library.py` refuses any other.
+`library.py` binds the compiled library with it. `setup.py` runs this file alone, so it imports only the standard
+library, and writes `header()` to `csrc/abi/generated.h`. `csrc/abi/moestro.h` includes that, declares the functions
+again and says what each means; the compiler refuses declarations that disagree. `moestro_abi()` in the library returns
+the VERSION it was built from, and `library.py` refuses any other.
 
-Parameters and fields are written as C declares the members of a struct: "const void *a, *b; int64_t rows, width".
+Parameters and fields are written like C struct members: "const void *a, *b; int64_t rows, width".
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
-REVISION = 1  # raise it where a function means something else but takes the same parameters
+REVISION = 1  # raise it when a function changes its meaning but not its parameters
 
 TYPES = {"float32": 0, "bfloat16": 1}
-KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # what packed weights are kept as
-SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}  # of routers
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # formats of packed weights
+SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}  # score functions of routers
 ERRORS = {"ok": 0, "bad_type": 1, "bad_size": 2, "no_memory": 3, "no_isa": 4, "no_address": 5}
 ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 
@@ -61,7 +61,7 @@ STEP = (  # the fields of MoestroStep
     "half_angles, num_sequences, max_pages; int threads"
 )
 
-FUNCTIONS = {  # parameters by name; what they return is an error code but for RETURNS
+FUNCTIONS = {  # parameters by name; all return an error code, except those in RETURNS
     "moestro_abi": "",
     "moestro_isa": "",
     "moestro_set_isa": "const char *name",
@@ -154,12 +154,12 @@ def read_members(declarations: str) -> list[tuple[str, str]]:
 
 
 def ctype_of(kind: str) -> type[Any]:
-    """What ctypes passes for a C type; every pointer is an address."""
+    """The ctypes type for a C type; every pointer is an address."""
     return ctypes.c_void_p if kind.endswith("*") else _NUMBERS[kind]
 
 
 class Cache(ctypes.Structure):
-    """`MoestroCache`: one of the caches of a model."""
+    """`MoestroCache`: one cache of a model."""
 
     _fields_ = tuple((name, ctype_of(kind)) for kind, name in read_members(CACHE))
 
@@ -171,7 +171,7 @@ class Step(ctypes.Structure):
 
 
 def bind(library: ctypes.CDLL) -> None:
-    """Tell ctypes every function's parameters and result. AttributeError where the library lacks one."""
+    """Tell ctypes every function's parameters and result. AttributeError if the library lacks one."""
     for name, parameters in FUNCTIONS.items():
         function, returns = getattr(library, name), RETURNS.get(name, "int")
         function.argtypes = [ctype_of(kind) for kind, _ in read_members(parameters)]
@@ -193,7 +193,7 @@ def _enumerate(prefix: str, numbers: Mapping[str, int]) -> str:
 
 
 def _declarations() -> list[str]:
-    """All that both sides must have the same, in C. The names of parameters and operands are part of it."""
+    """Everything both sides must agree on, in C, including the names of parameters and operands."""
     counts = ", ".join(str(len(opcode.operands)) for opcode in Opcode)
     isas = ", ".join(f'"{isa}"' for isa in ISAS)
     return [

@@ -1,9 +1,9 @@
-"""The compiled library of `csrc/`, loaded with ctypes, and the rules of who may be handed to it.
+"""The compiled library of `csrc/`, loaded with ctypes, and the rules for which tensors it may take.
 
-Optional and never the specification: where the library was not built, or the CPU lacks AVX2, or a tensor is not a plain
-one of fp32 or bf16 in CPU memory, plain torch computes the same. Results depend neither on the number of threads nor on
-what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one, `MOESTRO_LIBRARY` names
-another build, `MOESTRO_OPS` (reference or fused) forces plain torch. What is called, and how, is in `abi.py`.
+The library is optional and never the specification. If it was not built, or the CPU lacks AVX2, or a tensor is not a
+plain fp32 or bf16 tensor in CPU memory, plain torch computes the same. Results depend neither on the number of threads
+nor on what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one, `MOESTRO_LIBRARY`
+names another build, `MOESTRO_OPS` (reference or fused) forces plain torch. `abi.py` lists the functions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MESSAGES = {
     abi.ERRORS["no_address"]: "an expert that is used has no address",
 }
 WISH = os.environ.get("MOESTRO_OPS", "")  # which form computes: reference, fused, or the best
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # what has memory of its own; a DTensor or a FakeTensor has none
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # types with their own memory; a DTensor or a FakeTensor has none
 LIBRARY = Path(os.environ.get("MOESTRO_LIBRARY") or Path(__file__).parent / "libmoestro.so")
 
 
@@ -41,10 +41,10 @@ if WISH not in ("", "reference", "fused"):
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """The library on its best path, or the one `MOESTRO_ISA` names; None where it is missing or cannot run.
+    """The library on its best path, or the path `MOESTRO_ISA` names; None if it is missing or cannot run.
 
-    Loaded after torch, so that both use the one OpenMP runtime. ConfigError for a name that this CPU cannot run, and
-    for a library that was built from another version of `abi.py`.
+    It is loaded after torch, so that both use one OpenMP runtime. ConfigError for a path that this CPU cannot run, or
+    for a library built from another version of `abi.py`.
     """
     wish = os.environ.get("MOESTRO_ISA", "")
     try:
@@ -66,7 +66,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _version_of(library: ctypes.CDLL) -> int | None:
-    """The version of `abi.py` that a library was built from; None where it cannot tell."""
+    """The version of `abi.py` that a library was built from; None if it does not say."""
     if not hasattr(library, "moestro_abi"):
         return None
     library.moestro_abi.restype = ctypes.c_uint32
@@ -74,7 +74,7 @@ def _version_of(library: ctypes.CDLL) -> int | None:
 
 
 def current_isa() -> str:
-    """Name of the instruction set in use; empty where plain torch computes."""
+    """Name of the instruction set in use; empty if plain torch computes."""
     library = load_library()
     return library.moestro_isa().decode() if library else ""
 
@@ -93,23 +93,23 @@ def is_available() -> bool:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether operations of serving, on these, are left to the kernels."""
+    """Whether the kernels compute serving operations on these tensors."""
     return is_available() and all(map(fits, tensors))
 
 
 @cache
 def multiplies_faster(dtype: torch.dtype) -> bool:
-    """Whether dense products of a type are left to the kernels rather than to torch.
+    """Whether the kernels, not torch, compute dense products of a type.
 
-    Without bf16 instructions torch multiplies bf16 a hundred times slower than fp32; its BLAS for fp32 is at its best
-    on Intel's CPUs only. Where both are at their best, they are about equal (docs/kernels.md).
+    Without bf16 instructions torch multiplies bf16 a hundred times slower than fp32, and its fp32 BLAS is at its best
+    on Intel CPUs only. Where both are at their best, they are about equal (docs/kernels.md).
     """
     described = machine.describe_machine()
     return not described.bf16_is_fast if dtype == torch.bfloat16 else "Intel" not in described.cpu
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a kernel with the addresses of contiguous tensors (None: absent), and numbers; raises on its error code."""
+    """Call a kernel with numbers and the addresses of contiguous tensors (None: absent); raises on its error code."""
     library = load_library()
     assert library is not None
     raw = [_address(a) if isinstance(a, Tensor) else a for a in arguments]
@@ -125,7 +125,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def measure_peak(dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Operations per second of products that touch no memory, the best of `seconds`: the machine's limit."""
+    """Operations per second of products that touch no memory, the best within `seconds`: the machine's limit."""
     operations, best, rounds = torch.zeros(1, dtype=torch.int64), 0.0, 20000
     end = time.perf_counter() + seconds
     while not best or time.perf_counter() < end:

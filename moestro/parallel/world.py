@@ -1,7 +1,7 @@
-"""The processes that train one model together, as a value: rank, size, and sums over all of them.
+"""The processes that train one model together: rank, size, and sums over all of them.
 
-A world of one is a world: its sums are the identity, and nothing else in the package asks how many there are. Sums run
-through `torch.distributed`, whose process group is made by `join` from the variables that torchrun sets.
+A single process is a world too: its sums are the identity, and nothing else in the package asks how many processes
+there are. Sums go through `torch.distributed`; `join` makes its process group from the variables that torchrun sets.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """`rank` of `size` processes; more than one share the default process group."""
+    """Process `rank` of `size`; more than one share the default process group."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process logs and writes for all."""
         return self.rank == 0
 
     @property
     def share(self) -> slice:
-        """This process's part of what is dealt out in turns, rows of a batch for one."""
+        """This process's part of anything dealt out round-robin, such as the rows of a batch."""
         return slice(self.rank, None, self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensors that all processes hold, in all of them."""
+        """The sum of this tensor over all processes; every process gets it."""
         if self.size == 1:
             return tensor
         total = tensor.clone()
@@ -42,7 +42,7 @@ class World:
         return total
 
     def sum_numbers(self, numbers: Iterable[int]) -> tuple[int, ...]:
-        """Sums of whole numbers."""
+        """The sum of each whole number over all processes."""
         return tuple(self.sum(torch.tensor([*numbers], dtype=torch.int64)).tolist())
 
     def sum_gradients(self, model: nn.Module) -> None:
@@ -55,7 +55,7 @@ class World:
             dist.all_reduce(parameter.grad)
 
     def agree(self, number: int) -> int:
-        """The main process's number, in all of them."""
+        """The main process's number, in every process."""
         if self.size == 1:
             return number
         value = torch.tensor([number], dtype=torch.int64)
@@ -63,7 +63,7 @@ class World:
         return int(value)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
@@ -73,7 +73,7 @@ ONE = World()
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The world that torchrun describes (RANK, WORLD_SIZE, …), or a world of one without it."""
+    """The world that torchrun describes (RANK, WORLD_SIZE, …), or a single process without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ONE

@@ -1,1 +1,1 @@
-"""The heart: which experts a token goes to, how they are kept equally busy, what the loads tell."""
+"""Routing: which experts a token goes to, how they are kept equally busy, and what the loads show."""

@@ -1,8 +1,8 @@
-"""Keeping experts equally busy: the bias rules without an auxiliary loss, and every auxiliary loss of the family.
+"""Keeping experts equally busy: the bias rules, which need no auxiliary loss, and all auxiliary losses.
 
 Bias rule (arXiv 2408.15664 algorithm 1; V3 §2.1.2): after each global batch b_i += γ·sign(mean load − load_i).
 
-Losses, for N tokens with scores s [N, E], of which token t uses A; f counts choices and has no gradient:
+Losses, for N tokens with scores s [N, E], each token using A experts; f counts choices and has no gradient:
 
     sequence       Σ f_i P_i per sequence, f_i = E/(A T) #(top-A of the unbiased s has i), P_i = mean_t s_i/Σ_j s_j   V3
     expert         Σ f_i P_i, f_i = E/(A T) #(i was chosen)                Switch eq. 4, DeepSeekMoE eq. 12–14
@@ -13,7 +13,7 @@ Losses, for N tokens with scores s [N, E], of which token t uses A; f counts cho
     load           CV(Σ_t P(t, i))², the chance of being chosen if i's noise were drawn again     Shazeer eq. 8–11
     z              mean_t logsumexp(h_t)²                                  ST-MoE eq. 5
 
-Everything here is a function of its arguments; the training step calls `updated_bias` in plain sight.
+All functions here are pure; the training step itself calls `updated_bias`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from moestro.routing.selection import find_best
 
 
 def count_loads(ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """ids [N, A] -> tokens per expert [E] int64, of the rows where `valid` [N] holds."""
+    """ids [N, A] -> tokens per expert [E] int64, counting the rows where `valid` [N] holds."""
     counted = torch.ones_like(ids) if valid is None else valid[:, None].to(ids.dtype).expand_as(ids)
     return ids.new_zeros(num_experts).scatter_add_(0, ids.flatten(), counted.flatten())
 
 
 def updated_bias(bias: Tensor, loads: Tensor, speed: float, rule: str = "sign") -> Tensor:
-    """bias [E] after one step: overloaded experts lose, underloaded ones gain; under `sign` each the same `speed`.
+    """bias [E] after one step: it falls for overloaded experts and rises for underloaded ones.
 
-    `loads` [E] are counts over the global batch. Compared as integers (load·E against the total), so that an
-    expert exactly at the mean does not move. `error` moves by speed · (mean − load) / mean.
+    `loads` [E] are counts over the global batch. `sign` moves each bias by `speed`, `error` by
+    speed · (mean − load) / mean. Loads are compared as integers (load·E against the total), so that an expert exactly
+    at the mean does not move.
     """
     error = loads.sum() - loads * len(loads)
     if rule == "error":
@@ -45,9 +46,10 @@ def updated_bias(bias: Tensor, loads: Tensor, speed: float, rule: str = "sign") 
 
 
 def balance_loss(term: BalanceTerm, routes: Routes, config: ModelConfig, valid: Tensor, num_sequences: int) -> Tensor:
-    """One term without its weight, of one router on one forward pass; rows outside `valid` [N] do not count.
+    """One term, without its weight, for one router and one forward pass; rows outside `valid` [N] do not count.
 
-    `sequence`, and those over sequences, are sums over sequences; `z` is a sum over tokens; all others are the loss.
+    `sequence` and terms with over="sequence" are sums over sequences, `z` is a sum over tokens, and all others are the
+    loss itself.
     """
     match term.kind:
         case "sequence":
@@ -62,7 +64,7 @@ def balance_loss(term: BalanceTerm, routes: Routes, config: ModelConfig, valid: 
             return importance_loss(routes.ids[valid], routes.weights[valid], config.num_experts)
         case "load":
             if routes.noisy is None or routes.noise_std is None or routes.logits is None:
-                return routes.scores.new_zeros(())  # evaluation is without noise
+                return routes.scores.new_zeros(())  # evaluation has no noise
             rows = (routes.logits[valid], routes.noisy[valid], routes.noise_std[valid])
             return load_loss(*rows, top_k=config.top_k)
     assert routes.logits is not None
@@ -85,7 +87,7 @@ def sequence_balance_loss(scores: Tensor, top_k: int, num_sequences: int, valid:
 def share_loss(kind: str, scores: Tensor, ids: Tensor, valid: Tensor, *, num_groups: int, top_k_groups: int) -> Tensor:
     """Σ over parts of Σ_i f_i P_i, for experts, for devices, or for the tokens sent to devices.
 
-    scores [S, T, E], ids [S, T, A], valid [S, T]; a part is a sequence, or the one batch.
+    scores [S, T, E], ids [S, T, A], valid [S, T]; a part is a sequence or the whole batch.
     """
     num_experts, top_k = scores.shape[-1], ids.shape[-1]
     mask = valid[..., None].to(scores.dtype)
@@ -111,26 +113,26 @@ def first_choice_loss(scores: Tensor, ids: Tensor) -> Tensor:
 
 
 def normalized(scores: Tensor) -> Tensor:
-    """scores [..., E] over their sum."""
+    """scores [..., E] divided by their sum."""
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
 def squared_variation(values: Tensor) -> Tensor:
-    """CV²: variance over squared mean of [E]."""
+    """CV² of values [E]: variance over squared mean."""
     return values.var(unbiased=False) / (values.mean() ** 2 + 1e-20)
 
 
 def importance_loss(ids: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """CV of the summed weights of every expert, squared: ids, weights [N, A] (Shazeer eq. 6–7)."""
+    """CV² of each expert's summed weights: ids, weights [N, A] (Shazeer eq. 6–7)."""
     gates = weights.new_zeros(len(ids), num_experts).scatter(1, ids, weights)
     return squared_variation(gates.sum(0))
 
 
 def load_loss(logits: Tensor, noisy: Tensor, noise_std: Tensor, *, top_k: int) -> Tensor:
-    """CV of the smooth load, squared (Shazeer eq. 8–11); logits without noise, noisy, noise_std: [N, E].
+    """CV² of the smooth load (Shazeer eq. 8–11); logits without noise, noisy, noise_std: [N, E].
 
-    P(t, i) = Φ((h_i − kth_excluding(H, k, i)) / std_i), H the noisy logits: the k-th largest of the others is the
-    (k+1)-th of all for one that is among the k, else the k-th.
+    P(t, i) = Φ((h_i − kth_excluding(H, k, i)) / std_i) with H the noisy logits. The k-th largest of the others is the
+    (k+1)-th of all if i is among the top k, else the k-th.
     """
     best = noisy.topk(top_k + 1, dim=-1)
     among = torch.zeros_like(noisy, dtype=torch.bool).scatter_(1, best.indices[:, :top_k], True)

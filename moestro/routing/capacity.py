@@ -1,7 +1,7 @@
-"""Room for a limited number of choices: which ones exceed it, in the order of the batch or of their affinity.
+"""Limited capacity: which choices exceed it, ordered by position in the batch or by affinity.
 
-A unit is an expert (GShard, Switch) or a device (DeepSeek-V2 §2.2.4). In order of position all first choices come
-before all second ones, and earlier tokens before later ones; in order of affinity the lowest are left out first.
+A unit is an expert (GShard, Switch) or a device (DeepSeek-V2 §2.2.4). By position, all first choices come before all
+second ones, and earlier tokens before later ones. By affinity, the lowest are dropped first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def find_overflow(
 ) -> Tensor:
     """Choices that find no room, [N, A] bool.
 
-    units [N, A] int64, wanted [N, A] bool (others take no room), affinity [N, A] or None for the order of position;
-    spared [N] bool: tokens that are served first, and beyond the room if they must.
+    units [N, A] int64, wanted [N, A] bool (the others take no room), affinity [N, A] or None to order by position.
+    spared [N] bool: tokens that are served first, even beyond the limit.
     """
     num_choices = units.shape[1]
     slots = units.T.flatten()  # [A·N], first choices first

@@ -1,8 +1,8 @@
-"""Where the copies of experts are: physical slots, of which each holds a copy of one logical expert.
+"""Where the copies of experts are: each physical slot holds a copy of one logical expert.
 
-Routers choose logical experts; what is computed, sent or kept in memory are physical slots. A `Placement` says which
-slot holds what, layer by layer, and `place_routes` maps the ids of routes to slots. It is a pure function: the same ids
-and placement give the same slots, on every rank. Copies of an expert are equal, so results do not depend on the choice.
+Routers choose logical experts; physical slots are computed, sent and kept in memory. A `Placement` says which expert
+each slot holds, layer by layer, and `place_routes` maps expert ids to slots. It is a pure function: the same ids and
+placement give the same slots on every rank. Copies of an expert are equal, so results do not depend on the choice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Choice = Literal["first", "in_turn"]  # of the copies of an expert: the first one, or copy n mod their number for row n
+Choice = Literal["first", "in_turn"]  # which copy row n uses: the first, or number n mod copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,12 @@ class Placement:
 
     @staticmethod
     def identity(num_layers: int, num_experts: int) -> Placement:
-        """One copy of each expert, in the slot of its own number."""
+        """One copy of each expert; expert e is in slot e."""
         return Placement(torch.arange(num_experts).repeat(num_layers, 1), num_experts)
 
     @property
     def num_slots(self) -> int:
-        """Of a layer."""
+        """Slots per layer."""
         return self.physical_to_logical.shape[1]
 
     @cached_property
@@ -58,11 +58,11 @@ class Placement:
 
     @cached_property
     def logical_to_physical(self) -> Tensor:
-        """Slots of each expert in ascending order, [layers, E, most copies] int64, filled up with -1."""
+        """Slots of each expert in ascending order, [layers, E, most copies] int64, padded with -1."""
         table, counts = self.physical_to_logical, self.replicas
         slots = table.argsort(dim=1, stable=True)
         expert = table.gather(1, slots)
-        before = (counts.cumsum(1) - counts).gather(1, expert)  # slots of experts of lower number
+        before = (counts.cumsum(1) - counts).gather(1, expert)  # slots of lower-numbered experts
         copy = torch.arange(self.num_slots, device=table.device) - before
         out = table.new_full((*counts.shape, int(counts.max()) if counts.numel() else 0), -1)
         layer = torch.arange(len(table), device=table.device)[:, None]
@@ -73,7 +73,7 @@ class Placement:
 def place_routes(ids: Tensor, placement: Placement, layer: int, *, choice: Choice = "first") -> Tensor:
     """Logical ids [N, A] int64 of a layer's routes -> slots [N, A].
 
-    Id E, a choice that is not carried out, becomes the number of slots, which means the same.
+    Id E marks a dropped choice; it becomes the number of slots, which means the same.
     """
     slots = placement.logical_to_physical[layer].to(ids.device)
     slots = F.pad(slots, (0, 0, 0, 1), value=placement.num_slots)

@@ -1,13 +1,13 @@
-"""The router: scores, noise, bias, groups, top-k, weights, capacity. `RouterConfig` is the whole difference of schemes.
+"""The router: scores, noise, bias, groups, top-k, weights, capacity. Schemes differ in `RouterConfig` alone.
 
-    h = x Wᵀ in fp32, whatever the model computes in; s = sigmoid, softmax or √softplus of h
+    h = x Wᵀ in fp32, whatever the model's precision; s = sigmoid, softmax or √softplus of h
     choose the top-k groups by (s + b), then the top-k experts in them; other groups are −inf, never 0:
                                                       with negative biases 0 could win
     g = s of the chosen, without b, normalised, times `scale`
-    what an expert or a device has no room for is not carried out: it passes by on the residual
+    a choice for which its expert or device has no room is dropped: the residual carries the token
 
-V3 eq. 12–16, V2 §2.2; noisy top-k from Shazeer et al. 2017 eq. 3–5 (softmax over the kept ones is the softmax over all,
-normalised); jitter, capacity and the random second choice from Switch and GShard; hashing by token id from V4.
+V3 eq. 12–16, V2 §2.2; noisy top-k from Shazeer et al. 2017 eq. 3–5 (a softmax over the kept experts is the softmax over
+all, normalised); jitter, capacity and the random second choice from Switch and GShard; hashing by token id from V4.
 The bias b steers selection only and has no gradient; `routing/balance.py` moves it.
 """
 
@@ -39,8 +39,8 @@ JITTER = 0.01  # Switch: inputs of the router times uniform(1 − ε, 1 + ε)
 class Routes:
     """Where N tokens go: ids [N, A] int64, weights [N, A] fp32, scores [N, E] fp32 (before the bias).
 
-    `accepted` [N, A] bool: False where a choice is not carried out; None where all are. `overflow` of them, a count,
-    for want of room. For the losses: logits [N, E] without noise; under learned noise also `noisy` [N, E] and
+    `accepted` [N, A] bool: False where a choice is dropped; None if none is. `overflow` counts the choices dropped for
+    lack of room. For the losses: logits [N, E] without noise; under learned noise also `noisy` [N, E] and
     `noise_std` [N, E].
     """
 
@@ -55,7 +55,7 @@ class Routes:
 
 
 class Router(nn.Module):
-    """Linear scores and a bias per expert; `layer` is the index of its block, `hashed` whether token ids decide."""
+    """Linear scores and a bias per expert; `layer` is its block's index, `hashed` says whether token ids decide."""
 
     bias: Tensor
 
@@ -80,8 +80,8 @@ class Router(nn.Module):
     ) -> Routes:
         """x [N, D] -> routes. Hash routing needs the token ids [N]; sparing sequences needs where they start [S + 1].
 
-        `ids` [N, A]: a choice made before, to be weighed by this router's own scores. What is random is a function of
-        `noise_seed` and the layer: recomputed, it is the same.
+        `ids` [N, A]: a choice made earlier; this router's own scores weigh it. Noise depends only on `noise_seed` and
+        the layer, so recomputing gives the same noise.
         """
         router, rows = self.config.router, x.float()
         noise = Noise(noise_seed, self.layer)
@@ -97,7 +97,7 @@ class Router(nn.Module):
         return Routes(ids, weights, scores, logits, accepted, overflow, None if std is None else noisy, std)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """rows [N, D] fp32 -> [N, E]; zeros where nothing is learned."""
+        """rows [N, D] fp32 -> [N, E]; zeros if there is no learned gate."""
         if self.weight is None:
             return rows.new_zeros(len(rows), self.config.num_experts)
         return F.linear(rows, self.weight.float())
@@ -110,7 +110,7 @@ class Router(nn.Module):
         return logits + noise.normal(logits) * std, std
 
     def choose(self, scores: Tensor, tokens: Tensor | None) -> Tensor:
-        """Biased selection, or the hash of the token: ids [N, A]."""
+        """ids [N, A], by biased scores or by the hash of the token."""
         selection = self.selection
         if not selection.hashed:
             return choose(add_bias(scores, selection), selection)
@@ -127,7 +127,7 @@ class Router(nn.Module):
     def accept(
         self, ids: Tensor, weights: Tensor, starts: Tensor | None, noise: Noise
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Which choices [N, A] are carried out, and how many were not for want of room; None where all are."""
+        """Which choices [N, A] are carried out, and how many had no room; (None, None) if all are."""
         config, capacity = self.config, self.config.router.capacity
         factor = capacity.factor if self.training else capacity.eval_factor
         wanted = torch.ones_like(ids, dtype=torch.bool)
@@ -150,23 +150,23 @@ class Router(nn.Module):
 
 
 def spare_sequences(num_tokens: int, starts: Tensor, spared: Tensor) -> Tensor:
-    """Sequences [S] bool that are spared, starts [S + 1] -> their tokens [N] bool."""
+    """Spared sequences [S] bool, starts [S + 1] -> spared tokens [N] bool."""
     return spared.repeat_interleave(starts.diff(), output_size=num_tokens)
 
 
 class Noise:
-    """Random numbers of one router in one pass: a stream of its own, drawn on the CPU, so the same on every device."""
+    """Random numbers for one router in one pass: its own stream, drawn on the CPU, so the same on every device."""
 
     def __init__(self, seed: int, layer: int) -> None:
         self._seed = mix_seed(seed, layer)
         self._generator: torch.Generator | None = None
 
     def uniform(self, like: Tensor) -> Tensor:
-        """In [0, 1), fp32, of a tensor's shape and on its device."""
+        """Uniform in [0, 1), fp32, with the shape and device of `like`."""
         return torch.rand(like.shape, generator=self._get()).to(like.device)
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal, fp32, of a tensor's shape and on its device."""
+        """Standard normal, fp32, with the shape and device of `like`."""
         return torch.randn(like.shape, generator=self._get()).to(like.device)
 
     def _get(self) -> torch.Generator:
@@ -176,7 +176,7 @@ class Noise:
 
 
 def mix_seed(seed: int, index: int) -> int:
-    """A seed for the index-th of the streams that a seed stands for: 63 bits, well apart (splitmix64)."""
+    """A seed for the index-th stream of `seed`: 63 bits, well apart (splitmix64)."""
     mixed = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> shift)) * factor % 2**64

@@ -4,12 +4,12 @@
     c = s + b, or s · (1 + b): the bias steers the comparison only and has no gradient
     groups: the best `top_k_groups` by the sum of their `group_best` best c; other groups are −inf, never 0:
             with negative biases 0 could win
-    experts: the best `top_k` by c in the groups that are left; of equal ones the lowest id, of experts and of groups
+    experts: the best `top_k` by c in the groups that are left; ties go to the lowest id, for experts and groups
     weights: s of the chosen, without b, normalised or not, times `scale`
 
-V3 eq. 12–16, V2 §2.2. `Router` trains with these functions, the plain form of serving computes with them (its sums in a
-fixed order, see `Arithmetic`), and the kernels are tested against them. The ids may be given instead: replayed, or
-hashed from the token (V4); their weights are still the layer's own scores.
+V3 eq. 12–16, V2 §2.2. `Router` trains with these functions, serving without kernels uses them too (with sums in a fixed
+order, see `Arithmetic`), and the kernels are tested against them. The ids may be given instead: replayed, or hashed
+from the token (V4). Their weights still come from the layer's own scores.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from moestro.config import ModelConfig
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What `choose` and `weigh` need to know of a router: its scheme, and its bias [E].
+    """What `choose` and `weigh` need to know about a router: its scheme, and its bias [E].
 
-    `layer` is the index of the router's block, which is hashed with the token where `hashed` says so.
+    `layer` is the index of the router's block; if `hashed`, it is hashed together with the token.
     """
 
     bias: Tensor
@@ -45,12 +45,12 @@ class Selection:
     layer: int
 
     def hash(self, tokens: Tensor) -> Tensor:
-        """Token ids [N] -> expert ids [N, A], where `hashed` says that they decide."""
+        """Token ids [N] -> expert ids [N, A], for a router that is `hashed`."""
         return hash_experts(tokens, num_experts=len(self.bias), top_k=self.top_k, layer=self.layer)
 
 
 class Arithmetic(Protocol):
-    """How the numbers are formed: as torch does it best, or so that a row depends on itself alone."""
+    """How numbers are computed: as torch does it best, or so that each row depends on itself alone."""
 
     def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """An elementwise function."""
@@ -117,7 +117,7 @@ def score_experts(logits: Tensor, score: str, arithmetic: Arithmetic = TORCH) ->
 
 
 def add_bias(scores: Tensor, selection: Selection) -> Tensor:
-    """Scores [N, E] as they are compared: with the bias, without gradient."""
+    """Scores [N, E] for the comparison: with the bias, without gradient."""
     free = scores.detach()
     return free * (1 + selection.bias) if selection.multiply else free + selection.bias
 
@@ -134,14 +134,14 @@ def choose(compared: Tensor, selection: Selection) -> Tensor:
 
 
 def find_best(values: Tensor, count: int) -> Tensor:
-    """values [N, E] -> indices [N, count] of the largest, in falling order, of equal ones the lowest first.
+    """values [N, E] -> indices [N, count] of the largest, in falling order; among equals the lowest index first.
 
     `topk` promises no order among equals, so fp32 values are compared as integers that end in the index.
     """
     if values.dtype != torch.float32:
         return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     bits = (values + 0.0).view(torch.int32)  # no −0
-    key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()  # in the order of the values
+    key = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()  # sorts as the values do
     last = values.shape[-1] - 1
     key.bitwise_left_shift_(32).add_(torch.arange(last, -1, -1, device=values.device))
     return last - key.topk(count, dim=-1).values.bitwise_and_(0xFFFFFFFF)
@@ -156,7 +156,7 @@ def weigh(scores: Tensor, ids: Tensor, selection: Selection, arithmetic: Arithme
 
 
 def hash_experts(tokens: Tensor, *, num_experts: int, top_k: int, layer: int) -> Tensor:
-    """Token ids [N] -> expert ids [N, A], fixed for ever: one expert of each of A equal ranges.
+    """Token ids [N] -> expert ids [N, A], fixed for ever: one expert from each of A equal ranges.
 
     Fibonacci hashing of (token, layer, choice): the high bits of a product with 2⁶⁴/φ, in wrapping int64 arithmetic.
     """

@@ -1,4 +1,4 @@
-"""How evenly, and for whom, experts are used: figures computed from loads.
+"""How evenly experts are used, and for which domains: figures computed from loads.
 
 A load is the number of (token, choice) assignments that an expert received. Everything here is a pure
 function of numpy arrays whose last axis is the expert (`tensor.numpy()` for torch), computed in float64.
@@ -57,12 +57,12 @@ def specialisation(domain_loads: ArrayLike, smoothing: float = 1.0) -> Floats:
     """Preference of experts for domains, `[D, L, E] -> [D, L, E]`, in log2: +1 is twice the mean share.
 
     With n the load of a domain in a layer's expert, N = sum over experts of n, and m the mean over domains of
-    n / N (unweighted: a large domain is no yardstick; domains without tokens in the layer are left out)::
+    n / N (unweighted, so a large domain does not dominate; domains without tokens in the layer are left out)::
 
         log2( (n + s m) / ((N + s) m) ),    s = smoothing * E
 
-    that is, the domain's share shrunk to the mean share with the weight of s assignments. So little evidence
-    gives a value near 0, none (a dead expert, a domain without tokens) exactly 0; nothing exceeds log2 D.
+    that is, the domain's share shrunk towards the mean share with the weight of s assignments. So little evidence
+    gives a value near 0, no evidence (a dead expert, a domain without tokens) exactly 0. No value exceeds log2 D.
     """
     counts = _counts(domain_loads)
     if counts.ndim != 3:

@@ -1,6 +1,6 @@
-"""Attention of served rows over the pages of a cache, in which the rows of many sequences lie.
+"""Attention of served rows over the pages of a cache that many sequences share.
 
-A row of the result depends on its own inputs alone, bit for bit. The kernel is in csrc/serving/attention.h; where it
+A row of the result depends on its own inputs alone, bit for bit. The kernel is in csrc/serving/attention.h; if it
 cannot run, `reference.py` computes the same within rounding.
 """
 
@@ -32,12 +32,12 @@ def paged_attention(
     """Softmax attention of the rows of S sequences over their cached rows. q [N, H, K] -> [N, H, V] of its type.
 
     Sequence s owns query rows starts[s] … starts[s + 1] − 1 at positions first[s], first[s] + 1, …; a row at position
-    p sees the cached rows 0 … p. Row i lies at pages[page_tables[s, i // 64], i % 64]. Of its W = groups · w values,
-    the key of group g starts at g · w and its value at g · w + value_offset; head h uses group h · groups // H.
+    p sees the cached rows 0 … p. Row i is at pages[page_tables[s, i // 64], i % 64]. In its W = groups · w values, the
+    key of group g starts at g · w and its value at g · w + value_offset; head h uses group h · groups // H.
 
     pages [P, 64, W] of q's type, page_tables [S, max_pages] int32, starts [S + 1] and first [S] int64. With `selection`
-    [N, M] int32 a row sees these positions and no others: ascending, at least one, none beyond its own, filled up with
-    −1. A selection of all positions gives the same bits as none. ValueError or RuntimeError for any other.
+    [N, M] int32 a row sees only these positions: ascending, at least one, none beyond its own, padded with −1.
+    ValueError or RuntimeError if they are not. Selecting all positions gives the same bits as no selection.
     """
     rows, heads, width = q.shape
     if selection is not None:
@@ -85,7 +85,7 @@ def _attend(
 def _gather(
     pages: Tensor, tables: Tensor, starts: Tensor, first: Tensor, selection: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pages, tables, starts and first of every row as a sequence of its own, which has cached the selected rows."""
+    """Pages, tables, starts and first that make each row its own sequence, which has cached the selected rows."""
     (number, most), page = selection.shape, reference.PAGE
     row, count = torch.arange(number), (selection >= 0).sum(1)
     sequence = torch.bucketize(row, starts[1:], right=True)

@@ -1,9 +1,9 @@
 """Weights as the serving kernels read them: panels of 64 outputs, kept as fp32, bf16, int8 or int4.
 
-A matrix [M, K] becomes ⌈M / 64⌉ panels of equal size that follow each other, zeros where M and K do not fill them. A
-panel is a row of blocks along k, so it is read once from front to end; the same bytes serve every instruction set:
+A matrix [M, K] becomes ⌈M / 64⌉ consecutive panels of equal size, padded with zeros where M and K do not fill them. A
+panel is a row of blocks along k, so it is read once from front to end. The same bytes serve every instruction set:
 
-    format  k of a block  bytes  bits a weight  what lies in a block
+    format  k per block   bytes  bits a weight  what a block holds
     fp32               1    256             32  float [64]
     bf16               2    256             16  bf16 [64][2]: the two k of an output side by side
     int8              64   4224           8.25  uint8 [16][64][4], 128 + code, k = 4 i + j; then bf16 scale [64]
@@ -13,8 +13,8 @@ panel is a row of blocks along k, so it is read once from front to end; the same
 `FORMATS` is this table as data: the packer, the packed directory and the kernels' codes come from it.
 
 value = scale · code. int8: scale = largest magnitude / 127. int4: the largest magnitude is code −8 and its sign goes
-into the scale, as in llama.cpp's Q4_0; then the scale that fits these codes best, Σ w·code / Σ code². Rows of
-activations are quantised to 8 bits by blocks of the same length when they meet such weights: code = x · (127 / largest
+into the scale, as in llama.cpp's Q4_0; then the scale is refitted to these codes, Σ w·code / Σ code². For products with
+such weights, rows of activations are quantised to 8 bits in blocks of the same length: code = x · (127 / largest
 magnitude), rounded to even.
 """
 
@@ -34,18 +34,18 @@ from moestro.ops import library
 from moestro.ops.abi import KINDS
 
 PANEL = 64
-LEAST_SCALE = 1e-37  # whose inverse is finite; blocks of smaller values become zeros
+LEAST_SCALE = 1e-37  # its inverse is finite; blocks of smaller values become zeros
 LARGE = 1 << 21  # bytes
-CHUNK = 1 << 20  # elements of `RowSource` packed at a time: they are copied
+CHUNK = 1 << 20  # elements of a `RowSource` packed at a time, because they are copied
 PLAIN_CHUNK = 1 << 18  # elements packed at a time in plain torch, which needs several times their memory
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a block of a panel is stored: values of `bits` for `length` k of 64 outputs, then their scales.
+    """How a block of a panel is stored: values of `bits` bits for `length` k of 64 outputs, then their scales.
 
-    `code` is the format's number in the C interface and in saved sizes. `scale` is the dtype of the scales, one of each
-    output, which end the block; None where there are none.
+    `code` is the format's number in the C interface and in saved sizes. `scale` is the dtype of the scales, one per
+    output, which end the block; None if there are none.
     """
 
     name: str
@@ -61,12 +61,12 @@ class WeightFormat:
 
     @property
     def offset(self) -> int:
-        """What is added to a code, so that it is stored without a sign."""
+        """Added to a code so that it is stored without a sign."""
         return 1 << (self.bits - 1)
 
     @property
     def scale_offset(self) -> int:
-        """Bytes of the values of a block, behind which its scales begin."""
+        """Bytes of a block's values; its scales begin after them."""
         return PANEL * self.length * self.bits // 8
 
     @property
@@ -81,7 +81,7 @@ class WeightFormat:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight takes, its share of the scales included."""
+        """Bits per weight, including its share of the scales."""
         return 8 * self.nbytes / (PANEL * self.length)
 
 
@@ -97,14 +97,14 @@ FORMATS = {
 
 
 def plain_format(dtype: torch.dtype) -> str:
-    """The format that keeps weights as they are computed with."""
+    """The format that keeps weights in the type they are computed with."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 class RowSource:
-    """Matrices [m, K] on top of each other as one [M, K], read in `dtype` a few rows at a time.
+    """Matrices [m, K] stacked as one [M, K], read in `dtype` a few rows at a time.
 
-    They may lie in mapped files: nothing is copied but the rows that are asked for.
+    They may be in mapped files: only the requested rows are copied.
     """
 
     def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -120,27 +120,27 @@ class RowSource:
 
 
 def panel_shape(rows: int, columns: int, format: str) -> tuple[int, int]:
-    """(panels, bytes of a panel) of a matrix [rows, columns]."""
+    """(panels, bytes of a panel) for a matrix [rows, columns]."""
     spec = FORMATS[format]
     return -(-rows // PANEL), -(-columns // spec.length) * spec.nbytes
 
 
 def new_panels(shape: Sequence[int]) -> Tensor:
-    """uint8 memory of a shape, in large pages where Linux grants them: reading it is up to a quarter faster."""
+    """uint8 memory of a shape, in large pages if Linux grants them: reading it is up to a quarter faster."""
     out = torch.empty(tuple(shape), dtype=torch.uint8)
     if sys.platform == "linux" and out.nbytes >= LARGE:
         first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (out.data_ptr() + out.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        madvise(first, length, mmap.MADV_HUGEPAGE)  # a wish: a refusal changes nothing
+        madvise(first, length, mmap.MADV_HUGEPAGE)  # only a hint: a refusal changes nothing
     return out
 
 
 def pack_panels(weight: Tensor | RowSource, format: str, out: Tensor | None = None) -> Tensor:
-    """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], contiguous `out` where it is given.
+    """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], in contiguous `out` if it is given.
 
-    Native where it can be, to the bit the same.
+    Uses the kernels if they can run; the result is the same to the bit.
     """
     rows, columns = weight.shape
     if out is None:
@@ -162,7 +162,7 @@ def pack_panels(weight: Tensor | RowSource, format: str, out: Tensor | None = No
 
 
 def unpack_panels(panels: Tensor, format: str) -> Tensor:
-    """uint8 [..., bytes of a panel] -> their values, fp32 [..., K, 64], K filled up with zeros to whole blocks."""
+    """uint8 [..., bytes of a panel] -> their values, fp32 [..., K, 64], K padded with zeros to whole blocks."""
     spec = FORMATS[format]
     blocks = panels.unflatten(-1, (-1, spec.nbytes))  # [..., B, bytes]
     codes, scales = blocks.split([spec.scale_offset, spec.scale_bytes], -1)
@@ -184,7 +184,7 @@ def unpack_panels(panels: Tensor, format: str) -> Tensor:
 
 
 def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """weight [..., K], K whole blocks -> codes [..., K] as fp32 (−127 … 127 or −8 … 7), scales [..., B] bf16."""
+    """weight [..., K], K in whole blocks -> codes [..., K] as fp32 (−127 … 127 or −8 … 7), scales [..., B] bf16."""
     blocks = weight.float().unflatten(-1, (-1, FORMATS[format].length))
     match format:
         case "int8":
@@ -203,7 +203,7 @@ def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 
 def round_rows(x: Tensor, format: str) -> Tensor:
-    """x [N, K] fp32, K whole blocks -> the values [N, K] that rows keep when they meet quantised weights."""
+    """x [N, K] fp32, K in whole blocks -> the values [N, K] that rows keep in products with quantised weights."""
     blocks = x.unflatten(-1, (-1, FORMATS[format].length))
     largest = blocks.abs().amax(-1, keepdim=True)
     scale = torch.where(largest > 1e-30, largest / 127, 0)
@@ -217,7 +217,7 @@ def _scaled(blocks: Tensor, scale: Tensor) -> Tensor:
 
 
 def _pack(panels: Tensor, format: str) -> Tensor:
-    """panels [p, 64, K], K whole blocks -> uint8 [p, bytes of a panel]."""
+    """panels [p, 64, K], K in whole blocks -> uint8 [p, bytes of a panel]."""
     match format:
         case "fp32":
             return panels.float().transpose(1, 2).contiguous().view(torch.uint8).flatten(1)

@@ -1,13 +1,13 @@
-"""A step of serving as operations on rows, of which a served model is written once and carried out in two ways.
+"""A serving step as operations on rows. A served model is written in them once and runs in two ways.
 
-    Eager    each operation when it comes, on tensors: plain torch, or the kernels one by one
-    Tape     notes each operation; `run` then carries out all of them in one native call (csrc/abi/run.cpp)
+    Eager    runs each operation at once, on tensors: plain torch, or the kernels one by one
+    Tape     records each operation; `run` then executes all of them in one native call (csrc/abi/run.cpp)
 
-A forward pass of a small model is hundreds of operations of a few microseconds each, which is about what a call from
-Python costs. On a tape, operands are places in one block of memory, in bytes for each row, so that one tape serves any
-number of rows. Both compute the same, bit for bit where the kernels are built: a tape calls the same functions.
+A forward pass of a small model is hundreds of operations of a few microseconds each, about as long as a call from
+Python takes. On a tape, operands are places in one block of memory, counted in bytes per row, so one tape serves any
+number of rows. Both compute the same, bit for bit if the kernels are built: a tape calls the same functions.
 
-Values are [N, groups, width], contiguous or slices of such; `x` in what follows.
+Values such as `x` below are [N, groups, width], contiguous or slices of contiguous ones.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from moestro.ops.serving.reference import PAGE
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
 
-_LINE = 64  # bytes: values begin at cache lines
+_LINE = 64  # bytes: values start at cache lines
 
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """Where a step's rows go and what they attend to. All but `tables` and the angles int64.
+    """Where a step's rows go and what they attend to. All are int64, except `tables` and the angles.
 
     slots [N], page · 64 + place; tables [S, M] int32, starts [S + 1] and first [S] as for `attention.paged_attention`;
     cos and sin [N, R/2] fp32.
@@ -63,17 +63,17 @@ class Heads:
 
 
 Value = TypeVar("Value")
-Caches = Mapping[str, Tensor]  # what a layer caches: pages [P, 64, W] by name, each of a width and type of its own
+Caches = Mapping[str, Tensor]  # what a layer caches: pages [P, 64, W] by name, each with its own width and type
 
 
 class Operations(Protocol[Value]):
-    """What a served model is written in; `Eager` on tensors, `Tape` on operands."""
+    """The operations of a served model; `Eager` runs them on tensors, `Tape` on operands."""
 
     def scratch(self) -> AbstractContextManager[None]:
-        """What is made inside is gone afterwards; what was made before may be added to."""
+        """Values made inside are gone afterwards; values made before may be added to."""
 
     def linear(self, weight: PackedLinear, x: Value) -> Value:
-        """[N, ..] of K values in all -> [N, 1, M]."""
+        """[N, ..] with K values per row -> [N, 1, M]."""
 
     def heads(self, weight: PackedHeads, x: Value) -> Value:
         """[N, H, K] -> [N, H, V]."""
@@ -85,7 +85,7 @@ class Operations(Protocol[Value]):
         """[N, 1, 2F] -> [N, 1, F]."""
 
     def add(self, x: Value, y: Value) -> Value:
-        """Their sum, of [N, 1, D]; x may be used up."""
+        """The sum of x and y [N, 1, D]; it may overwrite x."""
 
     def group(self, x: Value, groups: int) -> Value:
         """[N, 1, groups · W] -> [N, groups, W]."""
@@ -97,13 +97,13 @@ class Operations(Protocol[Value]):
         """[N, groups, w] each -> [N, groups, Σ w]."""
 
     def rope(self, x: Value) -> Value:
-        """Rotated by the angles of the rows."""
+        """x rotated by the angles of its rows."""
 
     def widen(self, x: Value) -> Value:
-        """In fp32."""
+        """x in fp32."""
 
     def store(self, layer: int, name: str, x: Value) -> None:
-        """Write rows of one of a layer's caches."""
+        """Write rows into one of a layer's caches."""
 
     def attend(self, layer: int, name: str, q: Value, heads: Heads, selection: Value | None = None) -> Value:
         """[N, H, K] -> [N, H, V], over the rows of one of a layer's caches: all, or selected positions [N, 1, M] int32.
@@ -119,7 +119,7 @@ class Operations(Protocol[Value]):
 
 
 class Eager:
-    """Operations at once. `ids` [L, N, A] int64: experts that are known, −1 to be chosen."""
+    """Runs operations at once. `ids` [L, N, A] int64: the experts already known; −1 where still to be chosen."""
 
     def __init__(self, layout: StepLayout, layers: Sequence[Caches], ids: Tensor) -> None:
         self.layout, self.layers, self.ids = layout, layers, ids
@@ -181,7 +181,7 @@ class Eager:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A value on a tape: `groups` vectors of `width`, `stride` apart, from `offset` on in rows of `row` values."""
+    """A value on a tape: `groups` vectors of `width`, `stride` apart, starting at `offset` in rows of `row` values."""
 
     at: int
     row: int
@@ -193,20 +193,20 @@ class Operand:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of its memory, vector after vector."""
+        """Whether it fills its memory, vector after vector."""
         return self.row == self.groups * self.width and (self.groups == 1 or self.stride == self.width)
 
 
 class Tape:
-    """Operations of a model in `dtype`, to be run many times. What packed weights and norms it names must live on."""
+    """Operations of a model in `dtype`, to be run many times. Packed weights and norms it names must outlive it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self._type = dtype, TYPES[dtype]
         self._code = array.array("q")
         self._top = self._row_bytes = 0
         self._kept: list[Tensor] = []
-        self._caches: list[tuple[int, str]] = []  # by the index that operations name
-        self._seen: list[weakref.ref[Tensor]] = []  # what `_bound` was made of
+        self._caches: list[tuple[int, str]] = []  # by the index in operations
+        self._seen: list[weakref.ref[Tensor]] = []  # the caches in `_bound`
         self._bound: tuple[ctypes.Array[Cache], int] | None = None
 
     @contextmanager
@@ -242,7 +242,7 @@ class Tape:
         return out
 
     def add(self, x: Operand, y: Operand) -> Operand:
-        """Into x itself."""
+        """Adds y to x in place."""
         self._check(x, y.row)
         self._note(Opcode.ADD, x.at, x.at, self._whole(y).at, x.row, self._type)
         return x
@@ -310,7 +310,7 @@ class Tape:
         ids: Tensor,
         out: Operand,
     ) -> Tensor:
-        """Values [N, D] to begin with, where the rows go, the caches, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
+        """Input values [N, D], where the rows go, the caches, ids [L, N, A] as for `Eager` -> `out` [N, D]."""
         n, (caches, pages) = len(layout.slots), self._bind(layers)
         fits = (
             len(layout.tables) == len(layout.first) == len(layout.starts) - 1 and len(layout.cos) == n == ids.shape[1]
@@ -336,7 +336,7 @@ class Tape:
         return self._view(memory, out, n, self._kept_as(out, torch.float32)).clone()
 
     def _bind(self, layers: Sequence[Caches]) -> tuple[ctypes.Array[Cache], int]:
-        """The caches as kernels take them, made anew where they are not those of the step before, and their pages."""
+        """The caches as kernels take them, rebuilt if they differ from the last step's, and their number of pages."""
         found = [layers[layer][name] for layer, name in self._caches]
         if self._bound is None or not all(seen() is cache for seen, cache in zip(self._seen, found, strict=True)):
             pages = found[0].shape[0] if found else 0
@@ -358,11 +358,11 @@ class Tape:
         return TYPES[torch.float32] if x.wide else self._type
 
     def _kept_as(self, place: Operand, given: torch.dtype) -> torch.dtype:
-        """The type of a value that is given in some type: positions stay int32."""
+        """The type in which to keep a value of type `given`: positions stay int32."""
         return self.dtype if not place.wide else torch.int32 if given == torch.int32 else torch.float32
 
     def _cache(self, layer: int, name: str) -> int:
-        """The index of a cache, noted when it is first used."""
+        """The index of a cache, assigned when it is first used."""
         if (layer, name) not in self._caches:
             self._caches.append((layer, name))
             self._bound = None
@@ -382,7 +382,7 @@ class Tape:
             raise ValueError(f"a value of {x.row} numbers a row where {row} are needed")
 
     def _whole(self, x: Operand) -> Operand:
-        """The same value in memory of its own."""
+        """The same value in its own memory."""
         return x if x.is_whole else self._copy(self.value(x.width, x.groups, wide=x.wide), x)
 
     def _copy(self, out: Operand, x: Operand) -> Operand:
@@ -413,5 +413,5 @@ class Tape:
 
 
 def _bits(value: float) -> int:
-    """A double as a number on a tape."""
+    """The bits of a double, as a number on a tape."""
     return int(struct.unpack("q", struct.pack("d", value))[0])

@@ -1,16 +1,16 @@
 """The serving operations in plain torch: rows that depend on themselves alone, bit for bit, without compiled kernels.
 
-A library's matrix product chooses its order of sums by the number of rows, its reductions by the shape, and its
-activations compute what is left over at the end of a tensor by other code than the rest. So a token's numbers would
-depend on what else is in the batch. Here they do not:
+In a library, the order of sums in a matrix product depends on the number of rows, and in a reduction on the shape;
+activations compute the end of a tensor with different code than the rest. So a token's numbers would depend on what
+else is in the batch. Here they do not:
 
-    products      fp32 products of tiles of one constant shape, the last ones filled with zeros, added in the order of k
+    products      fp32 products of tiles of one constant shape, the last padded with zeros, added in the order of k
     sums of rows  halves added until one value is left
-    exp and such  in pieces that torch gives to one thread, filled up to whole vectors
+    exp and such  in pieces that torch gives to one thread, padded to whole vectors
     the rest      single operations that IEEE 754 rounds in one way
 
-The same signatures and meanings as in `weights.py`, `rows.py` and `attention.py`, which say what they are; slower than
-a library's products.
+Signatures and meanings are those of `weights.py`, `rows.py` and `attention.py`, which document them. This is slower
+than a library's products.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moestro.ops.serving.formats import PANEL
 from moestro.routing.selection import Selection, add_bias, choose, score_experts, weigh
 
 TILE_ROWS, TILE = 16, 64
-PANELS_AT_ONCE = 64  # unpacked at a time
+PANELS_AT_ONCE = 64  # panels unpacked at a time
 PIECE = 16384  # elements; torch shares work among threads above 32768
 VECTOR = 64  # elements: a multiple of two vectors of any type and instruction set
 PAGE = 64
@@ -36,7 +36,7 @@ Elementwise = Callable[[Tensor], Tensor]
 
 
 def activate(function: Elementwise, x: Tensor) -> Tensor:
-    """An elementwise function of x, of any shape."""
+    """Apply an elementwise function to x of any shape."""
     flat = F.pad(x.flatten(), (0, -x.numel() % VECTOR))
     return torch.cat([function(piece) for piece in flat.split(PIECE)])[: x.numel()].view(x.shape)
 
@@ -51,7 +51,7 @@ def sum_rows(x: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, tiles: Tensor) -> Tensor:
-    """x [N, K] fp32 times tiles [K / 64, T, 64, 64] of T column blocks -> [N, T · 64]; N is filled up, K must fit."""
+    """x [N, K] fp32 times tiles [K / 64, T, 64, 64] of T column blocks -> [N, T · 64]; N is padded, K must fit."""
     n = len(x)
     rows = F.pad(x, (0, 0, 0, -n % TILE_ROWS)).unflatten(0, (-1, TILE_ROWS)).unflatten(2, (-1, TILE))
     out = x.new_zeros(len(rows), tiles.shape[1], TILE_ROWS, TILE)
@@ -116,7 +116,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FixedOrder:
-    """The arithmetic of `routing/selection.py` with sums in one order."""
+    """The arithmetic of `routing/selection.py` with sums in a fixed order."""
 
     def apply(self, function: Elementwise, x: Tensor) -> Tensor:
         return activate(function, x)
@@ -141,7 +141,7 @@ def route(logits: Tensor, selection: Selection, ids: Tensor | None) -> tuple[Ten
 
 
 def attend(q: Tensor, rows: Tensor, seen: Tensor, scale: float, value_offset: int, value_width: int) -> Tensor:
-    """q [C, K] with rows [L, w], L whole pages, of which column c sees the first seen[c] -> [C, V] fp32.
+    """q [C, K] over rows [L, w] in whole pages; column c sees the first seen[c] rows -> [C, V] fp32.
 
     Online softmax over pages, COLUMNS at a time: every product and every activation has one constant shape.
     """
@@ -166,7 +166,7 @@ def attend(q: Tensor, rows: Tensor, seen: Tensor, scale: float, value_offset: in
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [COLUMNS, K], b [K, n], fp32, K whole tiles -> [COLUMNS, n]."""
+    """a [COLUMNS, K] times b [K, n], fp32, K in whole tiles -> [COLUMNS, n]."""
     by_tile = torch.bmm(a.unflatten(1, (-1, TILE)).transpose(0, 1), b.unflatten(0, (-1, TILE)))
     total = by_tile[0]
     for one in by_tile[1:]:
@@ -175,6 +175,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cut(act: Tensor, down: Tensor, format: str) -> Tensor:
-    """The columns of act [N, panels · 32] that `down` takes: zeros beyond them meet zeros."""
+    """The columns of act [N, panels · 32] that `down` takes; the zeros beyond them would meet zeros."""
     spec = formats.FORMATS[format]
     return act[:, : down.shape[1] // spec.nbytes * spec.length]

@@ -1,7 +1,7 @@
-"""Operations of serving on rows: norms, activations, rotations, and the choice of experts.
+"""Serving operations on rows: norms, activations, rotations, and the choice of experts.
 
 A row of the result depends on its own inputs alone, bit for bit. The kernels are in csrc/math/rows.h and
-csrc/serving/serve_rows.h; where they cannot run, `reference.py` computes the same within rounding.
+csrc/serving/serve_rows.h; if they cannot run, `reference.py` computes the same within rounding.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """Rotate pairs (x0, x1), (x2, x3), … of x [N, ..., R], any strides but of the last axis, by cos and sin [N, R/2].
+    """Rotate pairs (x0, x1), (x2, x3), … of x [N, ..., R] by cos and sin [N, R/2].
 
-    In fp32, whatever the type of x. `inverse` rotates back, which is also the gradient.
+    In fp32, whatever the type of x. x may have any strides except along the last axis. `inverse` rotates back, which is
+    also the gradient.
     """
     if not library.serves(x) or not x.numel() or {cos.dtype, sin.dtype} != {torch.float32}:
         return reference.rope(x, cos, -sin if inverse else sin)
-    vectors = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # [N, G, R], a copy where no strides can say it
+    vectors = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # [N, G, R], a copy if no strides fit
     vectors = vectors if vectors.stride(2) == 1 and vectors.stride(1) >= vectors.shape[2] else vectors.contiguous()
     (n, groups, width), cos, sin = vectors.shape, cos.contiguous(), sin.contiguous()
     if cos.shape != (n, width // 2) or sin.shape != cos.shape or width % 2:
         raise ValueError(f"angles {list(cos.shape)} and {list(sin.shape)} for vectors {list(x.shape)}")
     out = x.new_empty(x.shape)
-    row = max(vectors.stride(0), (groups - 1) * vectors.stride(1) + width)  # of a single row torch may say anything
+    row = max(vectors.stride(0), (groups - 1) * vectors.stride(1) + width)  # of one row torch may report any stride
     strides = (groups * width, width, row, vectors.stride(1))
     kinds = (int(inverse), library.TYPES[x.dtype], torch.get_num_threads())
     library.call("moestro_rope", out, vectors, cos, sin, n, groups, width, *strides, *kinds)
@@ -61,7 +62,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
 def route(logits: Tensor, selection: Selection, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits [N, E] fp32 -> ids [N, A] int64 and weights [N, A] fp32.
 
-    `ids` [N, A] are experts that are known already: only their weights are computed. Rows of −1 are chosen.
+    `ids` [N, A] are experts already known: only their weights are computed. Rows of −1 are still to be chosen.
     """
     n, num_experts = logits.shape
     if not library.serves(logits) or logits.dtype != torch.float32:

@@ -1,9 +1,9 @@
 """Packed weights and their products with rows: linear layers, a matrix for every head, experts.
 
-One promise holds for all of them: a row of the result depends on that row's inputs alone, bit for bit, not on how many
-rows there are, which ones they are, how a prompt was cut, or how many threads compute. Native kernels
-(csrc/serving/packed.h) keep it by summing in one order; where they are not built, or a tensor is neither fp32 nor bf16,
-`reference.py` computes the same within rounding. Packed layouts are described in `formats.py`.
+One promise holds for all of them: a row of the result depends on that row's inputs alone, bit for bit. It does not
+depend on how many or which other rows there are, how a prompt was cut, or how many threads compute. Native kernels
+(csrc/serving/packed.h) keep this promise by summing in a fixed order. If they are not built, or a tensor is neither
+fp32 nor bf16, `reference.py` computes the same within rounding. `formats.py` describes the packed layouts.
 
 No operation here has a gradient.
 """
@@ -22,13 +22,13 @@ from moestro.ops.serving.formats import FORMATS, PANEL, RowSource
 
 
 class _Matrices:
-    """Packed matrices of one shape, `leading` dimensions of them, and how they are saved."""
+    """Packed matrices of one shape, stacked along `leading` dimensions, and how they are saved."""
 
     leading: int
-    names = ("panels", "sizes")  # of `tensors`
+    names = ("panels", "sizes")  # the keys of `tensors`
 
     def __init__(self, panels: Tensor, format: str, out_features: int, in_features: int) -> None:
-        """Takes panels as `tensors` gives them; ValueError where they do not fit the sizes."""
+        """Takes panels as `tensors` gives them; ValueError if they do not fit the sizes."""
         shape = formats.panel_shape(out_features, in_features, format)
         if tuple(panels.shape[self.leading :]) != shape or panels.dtype != torch.uint8:
             raise ValueError(f"{list(panels.shape)} bytes are not {format} panels of {out_features} x {in_features}")
@@ -40,7 +40,7 @@ class _Matrices:
 
     @classmethod
     def empty(cls, format: str, *sizes: int) -> Self:
-        """Memory for matrices of some `sizes`, (…, outputs, inputs), to be filled."""
+        """Unfilled memory for matrices of `sizes` (…, outputs, inputs)."""
         *number, rows, columns = sizes
         panels = formats.new_panels((*number, *formats.panel_shape(rows, columns, format)))
         return cls(panels, format, rows, columns)
@@ -57,7 +57,7 @@ class _Matrices:
 
 
 class PackedLinear(_Matrices):
-    """y = x Wᵀ. Sums are in fp32, products in fp32 or, where both are bf16, in bf16; quantised ones multiply codes."""
+    """y = x Wᵀ. Sums are in fp32; products are in fp32, or in bf16 if both are; quantised weights multiply codes."""
 
     leading = 0
 
@@ -120,14 +120,14 @@ class PackedHeads(_Matrices):
 class PackedExperts:
     """E SwiGLU experts: Σ over a token's choices of weight · W_down(silu(W_gate x) · W_up x).
 
-    Kernels find each expert by an address of its own, in `addresses` [2, E] int64: its panels of gate_up, then of down.
-    A tape refers to that table, so `move` takes effect with the next step, without a new tape.
+    Kernels find each expert through `addresses` [2, E] int64: its panels of gate_up, then of down. A tape refers to
+    that table, so `move` takes effect with the next step, without a new tape.
     """
 
-    names = ("gate_up", "down", "sizes")  # of `tensors`
+    names = ("gate_up", "down", "sizes")  # the keys of `tensors`
 
     def __init__(self, gate_up: Tensor, down: Tensor, format: str, hidden_dim: int, expert_dim: int) -> None:
-        """Panels [E, panels, bytes] as `tensors` gives them; ValueError where they do not fit the sizes."""
+        """Panels [E, panels, bytes] as `tensors` gives them; ValueError if they do not fit the sizes."""
         shapes = tuple((len(gate_up), *shape) for shape in _expert_panels(format, hidden_dim, expert_dim))
         if (tuple(gate_up.shape), tuple(down.shape)) != shapes or {gate_up.dtype, down.dtype} != {torch.uint8}:
             raise ValueError(
@@ -151,13 +151,13 @@ class PackedExperts:
 
     @classmethod
     def empty(cls, format: str, num_experts: int, hidden_dim: int, expert_dim: int) -> PackedExperts:
-        """Memory for experts of some sizes, to be filled."""
+        """Unfilled memory for experts of these sizes."""
         up_shape, down_shape = _expert_panels(format, hidden_dim, expert_dim)
         gate_up, down = formats.new_panels((num_experts, *up_shape)), formats.new_panels((num_experts, *down_shape))
         return cls(gate_up, down, format, hidden_dim, expert_dim)
 
     def fill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
-        """Pack other experts of the same shapes into the memory where they are now, a matrix at a time."""
+        """Pack other experts of the same shapes into the current memory, one matrix at a time."""
         _pack_each((_mix(one, self.expert_dim) for one in gate_up), self.format, self._places[0])
         _pack_each(down, self.format, self._places[1])
 
@@ -168,15 +168,15 @@ class PackedExperts:
         return cls(tensors["gate_up"], tensors["down"], format, hidden, width)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What to save: the panels where they were packed, and the format with the sizes."""
+        """What to save: the panels in their original place, and the format with the sizes."""
         sizes = torch.tensor([self._code, self.hidden_dim, self.expert_dim])
         return {"gate_up": self.gate_up, "down": self.down, "sizes": sizes}
 
     def move(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Take an expert's panels from these two tensors from now on; not while a step runs.
+        """Use these two tensors as an expert's panels from now on. Do not call it while a step runs.
 
         They have the shapes of `gate_up[expert]` and `down[expert]`, and are kept alive. `tensors` still gives the old
-        place. ValueError where they do not fit.
+        place. ValueError if they do not fit.
         """
         for part, panels in zip(self._places, (gate_up, down), strict=True):
             same = (panels.shape, panels.dtype, panels.device) == (part[0].shape, torch.uint8, part[0].device)
@@ -202,13 +202,13 @@ class PackedExperts:
 
 
 def _expert_panels(format: str, hidden_dim: int, expert_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Panels and their bytes of an expert's gate_up and down."""
+    """(panels, bytes of a panel) for an expert's gate_up and down."""
     up_rows = 2 * -(-expert_dim // 32) * 32
     return formats.panel_shape(up_rows, hidden_dim, format), formats.panel_shape(hidden_dim, expert_dim, format)
 
 
 def _pack_each(matrices: Iterable[Tensor], format: str, out: Iterable[Tensor]) -> None:
-    """Matrices [M, K], one after the other, into `out`, uint8 [number, panels, bytes of a panel]."""
+    """Pack matrices [M, K] one by one into `out`, uint8 [number, panels, bytes of a panel]."""
     for packed, matrix in zip(out, matrices, strict=True):
         formats.pack_panels(matrix, format, out=packed)
 

@@ -1,13 +1,12 @@
-"""The operations of training: one public function each, which says what computes it.
+"""The operations of training: one public function each, which chooses the implementation.
 
-    plain CPU tensors, and FakeTensors of such     `operators.py`: the kernels where they can run and pay, else
-    `fused.py` other devices                                  `devices.py`, or `reference.py` where that reads nothing
-    back DTensors and other subclasses                  `reference.py`: plain torch, which each of them carries out or
-    refuses
+    CPU tensors, and FakeTensors on the CPU    `operators.py`: the kernels if they can run and pay, else `fused.py`
+    other devices                              `devices.py`, or `reference.py` if that reads nothing back to the host
+    DTensors and other subclasses              `reference.py`: plain torch, which they carry out or refuse
 
-`reference.py` is the specification, in plain and obvious torch. `MOESTRO_OPS=reference` computes with it everywhere,
-`MOESTRO_OPS=fused` without the kernels. `precision` is what a product is computed in ("fp32", "bf16"; None: the type of
-its rows); the parameter is given as it is, and its cast form is kept until it changes.
+`reference.py` is the specification, in plain and obvious torch. `MOESTRO_OPS=reference` uses it everywhere;
+`MOESTRO_OPS=fused` turns the kernels off. `precision` is the precision of a product ("fp32", "bf16"; None: the type of
+its rows). The parameter is given as it is, and its cast form is kept until it changes.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, precision: Precision | None = None) -> Ten
 def grouped_experts(
     x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor, precision: Precision | None = None
 ) -> Tensor:
-    """See `reference.grouped_experts`; gate_up and down may also be a matrix [2F, D] and [D, F] for every expert."""
+    """See `reference.grouped_experts`; gate_up and down may also be lists, a matrix [2F, D] and [D, F] per expert."""
     x = _in(precision, x)
     matrices = [gate_up, down] if isinstance(gate_up, Tensor) and isinstance(down, Tensor) else [*gate_up, *down]
     if _takes(x, *matrices):
@@ -102,7 +101,7 @@ def join_heads(plain: Tensor, rotary: Tensor, tables: tuple[Tensor, Tensor]) -> 
 
 
 def multiplies_bf16() -> bool:
-    """Whether products in bf16 take about the time of fp32's: by instructions, or by kernels that widen them."""
+    """Whether bf16 products take about as long as fp32 ones, thanks to instructions or to kernels that widen bf16."""
     widened = library.is_available() and library.multiplies_faster(torch.bfloat16)
     return machine.describe_machine().bf16_is_fast or widened
 
@@ -112,7 +111,7 @@ def _in(precision: Precision | None, x: Tensor) -> Tensor:
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Whether these go to an operator: on the CPU, and nothing that only looks like memory."""
+    """Whether these go to an operator: plain tensors (or FakeTensors) on the CPU."""
     if library.WISH == "reference":
         return False
     return all(t.device.type == "cpu" and (type(t) in library.PLAIN_TYPES or type(t) is FakeTensor) for t in tensors)

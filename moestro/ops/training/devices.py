@@ -1,7 +1,7 @@
 """The operations of training in plain torch for any device, without reading a number back to the host.
 
-What a GPU computes with, and what tells shapes on the meta device. Every function is differentiated by autograd and
-means what its namesake in `reference.py` means; `reference.py` itself looks into its inputs (which tokens went where),
+GPUs compute with these, and the meta device takes its shapes from them. Autograd differentiates every function, and
+each means the same as its namesake in `reference.py`. `reference.py` itself reads its inputs (which tokens went where),
 which makes a GPU wait. Not yet run on hardware.
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Tokens sorted by expert, then two grouped products: in bf16 torch's own, else every expert on every choice."""
+    """Sort tokens by expert, then two grouped products: torch's own in bf16, else every expert on every choice."""
     top_k, num_experts = ids.shape[1], gate_up.shape[0]
     expert, order = ids.flatten().sort(stable=True)
     bounds = torch.searchsorted(expert, torch.arange(num_experts, device=ids.device), right=True).to(torch.int32)
-    carried = (expert < num_experts)[:, None]  # what lies beyond the bounds is never written
+    carried = (expert < num_experts)[:, None]  # grouped products never write beyond the bounds
     xs = torch.where(carried, x.index_select(0, order // top_k), 0)
     multiply = F.grouped_mm if x.dtype == torch.bfloat16 else multiply_by_group
     gate, up = multiply(xs, gate_up.mT, offs=bounds).chunk(2, dim=-1)
@@ -27,7 +27,7 @@ def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
 
 
 def multiply_by_group(x: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
-    """`F.grouped_mm` for types that it does not take: rows offs[e − 1]:offs[e] of x [S, K] times matrices[e] [K, M]."""
+    """`F.grouped_mm` for types it does not take: rows offs[e − 1]:offs[e] of x [S, K] times matrices[e] [K, M]."""
     owner = torch.searchsorted(offs, torch.arange(len(x), device=x.device, dtype=offs.dtype), right=True)[:, None]
     out = x.new_zeros(len(x), matrices.shape[2])
     for e, matrix in enumerate(matrices):
@@ -36,7 +36,7 @@ def multiply_by_group(x: Tensor, matrices: Tensor, *, offs: Tensor) -> Tensor:
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
-    """Attention of all rows under the mask of documents."""
+    """Attention over all rows, with a mask for documents."""
     place = torch.arange(q.shape[0], device=q.device)
     owner = torch.bucketize(place, starts, right=True)
     visible = (owner[:, None] == owner) & (place[:, None] >= place)

@@ -1,9 +1,9 @@
-"""What a product needs of a parameter in another precision: made once, and kept until the parameter changes.
+"""Parameters cast to another precision: each cast is made once and kept until the parameter changes.
 
 Master weights are fp32; a product in bf16 needs them cast. One cast serves every micro-batch of a step, forward and
-backward, recomputed blocks included. A form is kept beside the parameter's version, which every in-place change raises,
-and goes when the parameter goes. `forget` drops all of them: for changes that keep the version, as FSDP's gathering of
-shards does.
+backward, including recomputed blocks. A form is kept with the parameter's version, which every in-place change raises,
+and is dropped together with the parameter. `forget` drops all forms, for changes that keep the version, such as FSDP
+gathering its shards.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _forms: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {dtype: (ver
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of `weight` in `dtype`, without gradient; itself where that is its own type. Not to be written to."""
+    """The values of `weight` in `dtype`, without gradient; `weight` itself if that is its type. Do not write to it."""
     if weight.dtype == dtype:
         return weight
-    if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():  # nobody asks again, or no version tells
+    if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():  # not asked for again, or has no version
         return weight.to(dtype)
     kept = _forms.setdefault(weight, {})
     version, form = kept.get(dtype, (None, None))

@@ -1,9 +1,9 @@
 """The large operations of training in plain torch, forward and backward, as functions of tensors (`operators.py`).
 
-What makes them faster than `reference.py` on a CPU: tokens are sorted by expert once and each expert works on a
-slice that stays in cache; results are written into preallocated buffers; sums over a token's experts are gathers,
-never scattered additions, so results are deterministic; attention touches only the causal blocks of each document;
-the head never keeps full logits. Every buffer is one that the next call of the same shape can use again.
+Why they are faster than `reference.py` on a CPU: tokens are sorted by expert once, and each expert works on a slice
+that stays in cache. Results are written into preallocated buffers. Sums over a token's experts are gathers, never
+scattered additions, so results are deterministic. Attention touches only the causal blocks of each document. The head
+never keeps full logits. The next call of the same shape can reuse every buffer.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 128  # query rows of one attention block: scores of 4 heads × 128 × 512 stay in L2
+QUERY_BLOCK = 128  # query rows per attention block: scores of 4 heads × 128 × 512 stay in L2
 Matrices = Sequence[Tensor]
-VOCAB_CHUNK = 1024  # token rows whose logits exist at one time
+VOCAB_CHUNK = 1024  # token rows whose logits exist at a time
 
 
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids [N, A] -> (order [N·A] of flat choices by expert, inverse [N·A], bounds [E + 1] of the experts' slices).
 
-    Choices of id E, which are not carried out, come last and belong to no slice. All int64.
+    Dropped choices (id E) come last and belong to no slice. All int64.
     """
     flat = ids.flatten()
     order = flat.argsort(stable=True)
@@ -40,14 +40,14 @@ def _expert_slices(bounds: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def one_each(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The matrix of every expert, of a stack [E, …] alone in its list, or of a list of them."""
+    """The experts' matrices, given as a list of them or as a list of one stack [E, …]."""
     return matrices[0] if matrices[0].dim() == 3 else matrices  # type: ignore[return-value]
 
 
 def experts_forward(x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
     """See `reference.grouped_experts` -> (out [N, D], h [N·A, 2F] before the activation, order, inverse, bounds).
 
-    gate_up and down: one stack, or one matrix for every expert.
+    gate_up and down: one stack, or one matrix per expert.
     """
     gate_ups, downs = one_each(gate_up), one_each(down)
     (n, width), top_k = x.shape, ids.shape[1]
@@ -73,7 +73,7 @@ def experts_backward(
     weights: Tensor,
     saved: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`saved` are h, order, inverse and bounds of the forward pass -> gradients of x, weights, and all matrices."""
+    """`saved` is (h, order, inverse, bounds) of the forward pass -> gradients of x, weights, and all matrices."""
     h, order, inverse, bounds = saved
     gradients = [torch.zeros_like(t) for t in (*gate_up, *down)]
     gate_ups, downs = one_each(gate_up), one_each(down)
@@ -136,7 +136,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: fl
 def attention_backward(
     d_out: Tensor, heads: tuple[Tensor, Tensor, Tensor], starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; probabilities are computed again instead of being kept."""
+    """Gradients of q, k and v; probabilities are computed again, not kept."""
     groups = heads[1].shape[1]
     q, k, v = _heads_first(*heads, scale)
     d_out, future = d_out.transpose(0, 1), _future_mask(q)
@@ -154,7 +154,7 @@ def attention_backward(
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled queries, keys and values [H, N, …], those of a group once for each of its heads."""
+    """Scaled queries, keys and values [H, N, …]; keys and values are repeated for each head of their group."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     return (q * scale).transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
@@ -164,7 +164,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.linear_cross_entropy` -> (nll, argmax, and with `with_grad` the gradients of hidden, weight fp32).
 
-    Gradients are formed while a chunk's logits exist, so that no logits are kept or computed twice.
+    Gradients are computed while a chunk's logits exist, so no logits are kept or computed twice.
     """
     nll = torch.empty(len(hidden), dtype=torch.float32)
     argmax = torch.empty_like(targets)

@@ -1,6 +1,6 @@
 """The large operations of training on the compiled kernels, forward and backward, as functions of tensors.
 
-`operators.py` calls them where they can run and pay; `fused.py` computes the same in plain torch.
+`operators.py` calls them if they can run and pay; `fused.py` computes the same in plain torch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 from moestro.ops import library
 from moestro.ops.training.fused import Matrices, sort_by_expert
 
-MIN_LOAD = 8  # choices per expert below which packing its weights, done anew in every call, costs more than it saves
-MIN_ROWS = 32  # of a linear layer, for the same reason
+MIN_LOAD = 8  # choices per expert; with fewer, packing its weights in every call costs more than it saves
+MIN_ROWS = 32  # rows of a linear layer, for the same reason
 
 
 def matmul(a: Tensor, b: Tensor, *, a_transposed: bool = False, b_transposed: bool = False) -> Tensor:
-    """a [M, K] or, transposed, [K, M]; b [K, N] or [N, K]; rows contiguous -> [M, N] in their type, sums in fp32."""
+    """a [M, K] (transposed: [K, M]), b [K, N] (or [N, K]), rows contiguous -> [M, N] in their type, sums in fp32."""
     m, k = a.shape[::-1] if a_transposed else a.shape
     k_b, n = b.shape[::-1] if b_transposed else b.shape
     if k != k_b or a.stride(1) != 1 or b.stride(1) != 1:
@@ -37,7 +37,7 @@ def linear_forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_backward(d_out: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight, empty where they are not wanted."""
+    """Gradients of x and weight; empty if not wanted."""
     d_out, x = with_whole_rows(d_out), with_whole_rows(x)
     return (
         matmul(d_out, weight.contiguous()) if wanted[0] else x.new_empty(0),
@@ -46,7 +46,7 @@ def linear_backward(d_out: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[b
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
-    """x [N, K] as it lies, if the values of a row lie next to each other, else a copy."""
+    """x [N, K] itself if each row is contiguous, else a copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -113,7 +113,7 @@ def experts_backward(
 
 
 def _addresses(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """Addresses [E] of contiguous matrices of one shape, or of those of one stack; ValueError for other shapes."""
+    """Addresses [E] of contiguous matrices, given one by one or as one stack; ValueError for other shapes."""
     if any(part.shape[-2:] != shape or part.dim() != parts[0].dim() for part in parts):
         raise ValueError(f"experts of {[list(part.shape) for part in parts[:3]]} where each is {list(shape)}")
     if parts[0].dim() == 2:
@@ -125,7 +125,7 @@ def _addresses(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
 def _combine(slots: Tensor, inverse: Tensor, bounds: Tensor, top_k: int) -> Tensor:
     """Sum the slots of every token: slots [N·A, D], inverse [N·A] the slot of each choice -> [N, D].
 
-    Slots from bounds[-1] on are of choices that are not carried out: they are not read.
+    Slots from bounds[-1] on belong to dropped choices and are not read.
     """
     num_tokens, hidden = len(inverse) // top_k, slots.shape[1]
     out = slots.new_empty(num_tokens, hidden)

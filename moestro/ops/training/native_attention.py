@@ -1,8 +1,8 @@
 """Attention of packed documents through the compiled kernels (`csrc/training/flash.h`), forward and backward.
 
-softmax(scale · q kᵀ) v over the causal part of every document, without ever holding more of the scores than a block:
-memory is linear in the number of tokens. Kept for the backward pass: inputs, output, and of every row the logarithm of
-the sum that its softmax divides by. Inputs are read where they lie, through the strides of their rows and heads.
+softmax(scale · q kᵀ) v over the causal part of every document. Only one block of scores exists at a time, so memory is
+linear in the number of tokens. The backward pass keeps inputs, output, and for every row the logarithm of the sum that
+its softmax divides by. Inputs are read in place, through the strides of their rows and heads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: fl
 def attention_backward(
     d_out: Tensor, heads: tuple[Tensor, Tensor, Tensor], kept: tuple[Tensor, Tensor], starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `kept` is what the forward pass gave."""
+    """Gradients of q, k and v; `kept` is what the forward pass returned."""
     d_out, q, k, v = (_with_whole_vectors(t) for t in (d_out, *heads))
     out, log_sums = kept
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -44,7 +44,7 @@ def _sizes(q: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[int | fl
 
 
 def _with_whole_vectors(heads: Tensor) -> Tensor:
-    """heads [N, H, width] as they lie, if the values of a head lie next to each other, else a copy."""
+    """heads [N, H, width] itself if each head is contiguous, else a copy."""
     return heads if heads.stride(-1) == 1 or heads.shape[-1] == 1 else heads.contiguous()
 
 

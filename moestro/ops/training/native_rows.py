@@ -1,7 +1,7 @@
 """The small operations of a training step on kernels (`csrc/training/train_rows.h`): one pass forward, one back.
 
-Rows are computed in fp32 whatever their type and rounded once; parameters keep their own type. Gradients that are sums
-over rows are taken in an order that neither threads nor anything else but the number of rows decides.
+Rows are computed in fp32, whatever their type, and rounded once; parameters keep their own type. Gradients that sum
+over rows do so in an order that depends on the number of rows alone, not on threads.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def join_heads_forward(plain: Tensor, rotary: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `reference.join_heads`. Reads both parts where they lie, in whatever they were split from."""
+    """See `reference.join_heads`. Reads both parts in place, from the tensors they were split from."""
     if not _fits_heads(plain, rotary, cos, sin):
         raise ValueError(f"cannot join heads {[list(t.shape) for t in (plain, rotary, cos, sin)]}")
     plain, rotary = (t if t.stride(-1) == 1 else t.contiguous() for t in (plain, rotary))
@@ -64,7 +64,7 @@ def join_heads_forward(plain: Tensor, rotary: Tensor, cos: Tensor, sin: Tensor) 
 
 
 def join_heads_backward(d_out: Tensor, cos: Tensor, sin: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of plain and rotary, where `shared` rotates one part for all heads."""
+    """Gradients of plain and rotary; `shared` means one rotary part for all heads."""
     rows, heads, width = d_out.shape
     rotary_width = 2 * cos.shape[-1]
     sizes = (rows, heads, width - rotary_width, rotary_width)
@@ -81,7 +81,7 @@ def _norm_numbers(x: Tensor, weight: Tensor, eps: float) -> tuple[int | float, .
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
-    """How many rows of the last axis, and how wide."""
+    """Number of rows along the last axis, and their width."""
     width = x.shape[-1]
     return x.numel() // width if width else 0, width
 

@@ -1,12 +1,12 @@
 """The operations of training as PyTorch operators: what `torch.compile`, FakeTensors, FSDP2 and export see.
 
 Each is a pair of operators in the namespace `moestro`, forward and backward, with a CPU implementation and a rule for
-shapes (fake kernel), and an `autograd.Function` that joins the two. The CPU implementation takes the kernels where they
-can run and pay, else `fused.py`; `form` ("native" or "torch") forces one of them, for tests and benches. Products take
-the parameter itself and the precision to compute in: its cast form is made once and kept (`forms.py`).
+shapes (fake kernel), and an `autograd.Function` that joins the two. The CPU implementation uses the kernels if they can
+run and pay, else `fused.py`. `form` ("native" or "torch") forces one of them, for tests and benches. Products take the
+parameter itself and the precision to compute in; its cast form is made once and kept (`forms.py`).
 
-`autograd.Function` with `setup_context`, not `torch.library.register_autograd`: the latter costs 24 µs more a call,
-forward and backward, and refuses `torch.func.grad`.
+We use `autograd.Function` with `setup_context`, not `torch.library.register_autograd`: the latter costs 24 µs more per
+call, forward and backward, and refuses `torch.func.grad`.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class LinearFunction(torch.autograd.Function):
         return *(gradient if needed else None for gradient, needed in zip(found, wanted, strict=True)), None
 
 
-# Routed experts: see `reference.grouped_experts`. `matrices`: those of gate and up, then those of down; of either one
-# stack, or one for every expert. Kept for the backward pass: h, order, inverse and bounds.
+# Routed experts: see `reference.grouped_experts`. `matrices` has gate and up first, then down, each as one stack or as
+# one matrix per expert. Kept for the backward pass: h, order, inverse and bounds.
 
 
 def _fake_experts(x: Tensor, matrices: list[Tensor], ids: Tensor, weights: Tensor, form: str) -> tuple[Tensor, ...]:
@@ -135,7 +135,7 @@ def experts_backward(
 def _experts_form(
     x: Tensor, matrices: list[Tensor], choices: Tensor, form: str
 ) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """What computes this call, and the matrices cast for it."""
+    """The module that computes this call, and the matrices cast for it."""
     cast = [forms.cast(matrix, x.dtype) for matrix in matrices]
     half = len(cast) // 2
     worth = choices.numel() >= native.MIN_LOAD * len(fused.one_each(cast[:half]))
@@ -210,7 +210,7 @@ class AttentionFunction(torch.autograd.Function):
         return *found, None, None, None
 
 
-# Output head and cross-entropy in one: see `reference.linear_cross_entropy`. Gradients are formed going forward.
+# Output head and cross-entropy in one: see `reference.linear_cross_entropy`. The forward pass computes the gradients.
 
 
 def _fake_cross_entropy(
@@ -259,7 +259,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         return d_hidden * scale.to(d_hidden.dtype), (d_weight * scale).to(ctx.weight_dtype), None, d_rows, None, None
 
 
-# Rows: norms, activations, rotated heads. Only the kernels stand behind these; plain torch needs no operator.
+# Rows: norms, activations, rotated heads. These operators call only the kernels; plain torch needs no operator.
 
 
 @define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, weight, eps: torch.empty_like(x))

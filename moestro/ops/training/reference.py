@@ -17,7 +17,7 @@ def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weigh
     """Σ_a weights[n,a] · Expert_ids[n,a](x[n]), each expert a SwiGLU FFN (V3 eq. 12).
 
     x [N, D], gate_up [E, 2F, D] (gate rows first), down [E, D, F], ids [N, A] int64, weights [N, A] fp32 -> [N, D].
-    A choice with id E is not carried out: it adds nothing.
+    A choice with id E is dropped: it adds nothing.
     """
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
@@ -51,7 +51,7 @@ def linear_cross_entropy(
     """Output head and cross-entropy in one.
 
     hidden [N, D], weight [V, D], targets [N] int64 (−100: none), row_weights w [N] fp32 or None for ones -> (Σ w · nll,
-    differentiable; nll [N] in nats, 0 where there is no target; argmax [N] int64), the last two without gradient.
+    differentiable; nll [N] in nats, 0 without a target; argmax [N] int64). The last two have no gradient.
     """
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
@@ -75,7 +75,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def join_heads(plain: Tensor, rotary: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Heads of a plain part and one rotated by its row's angles.
+    """Join a plain part of each head with a part rotated by its row's angles.
 
     plain [N, H, P], rotary [N, H, R] or [N, R] for all heads, tables (cos, sin) [N, R/2] -> [N, H, P + R].
     """
@@ -86,7 +86,7 @@ def join_heads(plain: Tensor, rotary: Tensor, tables: tuple[Tensor, Tensor]) -> 
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x [N, ..., R] by its row's angles, at least in fp32: pairs (x0, x1), (x2, x3), … stay where they are."""
+    """Rotate x [N, ..., R] by its row's angles, in fp32 or wider; pairs (x0, x1), (x2, x3), … keep their places."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = (t.to(wide.dtype).view(len(x), *[1] * (x.dim() - 2), x.shape[-1] // 2) for t in tables)
     even, odd = wide[..., 0::2], wide[..., 1::2]
