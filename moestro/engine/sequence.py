@@ -26,7 +26,7 @@ class SamplingParams:
     `frequency_penalty` · count + `presence_penalty` (over the continuation), then `logit_bias`. `logprobs` and
     `prompt_logprobs`: how many of the likeliest tokens to report beside each token's own log-probability; None: no
     log-probabilities. They are the model's, before penalties and temperature. `n` continuations use the seeds seed,
-    seed + 1, … A `stop_ids` token stays as the last token of the result; a `stop` string found in the text is removed.
+    seed + 1, … A `stop_ids` token stays as the last token of the result; text ends before a `stop` string.
     `return_text`: events bring the text; it includes control tokens only if `spelled_ids` names them. `max_tokens` 0
     only computes the prompt. The text must follow `grammar` (see `grammar.py`) and ends with it. `draft_tokens`: how
     many tokens the model's MTP modules draft a step; 0 for none, None for the engine's setting. Drafts never change a
