@@ -151,7 +151,7 @@ class EngineWorker:
         self.is_closed = False
         self._streams: set[Stream] = set()
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._has_ended = False  # nothing is taken out of the inbox any more
+        self._has_ended = False  # the thread no longer reads the inbox
         self._jobs: dict[int, Job] = {}  # jobs in the engine, by their ids there
         self._returning: deque[Job] = deque()  # jobs taken out after a failure
         self._trial: Job | None = None  # the one that has come back and not yet got past its old place
