@@ -136,7 +136,7 @@ class Drafter:
         length, first, hidden = len(sequence.tokens), sequence.num_ready, drafting.hidden
         if hidden is None or not len(hidden):
             return None
-        left = sequence.num_prompt + sequence.params.max_tokens - length - 1  # the token after the drafts is not theirs
+        left = sequence.num_prompt + sequence.params.max_tokens - length - 1  # the token after the drafts is not a draft
         room = min(drafting.limit, left) if going_on and drafting.off_after is None else 0
         ready = min(sequence.num_computed, length - self.depth)
         if room <= 0 and ready // PAGE_SIZE == first // PAGE_SIZE:
@@ -172,7 +172,7 @@ class Drafter:
 
     def _finish(self, span: _Span) -> tuple[Sequence, int]:
         sequence, drafting = span.sequence, span.drafting
-        sequence.drafts += span.known[len(sequence.tokens) :]  # none yet, but for a prompt computed again
+        sequence.drafts += span.known[len(sequence.tokens) :]  # it has none yet, unless its prompt was recomputed
         ready = max(min(sequence.num_computed, len(sequence.tokens) - self.depth), sequence.num_ready)
         assert drafting.hidden is not None
         drafting.hidden = drafting.hidden[ready - sequence.num_ready :].clone()

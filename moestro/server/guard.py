@@ -73,7 +73,7 @@ class Guard:
         return None
 
     def _is_authorised(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        """Whether the key is right. Compares equally long digests in constant time, so not even its length leaks."""
+        """Whether a request may pass. Compares equally long digests in constant time, so not even its length leaks."""
         if self._digest is None or path in OPEN_PATHS or is_page(path):
             return True
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")

@@ -20,7 +20,7 @@ MAX_MESSAGES, MAX_PARTS, MAX_CALLS = 4096, 64, 64
 MAX_TOOLS, MAX_TOOL_CHARS = 128, 64 * 2**10
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES, MAX_SCHEMA_CHARS = 32, 4096, 64 * 2**10
 MAX_GRAMMAR_CHARS = 16 * 2**10
-MIN_TEMPERATURE = 0.001  # logits divided by less overflow
+MIN_TEMPERATURE = 0.001  # dividing logits by less overflows
 MIN_TOP_P = 1e-6  # less is 0 in single precision, and would keep no token
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
