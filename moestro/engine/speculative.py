@@ -136,7 +136,7 @@ class Drafter:
         length, first, hidden = len(sequence.tokens), sequence.num_ready, drafting.hidden
         if hidden is None or not len(hidden):
             return None
-        left = sequence.num_prompt + sequence.params.max_tokens - length - 1  # the token after the drafts is not a draft
+        left = sequence.num_prompt + sequence.params.max_tokens - length - 1  # the token after the drafts is no draft
         room = min(drafting.limit, left) if going_on and drafting.off_after is None else 0
         ready = min(sequence.num_computed, length - self.depth)
         if room <= 0 and ready // PAGE_SIZE == first // PAGE_SIZE:
