@@ -1,8 +1,8 @@
 """Reading and writing the weights of a Hugging Face model directory: safetensors, sharded, strictly accounted.
 
-`ModelFiles` is the one reader: it gives a parameter at a time, to be copied into a model (`load_model`) or packed for
-serving (`checkpoints/packing.py`), so that memory holds the result and one matrix. Nothing here reads pickle, and
-nothing runs code that a checkpoint names.
+`ModelFiles` is the only reader. It gives one parameter at a time, to be copied into a model (`load_model`) or packed
+for serving (`checkpoints/packing.py`), so that memory holds the result and one matrix. Nothing here reads pickle or
+runs code that a checkpoint names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk; CheckpointError when missing or damaged."""
+    """A JSON object from disk; CheckpointError if it is missing or damaged."""
     try:
         tree = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -56,7 +56,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Transformer
 
 
 def read_model(files: ModelFiles) -> Transformer:
-    """The whole model, parameters and arithmetic in the precision of the files, routers in fp32."""
+    """The whole model, with parameters and arithmetic in the precision of the files, and routers in fp32."""
     with torch.device("meta"):
         model = Transformer(files.config, precision_of(files.dtype))
     for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ def read_model(files: ModelFiles) -> Transformer:
 
 
 def fill_model(model: Transformer, files: ModelFiles) -> None:
-    """Copy the weights of a directory into a model of the same sizes; CheckpointError for another."""
+    """Copy the weights of a directory into a model of the same sizes; CheckpointError if the sizes differ."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     if {name: tensor.shape for name, tensor in tensors.items()} != files.shapes:
         raise CheckpointError(f"{files.directory} holds a model of other sizes than this one")
@@ -96,7 +96,7 @@ def kept_dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of a file, with the rows of a parameter from `start` on."""
+    """A tensor in a file that holds the rows of a parameter from `start` on."""
 
     name: str
     path: Path
@@ -104,10 +104,10 @@ class Stored:
 
 
 class ModelFiles:
-    """The weights of a model directory, held against its config.json at once and read a parameter at a time.
+    """The weights of a model directory, checked against its config.json at once and read one parameter at a time.
 
-    Read are views of memory-mapped files, each opened again after `REMAP_BYTES`: what was read then leaves memory.
-    `dtype` is what the model is to be computed in; without it the stored precision, fp32 for fp16.
+    Tensors are views of memory-mapped files. Each file is reopened after `REMAP_BYTES`, which frees what was read.
+    `dtype` is what the model is computed in, by default the stored precision (fp32 for fp16).
     CheckpointError names every tensor that is missing, unexpected or misshapen.
     """
 
@@ -125,7 +125,7 @@ class ModelFiles:
     def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
         """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in.
 
-        Routers without a stored bias have one of zeros.
+        A router without a stored bias gets a bias of zeros.
         """
         stored = self._stored[parameter]
         if not stored:
@@ -154,7 +154,7 @@ class ModelFiles:
         return tensor
 
     def _account(self, sources: dict[str, Path]) -> dict[str, dict[int | None, list[Stored]]]:
-        """Parameter -> expert (None: all of them) -> its tensors in the order of their rows."""
+        """Parameter -> expert (None: all of them) -> its tensors in row order."""
         slots = tensor_map(self.config) | fused_slots(self.config)
         duplicates = set(duplicate_names(self.config)) - set(tensor_map(self.config))
         left = {slot.parameter: self.shapes[slot.parameter].numel() for slot in slots.values()}
@@ -178,7 +178,7 @@ class ModelFiles:
 
 
 def drop_absent_mtp(config: ModelConfig, names: Iterable[str], prefix: str) -> ModelConfig:
-    """transformers drops MTP modules when it saves, and goes on naming them in config.json; `prefix`: of the first."""
+    """Drop MTP modules that transformers did not save but config.json still names; `prefix`: the first module's."""
     if not config.mtp_depth or any(name.startswith(prefix) for name in names):
         return config
     return config.model_copy(update={"mtp_depth": 0})
@@ -193,14 +193,14 @@ def slot_shape(shape: Sequence[int], slot: Slot) -> tuple[int, ...]:
 
 
 def refuse_misfits(misfits: Mapping[str, Collection[str]]) -> None:
-    """CheckpointError that names some of what does not fit, by kind; nothing where all kinds are empty."""
+    """Raise CheckpointError naming some of what does not fit, by kind, unless all kinds are empty."""
     parts = [f"{what}: {few(sorted(names))}" for what, names in misfits.items() if names]
     if parts:
         raise CheckpointError("the weights do not fit config.json; " + "; ".join(parts))
 
 
 def few(names: Sequence[str]) -> str:
-    """The first four names, and how many more there are."""
+    """The first four names and the number of others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -217,7 +217,7 @@ def _check(value: Tensor, shape: Sequence[int], name: str) -> None:
 
 
 def open_tensors(path: Path) -> Any:
-    """A safetensors file, memory-mapped; CheckpointError where it is damaged."""
+    """A memory-mapped safetensors file; CheckpointError if it is damaged."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -225,7 +225,7 @@ def open_tensors(path: Path) -> Any:
 
 
 def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index where there is one; refuses pickled weights by name."""
+    """Tensor name -> file, from the index if there is one; refuses pickled weights by name."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         names = read_json(index).get("weight_map")
@@ -248,9 +248,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of a whole model, views of its parameters.
+    """(Hugging Face name, tensor) for a whole model; tensors are views of its parameters.
 
-    Sharded parameters are gathered: every process must then go through all of them.
+    Sharded parameters are gathered, so every process must go through all of them.
     """
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     gathered: dict[str, Tensor] = {}
@@ -261,12 +261,12 @@ def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process holds a shard; itself where it is whole."""
+    """The whole of a tensor that may be sharded across processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model*.safetensors` and, if there are several, the index; at most one shard is in memory.
+    """Write `model*.safetensors` and, for several shards, the index; at most one shard is in memory.
 
     Shards are written under temporary names and named `model-00001-of-0000N` once N is known.
     """
@@ -311,7 +311,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file's bytes, or the names in a folder, to disk."""
+    """Force a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

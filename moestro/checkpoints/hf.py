@@ -1,10 +1,10 @@
 """The only place that knows Hugging Face names: config.json and tensor names of `deepseek_v3` and `deepseek_v2`.
 
-A model that Hugging Face's `DeepseekV3ForCausalLM` or `DeepseekV2ForCausalLM` can run is written as such; any other
-(dense, MHA, capacity …) as `model_type: moestro` with Moestro's own config under the key `moestro`, and the same tensor
-names wherever they exist. MTP modules follow as layers `num_hidden_layers + k`, as DeepSeek ships them.
+A model that Hugging Face's `DeepseekV3ForCausalLM` or `DeepseekV2ForCausalLM` can run is written as such. Any other
+(dense, MHA, capacity …) is written as `model_type: moestro`, with Moestro's own config under the key `moestro` and the
+same tensor names where they exist. MTP modules follow as layers `num_hidden_layers + k`, as DeepSeek ships them.
 
-Strict accounting: a tensor or config key that nothing uses, and a parameter that nothing fills, are errors.
+Accounting is strict: an unused tensor or config key is an error, and so is a parameter that nothing fills.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from moestro.config import ModelConfig, build_config
 from moestro.errors import CheckpointError
 
-# ours -> theirs, copied as they are
+# our key -> their key; values are copied unchanged
 PLAIN_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_dim": "hidden_size",
@@ -40,7 +40,7 @@ PLAIN_KEYS = {
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
 }
-# keys that must have this value where they are given: anything else is a model that is not supported
+# keys that must have this value if given: models with any other value are not supported
 COMMON_KEYS: dict[str, Any] = {
     "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "pretraining_tp": 1,
     "output_router_logits": False,
@@ -124,7 +124,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a config.json; raises CheckpointError naming the key that cannot be honoured."""
+    """ModelConfig from a config.json; raises CheckpointError naming a key that cannot be honoured."""
     model_type = tree.get("model_type")
     if model_type == "moestro" and isinstance(tree.get("moestro"), dict):
         return build_config({"model": tree["moestro"]}).model
@@ -173,7 +173,7 @@ def _refuse_what_is_unsupported(tree: Mapping[str, Any], fixed: Mapping[str, Any
         raise CheckpointError(f"config.json lacks {', '.join(required)}")
 
 
-# what transformers assumes where config.json is silent
+# what transformers assumes for keys missing from config.json
 COMMON_DEFAULTS: dict[str, Any] = {
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
@@ -195,7 +195,7 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
-    """Both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5."""
+    """RoPE settings in either form: `rope_theta` + `rope_scaling`, or `rope_parameters` of transformers 5."""
     scaling = dict(tree.get("rope_parameters") or {}) | dict(tree.get("rope_scaling") or {})
     rope: dict[str, Any] = {"theta": scaling.get("rope_theta") or tree.get("rope_theta") or 10000.0}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -220,7 +220,7 @@ def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a checkpoint tensor goes: rows `start:stop` of a parameter, of one expert where `expert` is given."""
+    """Where a checkpoint tensor goes: rows `start:stop` of a parameter, or of one expert if `expert` is given."""
 
     parameter: str
     expert: int | None = None
@@ -302,7 +302,7 @@ def _mlp_map(theirs: str, ours: str, width: int) -> dict[str, Slot]:
 
 
 def fused_slots(config: ModelConfig) -> dict[str, Slot]:
-    """Names that newer transformers write: all experts of a layer in one tensor."""
+    """Names that newer transformers versions write, with all experts of a layer in one tensor."""
     entries = {}
     for name, slot in tensor_map(config).items():
         if slot.expert == 0 and not slot.start:

@@ -1,12 +1,13 @@
-"""A directory of packed weights, to be written once and mapped at every start.
+"""A directory of packed weights, written once and mapped at every start.
 
     moestro pack DIR --weights int8 --out OUT   ->   config.json, tokenizer and generation files as in DIR
                                                      packed.json: format, version, weights, dtype, files with sizes
                                                      packed*.safetensors: all that a served model keeps
 
-Tensors are named after their place in the model; docs/weights.md lists them. Inside a file, those whose bytes fill
-whole units of 64 come first, behind a header that does too, so that all of them, panels above all, begin at multiples
-of 64 bytes. `VERSION` rises when names or the bytes of panels change: such a directory is made anew, never converted.
+Tensors are named after their place in the model; docs/weights.md lists them. In a file, the header and the tensors
+after it are multiples of 64 bytes long, so that these tensors, above all panels, begin at multiples of 64 bytes;
+tensors of other sizes come last. `VERSION` rises when names or the bytes of panels change; directories of an older
+version must be packed again, they are never converted.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ DTYPE_NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32", torc
 class PackedFiles:
     """A directory of packed weights: `config`, `format`, `dtype` of activations, and `tensors`, views of mapped files.
 
-    CheckpointError where it is damaged, incomplete or of another version.
+    CheckpointError if it is damaged, incomplete or of another version.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -66,7 +67,7 @@ class PackedFiles:
         self.config = drop_absent_mtp(read_config(directory), self.tensors, "mtp.0.")
 
     def tensor(self, name: str) -> Tensor:
-        """One of them; CheckpointError where there is none of that name."""
+        """The tensor of that name; CheckpointError if there is none."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.directory} lacks {name}")
         return self.tensors[name]
@@ -78,7 +79,7 @@ def is_packed(directory: Path) -> bool:
 
 
 def read_info(directory: Path) -> dict[str, Any]:
-    """packed.json; CheckpointError where it is none, or of another version."""
+    """The contents of packed.json; CheckpointError if it is not valid or of another version."""
     path = directory / INFO_NAME
     info = read_json(path)
     if info.get("format") != FORMAT or info.get("version") != VERSION:
@@ -93,11 +94,10 @@ def read_info(directory: Path) -> dict[str, Any]:
 
 @contextmanager
 def write_packed(out: Path, source: Path, format: str, dtype: torch.dtype) -> Iterator[Save]:
-    """Gives a function that takes the parts of a model one by one; configuration and tokenizer come from `source`.
+    """Give a function that takes the parts of a model one by one; configuration and tokenizer come from `source`.
 
-    Parts are written when they fill a shard, so that memory holds one shard and the part that is packed. `out` is there
-    when everything is on disk, and not before. ConfigError if something is there already, CheckpointError if the disk
-    is full.
+    Parts are written when they fill a shard, so that memory holds one shard and the part being packed. `out` appears
+    only when everything is on disk. ConfigError if `out` already exists, CheckpointError if the disk is full.
     """
     claim(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -116,12 +116,12 @@ def write_packed(out: Path, source: Path, format: str, dtype: torch.dtype) -> It
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error.strerror or error}; nothing is left of it") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # not there any more where all went well
+        shutil.rmtree(partial, ignore_errors=True)  # already gone if all went well
     sync(out.parent)
 
 
 def claim(out: Path) -> None:
-    """Make the folder that a directory is to be written in; ConfigError if there is something in its place."""
+    """Make the folder in which to write a directory; ConfigError if something is in its place."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists", hint="choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -133,14 +133,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class _Shards:
-    """Files of about `SHARD_BYTES`, named when their number is known."""
+    """Files of about `SHARD_BYTES`, named once their number is known."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._count = directory, 0
         self._pending, self._bytes = dict[str, Tensor](), 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors, and write what has come together."""
+        """Add tensors, and write a shard when there is enough for one."""
         for name, tensor in tensors.items():
             if self._pending and self._bytes + tensor.nbytes > SHARD_BYTES:
                 self._write()
@@ -167,9 +167,9 @@ class _Shards:
 
 
 def write_aligned(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file whose tensors begin at multiples of 64 bytes, but for those of odd sizes, which come last.
+    """Write a safetensors file whose tensors begin at multiples of 64 bytes, but for those of odd sizes at the end.
 
-    The format allows spaces behind the header, and no holes between tensors. Written straight from memory.
+    The format allows spaces after the header, but no holes between tensors. Bytes are written straight from memory.
     """
     ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, -item[1].element_size()))
     header, offset = {}, 0

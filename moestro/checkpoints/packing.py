@@ -1,9 +1,9 @@
-"""A model's weights as the parts that are served: packed from a model or its files, or mapped from packed ones.
+"""A model's weights as the parts used for serving: packed from a model or its files, or mapped from packed files.
 
-`model/parts.py` is the list of what is made. `pack_model` gives all parts of a source, `write_parts` packs one part
-after the other and saves it, and `refill` packs another model into the memory that the parts have. A model's files are
-read a matrix at a time, so that memory holds what is packed and little more; packed files stay mapped, and each part
-is held against what config.json asks for.
+`model/parts.py` lists the parts. `pack_model` gives all parts of a source, `write_parts` packs and saves one part after
+the other, and `refill` packs another model into the memory of existing parts. A model's files are read one matrix at a
+time, so that memory holds what is packed and little more. Packed files stay mapped, and each part is checked against
+config.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
 Source = Transformer | ModelFiles | PackedFiles
 Shapes = Mapping[str, Sequence[int]]
-Sizes = tuple[str, tuple[int, ...]]  # the format, and the dimensions of the matrices or of the parameter
+Sizes = tuple[str, tuple[int, ...]]  # the format, and the dimensions of the matrices or the parameter
 PACKED: Mapping[str, type[PackedLinear] | type[PackedHeads] | type[PackedExperts]]
 PACKED = {"linear": PackedLinear, "heads": PackedHeads, "experts": PackedExperts}
 
@@ -37,9 +37,9 @@ PACKED = {"linear": PackedLinear, "heads": PackedHeads, "experts": PackedExperts
 class PackedModel:
     """The parts of a served model by name, in the order of `served_parts`.
 
-    Matrices are packed as `format` (`Part.format` has the exceptions), activations are computed in `dtype`, and weights
-    were rounded to it first. `mapped` is the directory whose files the parts are views of, None where they have memory
-    of their own.
+    Matrices are packed as `format` (`Part.format` has the exceptions). Activations are computed in `dtype`, and weights
+    were rounded to it first. `mapped` is the directory whose files the parts are views of, None if the parts have their
+    own memory.
     """
 
     config: ModelConfig
@@ -50,14 +50,14 @@ class PackedModel:
 
 
 class Weights(Protocol):
-    """Where parameters are read: `ModelFiles`, or a model in memory."""
+    """Where parameters are read from: `ModelFiles`, or a model in memory."""
 
     def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
         """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in."""
 
 
 class HeldWeights:
-    """The weights of a model in memory, read as `ModelFiles` reads those of a directory."""
+    """The weights of a model in memory, read in the same way as `ModelFiles` reads a directory."""
 
     def __init__(self, model: Transformer) -> None:
         self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -72,8 +72,8 @@ def pack_model(source: Source, format: str | None = None) -> PackedModel:
     """All parts of a model in memory, of a model's files, or of packed files, which stay mapped.
 
     `format` is one of `FORMATS`, by default that of the packed files or the one that keeps weights as they are
-    computed with. ConfigError for a format that is not known, or not that of packed files; CheckpointError where packed
-    files do not hold what config.json asks for.
+    computed with. ConfigError if the format is unknown or differs from that of packed files; CheckpointError if packed
+    files do not match config.json.
     """
     format = choose_format(source, format)
     config, dtype, shapes = source.config, source.dtype, parameter_shapes(source.config)
@@ -91,7 +91,7 @@ def pack_model(source: Source, format: str | None = None) -> PackedModel:
 
 
 def write_parts(source: Transformer | ModelFiles, format: str, save: Save) -> int:
-    """Pack one part after the other and give it to `save`, keeping none; returns the bytes of all."""
+    """Pack one part after the other and give it to `save`, keeping none; returns their total bytes."""
     weights, shapes = _weights_of(source), parameter_shapes(source.config)
 
     def write(part: Part) -> int:
@@ -106,7 +106,7 @@ def write_parts(source: Transformer | ModelFiles, format: str, save: Save) -> in
 def refill(packed: PackedModel, model: Transformer) -> None:
     """Pack another model of the same configuration into the same memory, rounded to the same `dtype` first.
 
-    ConfigError for another configuration, and where the parts are mapped files; nothing has been changed then.
+    ConfigError for another configuration, and if the parts are mapped files; then nothing changes.
     """
     if packed.mapped is not None:
         raise ConfigError(f"{packed.mapped} is mapped and only read: load the original to change its weights")
@@ -120,7 +120,7 @@ def refill(packed: PackedModel, model: Transformer) -> None:
 
 
 def choose_format(source: Source, format: str | None) -> str:
-    """How matrices are packed; ConfigError for a format that is not known, or not that of packed files."""
+    """How matrices are packed; ConfigError if the format is unknown or differs from that of packed files."""
     if format is not None and format not in FORMATS:
         raise ConfigError(f"weights must be one of {', '.join(FORMATS)}, not '{format}'")
     if not isinstance(source, PackedFiles):
@@ -136,7 +136,7 @@ def _weights_of(source: Transformer | ModelFiles) -> Weights:
 
 
 def _sizes(part: Part, shapes: Shapes, format: str, dtype: torch.dtype) -> Sizes:
-    """What a part must be."""
+    """The format and dimensions that a part must have."""
     first = shapes[part.parameters[0]]
     match part.form:
         case "plain":
@@ -163,7 +163,7 @@ def _pack_part(part: Part, weights: Weights, sizes: Sizes, dtype: torch.dtype) -
 
 
 def _fill_part(packed: PackedPart, part: Part, weights: Weights, dtype: torch.dtype) -> None:
-    """Read the parameters of a part, large ones a matrix at a time, into the memory that it has."""
+    """Read the parameters of a part into its memory, large ones one matrix at a time."""
     dtype, first = part.dtype(dtype), part.parameters[0]
     match packed:
         case Tensor():

@@ -24,7 +24,7 @@ STREAM_SHARD_BYTES = 1_000_000_000
 def write_random_model(config: ModelConfig, directory: Path, *, seed: int, dtype: str) -> dict[str, Any]:
     """Write config.json, weights and, where the vocabulary has room for it, the built-in tokenizer.
 
-    Returns {"parameters", "bytes"}. Raises ConfigError for a directory in use, CheckpointError for a full disk.
+    Returns {"parameters", "bytes"}. Raises ConfigError if the directory is in use, CheckpointError if the disk is full.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be bf16 or fp32, not '{dtype}'")
@@ -56,7 +56,7 @@ def write_random_model(config: ModelConfig, directory: Path, *, seed: int, dtype
 
 
 def random_tensors(config: ModelConfig, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor): normal(0, init_std) matrices, norms of one, fp32 biases of zero."""
+    """(Hugging Face name, tensor): matrices are normal(0, init_std), norms one, fp32 biases zero."""
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}

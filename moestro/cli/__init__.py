@@ -1,6 +1,6 @@
 """The command line. Each command is one small module, imported only when it is called.
 
-Mistakes of the user print one line on standard error and exit with 2; a signal exits with 128 + its number.
+User errors print one line on standard error and exit with 2; a signal exits with 128 + its number.
 """
 
 from __future__ import annotations

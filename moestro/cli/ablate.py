@@ -1,4 +1,4 @@
-"""`moestro ablate`: what a model loses in bits per byte when experts are taken from it."""
+"""`moestro ablate`: how many bits per byte a model loses when experts are removed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moestro.errors import ConfigError
 if TYPE_CHECKING:
     from moestro.engine.language_model import LanguageModel
 
-SEQ_LEN = 512  # context, as `moestro eval` has it
+SEQ_LEN = 512  # context length, as in `moestro eval`
 
 MEANING = (
     "Differences in bits per byte from the intact model; + is worse. Nothing was retrained: this shows which experts\n"
@@ -44,15 +44,15 @@ def ablate(
     model
         A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
     what
-        Ablations, with commas between: top1 or top:M (the first choices of every token), fraction:F (a random share
+        Ablations, separated by commas: top1 or top:M (the first choices of every token), fraction:F (a random share
         of each layer's experts), shared (the shared experts), shared+1 (and one more routed expert used),
-        domain:NAME or domains (the experts that a domain prefers most). All that the model allows by default.
+        domain:NAME or domains (the experts that a domain prefers most). By default all that the model allows.
     data
         What to evaluate on: like train --data. Without it, the documents that the run held out.
     max_tokens
-        At most so many tokens per domain.
+        Most tokens to evaluate per domain.
     seed
-        Of the first random draw of experts.
+        Seed of the first random draw of experts.
     seeds
         How many random draws to average over.
     experts_per_layer
@@ -92,7 +92,7 @@ def run_ablations(
     max_tokens: int,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Evaluate on `text`, a source or what a run held out; the terminal shows what is being evaluated."""
+    """Evaluate on `text`, which is a source or what a run held out; the terminal shows progress."""
     from rich.console import Console
 
     from moestro.training.ablate import ablate as evaluate_ablations
@@ -114,7 +114,7 @@ def run_ablations(
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The table, what its rows mean, what it does and does not show; on standard error what was left out."""
+    """Print the table, what its rows mean, and what it does and does not show; on standard error what was left out."""
     print_table(result)
     for row in result["ablations"]:
         print(f"{row['name']}: without {row['masked']}" + (f", {row['draws']} draws" if row["draws"] > 1 else ""))
@@ -126,7 +126,7 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 
 def print_table(result: Mapping[str, Any]) -> None:
-    """One row for the intact model and one for each ablation; one column for all text and one for each domain."""
+    """Print a row for the intact model and each ablation, and a column for all text and each domain."""
     from rich import box
     from rich.console import Console
     from rich.measure import Measurement

@@ -30,7 +30,7 @@ def chat(
     system
         A first message that says how to behave.
     max_tokens
-        How many tokens a reply has at most.
+        Most tokens in a reply.
     temperature
         0 takes the likeliest token; 1 samples the model's own distribution.
     top_p

@@ -1,4 +1,4 @@
-"""`moestro compare`: routers against each other, at equal cost, over seeds."""
+"""`moestro compare`: compare routers at equal cost, over several seeds."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from moestro.compare.plan import Plan
     from moestro.compare.results import CellSummary, Estimate, Record, Summary
 
-LARGEST_DEVIATION = 0.03  # of FLOPs per token from the base's, before a warning
-PLAIN_WIDTH = 160  # of tables that do not go to a terminal
+LARGEST_DEVIATION = 0.03  # how far FLOPs per token may differ from the base's before a warning
+PLAIN_WIDTH = 160  # width of tables that do not go to a terminal
 
 
 def compare(
@@ -42,31 +42,31 @@ def compare(
 ) -> int:
     """Train router schemes of equal FLOPs per token on the same data and compare them.
 
-    The same command goes on where it was stopped; cells and seeds may be added.
+    The same command continues a stopped comparison; cells and seeds may be added.
 
     Parameters
     ----------
     routers
-        Cells, separated by commas: [label=]scheme[:key=value…]. A scheme is a shipped one or a .toml file, keys are
-        those of [model], such as mha=deepseek-v3:attention=mha. Differences are to the first cell.
+        Cells, separated by commas: [label=]scheme[:key=value…]. A scheme is a shipped one or a .toml file; keys are
+        those of [model], such as mha=deepseek-v3:attention=mha. Differences are relative to the first cell.
     seeds
         Runs per cell: seeds 0, 1, …; each decides the order of the data and the initial weights.
     budget
         Per run: 10m, 90s, 1h of training, or 500ktok, 20Mtok, 2Btok.
     equal
-        What is equal among cells: seconds or tokens follow from the budget; flops with a budget in tokens.
+        What is equal among cells: seconds or tokens, as the budget says; or flops, with a budget in tokens.
     preset
         The base that cells share, as a dense model: its FLOPs per token are every cell's.
     data
         What to train on, as in moestro train; the same for all.
     settings
-        Changes of the base for all cells, as section.key=value; may be repeated.
+        Changes to the base for all cells, as section.key=value; may be repeated.
     expansion
-        All experts over the active ones.
+        Ratio of all experts to the active ones.
     jobs
-        Runs at a time; each gets its share of the cores.
+        How many runs to train at a time; each gets its share of the cores.
     threads
-        Threads of each run; its share of the cores without it.
+        Threads of each run; by default its share of the cores.
     out
         The directory of the comparison.
     dry_run
@@ -85,7 +85,7 @@ def compare(
 
 
 def print_cells(plan: Plan, *, dry_run: bool, json_output: bool) -> None:
-    """What every cell costs, which is all that a dry run prints, and on standard error what may mislead."""
+    """Print what every cell costs, which is all a dry run prints, and on standard error what may mislead."""
     print_table(cells_table(plan), error=not dry_run)
     for warning in deviations(plan):
         print_note(warning)
@@ -94,7 +94,7 @@ def print_cells(plan: Plan, *, dry_run: bool, json_output: bool) -> None:
 
 
 def run_and_show(plan: Plan, *, json_output: bool) -> int:
-    """Train, write the report, print the table; returns the exit code."""
+    """Train, write the report and print the table; returns the exit code."""
     from moestro.compare.plan import prepare_directory
     from moestro.compare.results import FAILED, FINISHED, summarise, verdicts
     from moestro.compare.runner import Runner
@@ -126,7 +126,7 @@ def run_and_show(plan: Plan, *, json_output: bool) -> int:
 
 
 def print_table(table: Table, *, error: bool) -> None:
-    """A table on standard output, or beside the results on standard error."""
+    """Print a table on standard output, or on standard error to keep it apart from the results."""
     from rich.console import Console
 
     stream = sys.stderr if error else sys.stdout
@@ -145,7 +145,7 @@ def new_table(*columns: str) -> Table:
 
 
 def describe_cell(plan: Plan, index: int) -> dict[str, Any]:
-    """What a cell is before it is trained."""
+    """What is known about a cell before it is trained."""
     from moestro.compare.cells import token_flops, training_cost
     from moestro.model.size import cache_bytes_per_token, measure_size
 
@@ -188,7 +188,7 @@ def cells_table(plan: Plan) -> Table:
 
 
 def deviations(plan: Plan) -> list[str]:
-    """A warning for every cell whose tokens cost something else than the base's."""
+    """A warning for every cell whose cost per token differs from the base's."""
     return [
         f"warning: a token of {cell.cell.label} costs {cell.flops_ratio:.3f} times what one of the base does; "
         "differences may come from that"
@@ -211,7 +211,7 @@ def describe_run(record: Record) -> str:
 
 
 def results_table(summary: Summary) -> Table:
-    """What the finished runs of every cell came to, means over seeds."""
+    """The results of every cell's finished runs, as means over seeds."""
     target = "" if summary.target is None else f" to {summary.target:.3f}"
     table = new_table(
         *("cell", "seeds", "bits per byte", f"− {plain(summary.baseline)} (95%)", "MaxVio batch", "whole"),
@@ -236,14 +236,14 @@ def results_table(summary: Summary) -> Table:
 
 
 def plain(text: str) -> str:
-    """Text in which brackets are no markup."""
+    """Text in which brackets are not read as markup."""
     from rich.markup import escape
 
     return escape(text)
 
 
 def mean_text(estimate: Estimate | None, form: str) -> str:
-    """The mean, or a dash where the cell has no such figure."""
+    """The mean, or a dash if the cell has no such figure."""
     return "–" if estimate is None else form.format(estimate.mean)
 
 
@@ -255,7 +255,7 @@ def spread(estimate: Estimate | None) -> str:
 
 
 def difference_text(cell: CellSummary) -> str:
-    """The difference to the baseline with its interval; of a single seed there is none."""
+    """The difference from the baseline with its interval; a single seed has no interval."""
     difference = cell.difference
     if difference is None:
         return "–"
@@ -265,7 +265,7 @@ def difference_text(cell: CellSummary) -> str:
 
 
 def target_text(cell: CellSummary) -> str:
-    """Seconds until the target, and how many runs reach it where not all do."""
+    """Seconds until the target, and how many runs reach it if not all do."""
     estimate = cell.to_target.get("seconds")
     if estimate is None:
         return "–"

@@ -1,4 +1,4 @@
-"""`moestro doctor`: what this machine offers, measured, and what is wrong with it."""
+"""`moestro doctor`: what this machine offers, how fast it is, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def doctor(
     if not 0.5 <= seconds <= 60:
         raise ConfigError(f"--seconds must lie between 0.5 and 60, not {seconds:g}")
     use_threads(threads)
-    isa = library.current_isa()  # first, so that the description has the OpenMP runtime that the kernels bring
+    isa = library.current_isa()  # first, so that the description includes the kernels' OpenMP runtime
     machine = machines.describe_machine()
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
@@ -65,7 +65,7 @@ def doctor(
 
 
 def _how_to_build(root: Path) -> str:
-    """What builds the kernels of the package in `root`. pip would give an installed copy its cached wheel again."""
+    """How to build the kernels of the package in `root`. For an installed copy, pip would reuse its cached wheel."""
     if (root / "setup.py").exists():
         return f"run `pip install -e .` in {root}"
     return "install moestro from where it came with `pip install --force-reinstall --no-deps --no-cache-dir ...`"

@@ -34,10 +34,10 @@ def evaluate(
     data
         What to evaluate on: like train --data. Without it, the documents that the run held out.
     split
-        all documents, or only valid: those that training on the same source holds out. By default valid for the
-        built-in corpus, all for other text.
+        all for all documents, valid for only those that training on the same source holds out. By default valid for
+        the built-in corpus, all for other text.
     max_tokens
-        At most so many tokens per domain.
+        Most tokens to evaluate per domain.
     seq_len
         Context length: every token is predicted from at most this much of its document.
     dtype

@@ -35,7 +35,7 @@ def generate(
     prompt
         The beginning of a text; "-" reads it from standard input.
     max_tokens
-        How many tokens to write at most.
+        Most tokens to write.
     temperature
         0 takes the likeliest token; 1 samples the model's own distribution.
     top_p

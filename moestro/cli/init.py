@@ -30,7 +30,7 @@ def init(
     preset
         A shipped configuration.
     out
-        The directory; it must not exist or be empty.
+        The directory; it must be new or empty.
     seed
         The same seed gives the same weights.
     dtype

@@ -61,7 +61,7 @@ def inspect(
 
 
 def describe_packing(model: str) -> dict[str, Any]:
-    """{"packed": {"weights", "dtype", "bytes"}} of a directory of packed weights, nothing of others."""
+    """{"packed": {"weights", "dtype", "bytes"}} for a directory of packed weights, an empty dict for others."""
     from moestro.checkpoints.packed import is_packed, read_info
 
     if model in preset_names() or not is_packed(Path(model)):

@@ -1,4 +1,4 @@
-"""What commands print for programs and for people, and read from standard input."""
+"""How commands print for programs and for people, and read standard input."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from moestro.errors import DataError
 
 
 def print_json(tree: Mapping[str, Any]) -> None:
-    """One JSON object on one line of standard output, the last line of a command."""
+    """Print a JSON object on one line of standard output, the last line of a command."""
     print(json.dumps(tree, ensure_ascii=False), flush=True)
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Aligned name and value, one a line."""
+    """Print aligned names and values, one pair a line."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
 
 
 def read_input(read: Callable[[], str]) -> str:
-    """Text from standard input; DataError where it is not valid UTF-8."""
+    """Text from standard input; DataError if it is not valid UTF-8."""
     try:
         return read()
     except UnicodeDecodeError as error:
@@ -31,5 +31,5 @@ def read_input(read: Callable[[], str]) -> str:
 
 
 def print_note(text: str) -> None:
-    """A remark for people, on standard error."""
+    """Print a remark for people on standard error."""
     print(text, file=sys.stderr)

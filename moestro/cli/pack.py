@@ -1,4 +1,4 @@
-"""`moestro pack`: a model's weights packed once, to be mapped at every start."""
+"""`moestro pack`: pack a model's weights once and map them at every start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pack(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write a directory of packed weights, which generate, chat, serve and eval start from without loading.
+    """Write a directory of packed weights, from which generate, chat, serve and eval start without loading.
 
     Parameters
     ----------

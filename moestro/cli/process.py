@@ -1,4 +1,4 @@
-"""What a command sets for its own process. The library leaves such settings to the program that calls it."""
+"""What a command sets for its own process. The library leaves such settings to the calling program."""
 
 from __future__ import annotations
 

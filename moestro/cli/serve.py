@@ -38,21 +38,21 @@ def serve(
     model
         A run, a checkpoint, a Hugging Face directory of the family, or packed weights.
     host
-        The address to listen on; one that others can reach needs a key.
+        The address to listen on; an address that others can reach needs a key.
     port
         The port; 0 takes a free one.
     api_key_file
         A file with the key that clients must send.
     served_name
-        The model's name for clients; the directory's name without it.
+        The model's name for clients; by default the directory's name.
     memory
-        Room for the cache, such as 4GiB; half of the free memory without it.
+        Memory for the cache, such as 4GiB; by default half of the free memory.
     max_running
         How many continuations are computed at once.
     max_waiting
         How many more may wait; others are told to come back.
     draft_tokens
-        Tokens that the model's MTP modules draft a step; 0 for none, without it one where the model can.
+        Tokens that the model's MTP modules draft a step; 0 for none, by default one if the model has such modules.
     drain_seconds
         How long running requests may take to finish after SIGTERM.
     dtype
@@ -78,7 +78,7 @@ def serve(
 
 
 def require_extra() -> None:
-    """ConfigError, which says what to install, where a package that serving needs is missing."""
+    """Raise ConfigError, saying what to install, if a package needed for serving is missing."""
     try:
         import_module("llguidance")  # for requests with a grammar
         import_module("moestro.server.run")
@@ -87,7 +87,7 @@ def require_extra() -> None:
 
 
 def check_access(host: str, api_key_file: Path | None) -> str | None:
-    """The key that clients must send. ConfigError for a bad one, or for none where others can reach the server."""
+    """The key that clients must send. ConfigError if it is bad, or missing while others can reach the server."""
     from moestro.server.run import check_host, read_key
 
     key = read_key(api_key_file)
@@ -96,7 +96,7 @@ def check_access(host: str, api_key_file: Path | None) -> str | None:
 
 
 def make_service(language_model: LanguageModel, path: Path, served_name: str | None, **limits: int | None) -> Service:
-    """The model with its engine, under the name that clients know it by; `limits` are the engine's."""
+    """The model with its engine, under the name that clients use; `limits` are the engine's."""
     from moestro.engine.engine import Engine
     from moestro.engine.language_model import find_model_directory
     from moestro.server.service import Service

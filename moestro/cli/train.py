@@ -1,4 +1,4 @@
-"""`moestro train`: a model of one's own from a folder of text."""
+"""`moestro train`: train your own model from a folder of text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(
     config
         A TOML or JSON file with sections [model], [train], [data].
     depth
-        One dial for size: layers, and from them width, heads, experts, learning rate and steps.
+        One dial for size: the number of layers sets width, heads, experts, learning rate and steps.
     data
         A file or folder (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
     out
@@ -56,14 +56,14 @@ def train(
     dry_run
         Print the configuration and the size of the model, and stop.
     quiet
-        No progress.
+        Show no progress.
     json_output
         Print the outcome as one JSON object on the last line.
     """
     tree, name = choose_tree(preset, config, depth)
     if data is not None:
         tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
-        name = Path(os.path.abspath(data)).stem or name  # .. is a name of no folder
+        name = Path(os.path.abspath(data)).stem or name  # .. is not the name of a folder
     if start is not None:
         tree, name = start_from(tree, Path(start)), Path(os.path.abspath(start)).name
     run = out or free_directory(Path("runs"), name, resume)
@@ -77,7 +77,7 @@ def train(
 
 
 def print_plan(settings: Config) -> int:
-    """The configuration and the size of the model, as JSON."""
+    """Print the configuration and the size of the model as JSON."""
     from moestro.model.size import describe_size
 
     print_json({"config": settings.model_dump(mode="json"), **describe_size(settings.model)})
@@ -85,7 +85,7 @@ def print_plan(settings: Config) -> int:
 
 
 def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, json_output: bool) -> int:
-    """Train, write the report, print the ending; returns the exit code."""
+    """Train, write the report and print the ending; returns the exit code."""
     from moestro import machine
     from moestro.parallel import world
     from moestro.report import write_report
@@ -110,7 +110,7 @@ def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, js
 
 
 def start_from(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The raw configuration with the model of a directory: its sizes, its weights to begin with, its tokenizer."""
+    """The raw configuration, set to start from a directory's model: its sizes, weights and tokenizer."""
     from moestro.checkpoints.files import ModelFiles
     from moestro.engine.language_model import find_model_directory
 
@@ -133,7 +133,7 @@ def choose_tree(preset: str | None, config: Path | None, depth: int | None) -> t
 
 
 def free_directory(parent: Path, name: str, resume: bool) -> Path:
-    """parent/name, or with --resume that one, else the first of name-2, name-3, … that is free."""
+    """parent/name if it is free or with --resume, else the first of name-2, name-3, … that is free."""
     run, number = parent / name, 1
     while not resume and (run / SETTINGS).exists():
         number += 1
@@ -142,7 +142,7 @@ def free_directory(parent: Path, name: str, resume: bool) -> Path:
 
 
 def resume_config(tree: dict[str, Any], overrides: tuple[str, ...], run: Path, *, given: bool, resume: bool) -> Config:
-    """What to run: a resumed run keeps its saved configuration where the flags name no other."""
+    """What to run: a resumed run keeps its saved configuration unless the flags name another."""
     saved = run / SETTINGS
     if resume and not given and saved.exists():
         tree = load_file(saved)
@@ -150,7 +150,7 @@ def resume_config(tree: dict[str, Any], overrides: tuple[str, ...], run: Path, *
 
 
 def print_ending(outcome: Any, report: Path) -> None:
-    """Samples, or how to go on, and the commands one would type next."""
+    """Print samples, or how to continue, and the commands to type next."""
     run = outcome.run
     if outcome.stopped_by:
         print(f"\nStopped and saved at step {outcome.step} of {outcome.total_steps}. Go on with:")

@@ -1,4 +1,4 @@
-"""One sequence as it is continued: the next token is chosen, appended, and may end the text."""
+"""How one sequence continues: the next token is chosen and appended, and may end the text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger("moestro.engine")
 
 @dataclass(eq=False)
 class Continuation:
-    """What an engine keeps of a sequence beside its tokens. `stop_ids` end the text and are no part of it.
+    """What an engine keeps for a sequence besides its tokens. `stop_ids` end the text and are not part of it.
 
-    `detokenizer` is None where nobody asks for the text. `prompt_logprobs` are those of the prompt computed so far.
+    `detokenizer` is None if nobody asked for the text. `prompt_logprobs` cover the part of the prompt computed so far.
     """
 
     sequence: Sequence
@@ -35,10 +35,10 @@ class Continuation:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def extend(self, logits: Tensor, likeliest: int | None, draft: Draft | None, routes: Tensor | None) -> Event:
-        """The event of one more token.
+        """Choose one more token and return its event.
 
-        logits [V] fp32 with the `likeliest` token, or None where they are not finite; the draft to check against them;
-        `routes` [L, A] of the token before.
+        `logits` [V] fp32; `likeliest` is their likeliest token, None if they are not finite; `draft` is checked against
+        them; `routes` [L, A] belong to the token before.
         """
         sequence, params = self.sequence, self.sequence.params
         is_first = not sequence.num_generated
@@ -61,7 +61,7 @@ class Continuation:
         )
 
     def _choose(self, logits: Tensor, likeliest: int | None, draft: Draft | None) -> tuple[int | None, Failure | None]:
-        """The next token, or none where the request wants none or fails."""
+        """The next token, or None if the request wants no token or fails."""
         sequence, sampler = self.sequence, self.sampler
         if likeliest is None:
             return None, Failure("engine", "the model's numbers are not finite")
@@ -76,18 +76,18 @@ class Continuation:
             return None, Failure("grammar", str(error))
         except MoestroError as error:
             return None, Failure("request", str(error))
-        except Exception as error:  # whatever it is, it is this sequence's alone
+        except Exception as error:  # whatever it is, only this sequence fails
             log.exception("sampling failed for request %d", sequence.request_id)
             return None, Failure("engine", str(error) or type(error).__name__)
 
     def _spell(self, token: int | None) -> str:
-        """What the token adds to the text that may be shown."""
+        """The text that the token lets us show."""
         if self.detokenizer is None or token is None or token in self.stop_ids:
             return ""
         return self.stops.push(self.detokenizer.push(token))
 
     def _finish_text(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         rest = "" if self.detokenizer is None else self.detokenizer.finish()
         return self.stops.push(rest) + self.stops.finish()
 
@@ -100,7 +100,7 @@ class Continuation:
 def begin_continuation(
     sequence: Sequence, tokenizer: Tokenizer, stop_ids: frozenset[int], grammar: Matcher | None, draft_limit: int
 ) -> Continuation:
-    """A continuation at its beginning. `stop_ids` are those of every request; `draft_limit`: drafts a step."""
+    """A new continuation. `stop_ids` end every request's text; `draft_limit`: drafts a step."""
     params = sequence.params
     sampler = make_sampler(params, sequence.index, grammar)
     wants_text = params.return_text or params.stop
@@ -131,7 +131,7 @@ def make_sampler(params: SamplingParams, index: int, grammar: Matcher | None = N
 
 
 def score_token(logits: Tensor, token: int, num_top: int) -> TokenLogprob:
-    """logits [V] fp32 -> the token's log-probability and those of the `num_top` likeliest."""
+    """logits [V] fp32 -> the log-probabilities of the token and of the `num_top` likeliest tokens."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(num_top)
     return TokenLogprob(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

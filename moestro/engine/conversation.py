@@ -14,7 +14,7 @@ from moestro.engine.language_model import LanguageModel
 
 @dataclass
 class Conversation:
-    """The messages so far, and how replies are sampled."""
+    """The messages so far and the sampling settings for replies."""
 
     language_model: LanguageModel
     max_tokens: int = 256
@@ -43,7 +43,7 @@ class Conversation:
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """The messages and their ids, the oldest exchanges left out until a reply fits behind them.
 
-        A system message stays. What is said last is never left out, even if there is no room for a reply.
+        A system message stays. So does the last message, even if that leaves no room for a reply.
         """
         limit = self.language_model.config.max_seq_len - self.max_tokens
         prompt = encode_chat(messages, self.language_model.tokenizer)

@@ -3,8 +3,8 @@
     step() = schedule → run → sample, or check drafts → draft
 
 Every step computes one packed batch: a token of each decoding sequence with the drafts that may follow it
-(`speculative.py`), and chunks of prompts, each sequence attending over its own pages. Rows of a batch do not depend on
-each other (`runtime.py`), so that a request's tokens and log-probabilities are, bit for bit, those it would get alone:
+(`speculative.py`), and chunks of prompts. Each sequence attends over its own pages. Rows of a batch do not depend on
+each other (`runtime.py`). So a request's tokens and log-probabilities are, bit for bit, those it would get alone,
 whatever shares its batch, however its prompt is cut into chunks, wherever its prefix comes from, and however often it
 is preempted. An engine belongs to one thread.
 """
@@ -36,15 +36,15 @@ from moestro.engine.stats import Counters, EngineStats
 from moestro.errors import ConfigError, MoestroError
 from moestro.model.transformer import Transformer
 
-SCORED_ROWS = 64  # of a prompt at a time: their logits over the whole vocabulary are large
+SCORED_ROWS = 64  # prompt rows scored at a time: their logits over the whole vocabulary are large
 
 
 @dataclass(frozen=True)
 class Computed:
     """A row's tokens from position `first` on, which are rows `start` … of the step: hidden [n, D], ids [n, L, A].
 
-    If they are the last ones, logits [1 + drafts, V] fp32, of each the likeliest token or None where numbers are not
-    finite; none otherwise.
+    If they are the row's last tokens, there are also `logits` [1 + drafts, V] fp32 and the likeliest token of each, or
+    None where logits are not finite.
     """
 
     row: Row
@@ -69,11 +69,11 @@ class Engine:
 
     The cache takes `memory_bytes`, by default half of the free memory.
     A step computes at most `token_budget` tokens of at most `max_running` sequences; `max_waiting` more may queue.
-    `draft_tokens`: how many the model's MTP modules draft a step for each sequence, 0 for none; None: one, if it has
-    such modules. A sequence whose drafts do not pay stops drafting; `draft_cost` is what a draft costs in steps without
-    any (None: `speculative.estimate_cost`).
+    `draft_tokens`: how many tokens the model's MTP modules draft a step for each sequence, 0 for none; None: one, if
+    the model has MTP modules. A sequence whose drafts do not pay stops drafting; `draft_cost` is what a draft costs,
+    in steps without drafts (None: `speculative.estimate_cost`).
 
-    ConfigError for a cache that is too small, and for drafts without modules.
+    ConfigError if the cache is too small, or for drafts without MTP modules.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class Engine:
         self._counters = Counters(loads, [0] * self.draft_tokens, [0] * self.draft_tokens)
         self._continuations: dict[Sequence, Continuation] = {}
         self._requests: dict[int, list[Sequence]] = {}
-        self._streams: dict[int, deque[Event]] = {}  # what `stream` has still to give, by request
-        self._unclaimed: list[Event] = []  # computed for a stream's sake, to be returned by the next `step`
+        self._streams: dict[int, deque[Event]] = {}  # what `stream` has yet to yield, by request
+        self._unclaimed: list[Event] = []  # computed while serving a stream; the next `step` returns them
         self._num_requests = self._num_sequences = self._num_updates = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would give anything."""
+        """Whether there is anything to compute or return."""
         return bool(self._unclaimed) or self.scheduler.has_work
 
     @property
@@ -132,16 +132,16 @@ class Engine:
 
     @property
     def running_ids(self) -> frozenset[int]:
-        """The requests of which a sequence runs."""
+        """The requests that have a running sequence."""
         return frozenset(sequence.request_id for sequence in self.scheduler.running)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        """Made when the first grammar comes: it reads the whole vocabulary."""
+        """The compiler, made when first needed because it reads the whole vocabulary."""
         return GrammarCompiler(self.tokenizer, self.runtime.config.vocab_size, self.stop_ids)
 
     def stats(self) -> EngineStats:
-        """How things stand; the tensor is a copy."""
+        """The engine's current statistics; the tensor is a copy."""
         scheduler, counters = self.scheduler, self._counters
         counters.settle()
         return EngineStats(
@@ -160,7 +160,7 @@ class Engine:
         )
 
     def add(self, request: Request) -> int:
-        """Queue a request; returns its id. ConfigError if it can never run, QueueFullError if too many wait."""
+        """Queue a request and return its id. ConfigError if it can never run, QueueFullError if too many wait."""
         self.check(request)
         params, prompt, request_id = request.params, list(request.prompt), self._num_requests
         self.scheduler.require_room(params.n)
@@ -181,7 +181,7 @@ class Engine:
         return request_id
 
     def check(self, request: Request) -> None:
-        """ConfigError for a request that can never run."""
+        """Raise ConfigError for a request that can never run."""
         config, params, prompt = self.runtime.config, request.params, request.prompt
         total = len(prompt) + params.max_tokens
         if not prompt:
@@ -202,7 +202,7 @@ class Engine:
             raise ConfigError(f"prompt or logit_bias name token ids outside the vocabulary of {config.vocab_size}")
 
     def abort(self, request_id: int) -> bool:
-        """Drop a request between two steps, without an event; False if it has ended already."""
+        """Drop a request between two steps, without an event; False if it has already ended."""
         self._unclaimed = [event for event in self._unclaimed if event.request_id != request_id]
         sequences = list(self._requests.get(request_id, ()))
         for sequence in sequences:
@@ -212,7 +212,7 @@ class Engine:
     def update(self, model: Transformer) -> None:
         """Take the weights of another model of the same configuration, in place, and forget every cached prefix.
 
-        ConfigError while requests run or wait, and for what `Runtime.update` refuses; nothing has been changed then.
+        ConfigError while requests run or wait, and for what `Runtime.update` refuses; then nothing changes.
         """
         if self.has_work:
             raise ConfigError("weights cannot be updated while requests run: finish or abort them first")
@@ -220,9 +220,9 @@ class Engine:
         self._follow_updates()
 
     def step(self) -> list[Event]:
-        """Compute one batch; returns the tokens it gave, in the order of arrival among decoding sequences.
+        """Compute one batch and return its tokens; decoding sequences come in order of arrival.
 
-        Those of requests that are streamed go to their streams.
+        Tokens of streamed requests go to their streams instead.
         """
         computed = self._step()
         events, self._unclaimed = self._unclaimed, []
@@ -231,9 +231,9 @@ class Engine:
         return events
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
-        """Yield the events of one request; the engine steps whenever none is at hand.
+        """Yield the events of one request; the engine steps whenever there is no event to yield.
 
-        Several streams may be read in turn: a step serves all of them. Closing one drops its request.
+        Several streams may be read in turn: a step serves all of them. Closing a stream drops its request.
         """
         request_id, left = self.add(request), request.params.n
         events = self._streams[request_id] = deque()
@@ -249,7 +249,7 @@ class Engine:
             self.abort(request_id)
 
     def run(self, requests: Iterable[Request]) -> list[list[Completion]]:
-        """Serve requests to the end: for each, in order, its n completions."""
+        """Serve requests to the end; returns the n completions of each, in order."""
         waiting, ids = deque(requests), []
         completions: dict[int, list[Completion]] = {}
         while waiting or self.has_work:
@@ -282,7 +282,7 @@ class Engine:
         return events
 
     def _follow_updates(self) -> None:
-        """What was computed with other weights is forgotten, whoever updated them; MoestroError amid a request."""
+        """Forget what was computed with other weights, whoever updated them; MoestroError amid a request."""
         if self._num_updates != self.runtime.num_updates:
             if any(sequence.num_computed or sequence.num_generated for sequence in self._continuations):
                 raise MoestroError("the model's weights were updated while requests were running")
@@ -290,7 +290,7 @@ class Engine:
             self._num_updates = self.runtime.num_updates
 
     def _run(self, rows: list[Row]) -> list[Computed]:
-        """Compute the rows' tokens and drafts, and the logits of the last ones; scores prompts on the way."""
+        """Compute the rows' tokens and drafts and the logits of the last ones, and score prompts on the way."""
         inputs = []
         for row in rows:
             sequence, first = row.sequence, row.sequence.num_computed
@@ -314,18 +314,18 @@ class Engine:
         return parts
 
     def _score_prompt(self, part: Computed) -> None:
-        """Log-probabilities of the prompt tokens that follow the row's tokens, once each even after preemption."""
+        """Score the prompt tokens that follow the row's tokens, each only once even after preemption."""
         sequence = part.row.sequence
         scores, count = self._continuations[sequence].prompt_logprobs, sequence.params.prompt_logprobs
         assert count is not None
         stop = min(part.row.count, sequence.num_prompt - 1 - part.first)
-        # rows before the first were scored when they were computed first
+        # rows before the first were scored when they were first computed
         for start in range(len(scores) - part.first, stop, SCORED_ROWS):
             for logits in self.runtime.logits(part.hidden[start : min(start + SCORED_ROWS, stop)]):
                 scores.append(score_token(logits, sequence.tokens[len(scores) + 1], count))
 
     def _continue(self, part: Computed) -> list[Event]:
-        """The tokens that follow a row: as long as its drafts are right, and one more."""
+        """Add the tokens that follow a row: every draft up to the first wrong one, and one more token."""
         row, sequence = part.row, part.row.sequence
         if sequence.params.prompt_logprobs is not None:
             self._score_prompt(part)
@@ -353,7 +353,7 @@ class Engine:
         return events
 
     def _count_drafts(self, continuation: Continuation, drafted: int, accepted: int) -> None:
-        """Note a check, and whether drafting still pays."""
+        """Record a check of drafts, and stop drafting if it no longer pays."""
         drafting, sequence = continuation.drafting, continuation.sequence
         if self.drafter is None or not drafting.limit:
             return
@@ -366,7 +366,7 @@ class Engine:
             self._counters.speculation_off += 1
 
     def _report(self, continuation: Continuation, event: Event) -> Event:
-        """The last event of a continuation, with what is told of all of it."""
+        """A continuation's last event, completed with what is reported about the whole continuation."""
         sequence, drafting = continuation.sequence, continuation.drafting
         wants_routes, drafts = sequence.params.return_routes, self.drafter is not None and drafting.limit > 0
         return replace(
@@ -376,7 +376,7 @@ class Engine:
         )
 
     def _make_ready(self, parts: list[Computed], going_on: set[Sequence]) -> None:
-        """Let the MTP modules follow the text and draft for sequences that go on; make full pages findable."""
+        """Let the MTP modules follow the text and draft for sequences that continue; make full pages findable."""
         ready = [(part.row.sequence, part.row.sequence.num_computed) for part in parts]
         if self.drafter is not None:
             work = []
@@ -398,7 +398,7 @@ class Engine:
 
 
 def check_model(config: ModelConfig, draft_tokens: int) -> None:
-    """ConfigError for what no engine can serve."""
+    """Raise ConfigError for a model that no engine can serve."""
     if not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
         raise ConfigError(f"draft_tokens must lie between 0 and {MAX_DRAFT_TOKENS}, not {draft_tokens}")
     if draft_tokens and not config.mtp_depth:
@@ -406,6 +406,6 @@ def check_model(config: ModelConfig, draft_tokens: int) -> None:
 
 
 def find_likeliest(logits: Tensor) -> list[int | None]:
-    """logits [N, V] -> of each row the token with the largest one, or None where they are not all finite."""
+    """logits [N, V] -> the token with the largest logit of each row, None where a row is not all finite."""
     sums, tokens = logits.sum(-1).tolist(), logits.argmax(-1).tolist()
     return [token if isfinite(total) else None for token, total in zip(tokens, sums, strict=True)]

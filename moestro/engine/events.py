@@ -1,4 +1,4 @@
-"""What an engine says of its requests: an event for every token, and completions that put events together."""
+"""What an engine reports about its requests: an event for every token, and completions that collect events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Failure:
     """Why a continuation failed, and by whose fault.
 
     "request": its settings leave nothing to draw from. "grammar": its grammar cannot be followed any further.
-    "engine": the model or the engine failed; where something was raised, the log has the traceback.
+    "engine": the model or the engine failed; if an exception was raised, the log has the traceback.
     """
 
     kind: FailureKind
@@ -38,14 +38,14 @@ class TokenLogprob:
 class Event:
     """One more token of a continuation, and with the last one why it ends.
 
-    A step may bring several events of one continuation, in order. `token` is None where a prompt was only computed, or
-    where the request failed: `error` says how. `text` is what may be shown now, if the request wants text: whole
-    characters, up to `stop_string`, which is the one that ended the text. `token_routes` [MoE layers, top_k] int16 are
-    the experts of the token before this one, from which it follows; only if the request wants routes.
+    A step may bring several events of one continuation, in order. `token` is None if the prompt was only computed, or
+    if the request failed; `error` then says how. `text` is what may be shown now, if the request wants text: whole
+    characters, up to `stop_string`, the stop string that ended the text. `token_routes` [MoE layers, top_k] int16 are
+    the experts of the token before this one, which predicted it; only if the request wants routes.
 
-    With the first event come `prompt_logprobs`, of every prompt token but the first. With the last one come `drafts`,
-    if the sequence was to draft, and `routes` [tokens, MoE layers, top_k] int16, of every token that was computed: the
-    last one of the continuation was not.
+    The first event has `prompt_logprobs`, for every prompt token but the first. The last event has `drafts`, if the
+    sequence was to draft, and `routes` [tokens, MoE layers, top_k] int16, for every computed token: that is all but the
+    last one of the continuation.
     """
 
     request_id: int
@@ -64,7 +64,7 @@ class Event:
 
 @dataclass
 class Completion:
-    """The events of one continuation, put together."""
+    """All events of one continuation, collected."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -77,7 +77,7 @@ class Completion:
     error: Failure | None = None
 
     def add(self, event: Event) -> None:
-        """Take over what an event brings."""
+        """Add what an event brings."""
         self.ids += [] if event.token is None else [event.token]
         self.text += event.text
         self.logprobs += [] if event.logprob is None else [event.logprob]

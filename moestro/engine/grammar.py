@@ -1,12 +1,12 @@
 """Structured output: which tokens may come next, so that a text follows a JSON schema, a pattern or a grammar.
 
 `from_json_schema`, `from_regex` and `from_lark` write the one form, a string, that `SamplingParams.grammar` takes;
-llguidance compiles it against the vocabulary and walks along with the text. What a user may ask for is bounded: the
-size of the grammar here, the work of compiling and of each step by llguidance's own counters (`LIMITS`). Where a
-grammar leaves one text only, it is to be spelled as the tokenizer would spell it.
+llguidance compiles it against the vocabulary and follows the text. What a user may ask for is bounded: the size of the
+grammar here, the work of compiling and of each step by llguidance's own counters (`LIMITS`). Where a grammar allows
+only one text, it must be spelled as the tokenizer would spell it.
 
-Added tokens that are text (<think>, tool calls) may come where a grammar names them and nowhere else; control tokens
-(beginning of text, user, assistant) never; end tokens where the text is complete.
+Added tokens that are text (<think>, tool calls) may come only where a grammar names them. Control tokens (beginning of
+text, user, assistant) never come. End tokens may come where the text is complete.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import llguidance
 
 MAX_CHARS = 32768
-MAX_LINES = 1000  # so also rules: a chain of 3000 overflows the stack of the compiler, and ends the process
+MAX_LINES = 1000  # bounds rules too: a chain of 3000 overflows the compiler's stack and ends the process
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,  # 20 ms
     "step_lexer_fuel": 200_000,  # 15 ms
@@ -36,16 +36,16 @@ LIMITS = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-# White space between the parts of JSON: enough to indent, not enough to fill a page with it.
+# White space between the parts of JSON: enough to indent, not enough to fill a page.
 SPACES = r"[ \n\r\t]{0,32}"
 
 
 class GrammarError(MoestroError):
-    """A grammar that cannot be followed any further from here."""
+    """The grammar cannot be followed any further from here."""
 
 
 def from_json_schema(schema: Mapping[str, Any] | bool | str) -> str:
-    """The grammar of the JSON texts that a schema admits. ConfigError if it is no schema or too large."""
+    """The grammar of the JSON texts that a schema admits. ConfigError if it is not a schema or is too large."""
     try:
         tree = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(tree, (Mapping, bool)):
@@ -69,12 +69,12 @@ def from_regex(pattern: str) -> str:
 
 
 def from_lark(text: str) -> str:
-    """A context-free grammar in llguidance's kind of Lark; the rule `start` is the whole text."""
+    """A context-free grammar in llguidance's variant of Lark; the rule `start` is the whole text."""
     return _bounded(_load_llguidance().LLMatcher.grammar_from_lark(text))
 
 
 class Matcher:
-    """One text on its way through a grammar."""
+    """Follows one text through a grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher, forbidden: Tensor, vocab_size: int) -> None:
         self._matcher = matcher
@@ -87,11 +87,11 @@ class Matcher:
         return self._matcher.is_stopped()
 
     def copy(self) -> Matcher:
-        """The same place in the same grammar; the two go on apart."""
+        """A matcher at the same place in the same grammar; the two continue independently."""
         return Matcher(self._matcher.deep_copy(), self._forbidden, self._vocab_size)
 
     def allowed(self) -> Tensor:
-        """bool [V]: the tokens that may come next. GrammarError if there is none, or finding them takes too long."""
+        """bool [V]: the tokens that may come next. GrammarError if none may, or if finding them takes too long."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         mask = torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little")).bool()
@@ -101,7 +101,7 @@ class Matcher:
         return mask
 
     def advance(self, token: int) -> None:
-        """Go on by a token. GrammarError if it is not allowed."""
+        """Advance by a token. GrammarError if it is not allowed."""
         self._matcher.consume_token(token)
         self._check()
 
@@ -124,20 +124,20 @@ class GrammarCompiler:
         self._tokenizer = self._library.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=sorted(ends))
 
     def compile(self, grammar: str) -> Matcher:
-        """ConfigError, in one line, for a grammar that is wrong or too large."""
+        """A matcher for the grammar. One-line ConfigError if the grammar is wrong or too large."""
         matcher = self._library.LLMatcher(self._tokenizer, _bounded(grammar), log_level=0, limits=self._limits)
         if matcher.is_error():
             raise ConfigError(f"the grammar cannot be used: {_first_line(matcher.get_error())}")
         found = Matcher(matcher, self._forbidden, self._vocab_size)
         try:
-            found.allowed()  # the work of the first step tells what compiling alone does not
+            found.allowed()  # the first step can exceed limits that compiling alone does not
         except GrammarError as error:
             raise ConfigError(f"the grammar cannot be used: {error}") from error
         return found
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants to see it; ids beyond it stand for no text."""
+    """A tokenizer in the form llguidance expects; ids beyond it stand for no text."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.eos_token_id = tokenizer.eos_id
@@ -151,7 +151,7 @@ class _Vocabulary:
 
 
 def _load_llguidance() -> ModuleType:
-    """The library, which nothing but grammars needs. ConfigError where it is not installed."""
+    """The library, which only grammars need. ConfigError if it is not installed."""
     try:
         import llguidance
     except ModuleNotFoundError as error:
@@ -162,7 +162,7 @@ def _load_llguidance() -> ModuleType:
 def _bounded(grammar: str) -> str:
     if len(grammar) > MAX_CHARS:
         raise ConfigError(f"the grammar has {len(grammar)} characters; at most {MAX_CHARS} are allowed")
-    num_lines = grammar.count("\n") + grammar.count(r"\n")  # the second: inside of JSON
+    num_lines = grammar.count("\n") + grammar.count(r"\n")  # the second: inside JSON
     if num_lines > MAX_LINES:
         raise ConfigError(f"the grammar has {num_lines} lines; at most {MAX_LINES} are allowed")
     return grammar

@@ -1,7 +1,7 @@
 """A model with its tokenizer, loaded from a directory and ready to write text.
 
-`load` takes a run, a checkpoint of one, any Hugging Face `deepseek_v3` or `deepseek_v2` directory, or packed weights.
-Text is written by an engine, the same that serves many requests.
+`load` takes a run, its checkpoint, any Hugging Face `deepseek_v3` or `deepseek_v2` directory, or packed weights.
+The same engine that serves many requests writes the text.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Generation:
 class LanguageModel:
     """Model, tokenizer, and the ids that end a text.
 
-    `source` is a model, or a directory's files, of which `runtime` and `model` each read what they need when they are
-    first asked for. `weights` is how matrices are packed for serving (None: as they are computed with).
+    `source` is a model or a directory's files; `runtime` and `model` each read what they need from them when first
+    used. `weights` is how matrices are packed for serving (None: as they are computed with).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LanguageModel:
 
     @cached_property
     def model(self) -> Transformer:
-        """The whole model, which can be trained, taken apart and evaluated; CheckpointError if only packed is left."""
+        """The whole model, to train, take apart or evaluate; CheckpointError if there are only packed weights."""
         if isinstance(self.source, PackedFiles):
             raise CheckpointError(f"{self.source.directory} holds weights packed for serving: this needs the original")
         if isinstance(self.source, ModelFiles):
@@ -63,7 +63,7 @@ class LanguageModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """An engine for one sequence at a time; what a prompt shares with the one before is not computed again."""
+        """An engine for one sequence at a time; what a prompt shares with the previous one is not computed again."""
         return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=1)
 
     def stream_ids(
@@ -98,7 +98,7 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Generation:
-        """Continue a text (a document begins before it) or token ids. Greedy by default."""
+        """Continue a text (as the beginning of a document) or token ids. Greedy by default."""
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         stream = self.stream_ids(ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         written = list(stream)
@@ -132,7 +132,7 @@ def load(path: str | Path, dtype: str = "auto", *, weights: str | None = None) -
 
 
 def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
-    """The files that a path means; ConfigError where packed weights are for other activations than `dtype`."""
+    """The files that a path means; ConfigError if packed weights are for other activations than `dtype`."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype must be auto, fp32 or bf16, not '{dtype}'")
     directory = find_model_directory(path)
@@ -154,7 +154,7 @@ class PackedSize:
 
 
 def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> PackedSize:
-    """Pack a run, a checkpoint or a Hugging Face directory into `out`, a part at a time; see `write_packed`."""
+    """Pack a run, a checkpoint or a Hugging Face directory into `out`, one part at a time; see `write_packed`."""
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
@@ -165,7 +165,7 @@ def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = No
 
 
 def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """End-of-sequence ids of the generation config and the tokenizer."""
+    """End-of-sequence ids from the generation config and the tokenizer."""
     path = directory / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.exists() else None
     ids = listed if isinstance(listed, list) else [listed]

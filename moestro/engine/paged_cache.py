@@ -1,9 +1,9 @@
 """The cache of many sequences: tensors [P, 64, W] by layer and name, and the routes of the tokens in the same pages.
 
-What a layer caches it says itself (`CacheSpec` of model/attention.py): names, each with a width and a type.
+Each layer says what it caches (`CacheSpec` in model/attention.py): names, each with a width and a type.
 
 Rows are written to slots, page · 64 + place in the page; attention reads a sequence through its list of pages. MTP
-modules have layers of their own, after the main ones. Routes are kept always (2 bytes a choice, a few thousandths of a
+modules have their own layers, after the main ones. Routes are always kept (2 bytes a choice, a few thousandths of a
 row in V3), so that a prefix that another request computed has them too.
 """
 
@@ -24,23 +24,23 @@ from moestro.model.attention import CacheSpec, list_caches
 from moestro.model.rope import rope_tables
 from moestro.ops.serving.program import StepLayout
 
-FREE_SHARE = 0.5  # of the free memory, where the user names no size
+FREE_SHARE = 0.5  # share of the free memory to use if the user names no size
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput(StepLayout):
-    """The N tokens [N] of a step: those of sequence s are starts[s]:starts[s+1], at positions from first[s] on."""
+    """The N tokens [N] of a step; sequence s has tokens starts[s]:starts[s+1], at positions from first[s] on."""
 
     tokens: Tensor
 
 
 def count_moe_layers(config: ModelConfig) -> int:
-    """Main blocks with a router."""
+    """How many main blocks have a router."""
     return len(config.moe_layers)
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers, its routes included."""
+    """Bytes of one page over all layers, including its routes."""
     rows = sum(spec.count_bytes(dtype) for specs in list_caches(config) for spec in specs)
     return PAGE_SIZE * (rows + count_moe_layers(config) * config.top_k * torch.int16.itemsize)
 
@@ -48,7 +48,7 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 def count_pages(config: ModelConfig, dtype: torch.dtype, max_sequences: int, num_bytes: int | None = None) -> int:
     """Pages that fit `num_bytes`, or half of the free memory; at most what `max_sequences` of full length could use.
 
-    ConfigError where not even one sequence of full length fits.
+    ConfigError if not even one sequence of full length fits.
     """
     one = pages_for(config.max_seq_len)
     size = page_bytes(config, dtype)
@@ -64,12 +64,12 @@ def count_pages(config: ModelConfig, dtype: torch.dtype, max_sequences: int, num
 
 
 def make_caches(specs: Sequence[CacheSpec], num_pages: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The pages of a layer's caches by name, nothing written yet; `dtype` is the model's."""
+    """Unwritten pages for a layer's caches, by name; `dtype` is the model's."""
     return {spec.name: torch.empty(num_pages, PAGE_SIZE, spec.width, dtype=spec.dtype or dtype) for spec in specs}
 
 
 class PagedCache:
-    """The tensors. `angles` are computed once for every position, so that it has one angle whatever the batch."""
+    """The tensors. `angles` are computed once, so that a position has the same angle in every batch."""
 
     def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype) -> None:
         shape = (num_pages, PAGE_SIZE)
@@ -79,7 +79,7 @@ class PagedCache:
         self.angles = torch.stack(rope_tables(config, torch.arange(config.max_seq_len)))  # cos and sin
 
     def prepare(self, parts: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> StepInput:
-        """The step that computes, per sequence, (tokens, position of the first, pages that hold all positions)."""
+        """The step that computes the given (tokens, position of the first, pages for all positions) per sequence."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

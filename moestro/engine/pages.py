@@ -1,13 +1,13 @@
 """The pages of the cache: who holds which, and what full pages hold, for reuse. Plain Python, no tensors.
 
-A page holds the rows of 64 tokens. A full page is registered under a digest of its token ids and of the digest before
-it, so that a digest stands for a whole prefix. A digest only finds a page; what decides is that the token ids of the
-whole prefix are equal. A registered page that nobody holds stays findable until the room is needed; the one unused for
-longest goes first, the end of a prefix before its beginning.
+A page holds the rows of 64 tokens. A full page is registered under a digest of its token ids and the previous digest,
+so that a digest stands for a whole prefix. A digest only finds a page; a page is reused only if the token ids of the
+whole prefix are equal. A registered page that nobody holds stays findable until its room is needed. The page unused
+longest goes first, and the end of a prefix goes before its beginning.
 
-The rows of an MTP module also depend on the tokens that follow a position. With modules of depth d in the cache, a page
-is therefore known by its own tokens and the d after it (`lookahead`): all its rows are then a function of its key, and
-two texts that part right behind a page do not share it.
+The rows of an MTP module also depend on the tokens that follow a position. With modules of depth d in the cache, the
+key of a page is therefore its own tokens and the d after it (`lookahead`). Then the key determines all rows of the
+page, and two texts that differ right after a page do not share it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Prefix:
 
 
 def hash_page(tokens: Sequence[int], before: Prefix | None) -> bytes:
-    """128 bits of BLAKE2 over the digest before and the ids: forging a collision is out of reach, chance too."""
+    """128 bits of BLAKE2 over the previous digest and the ids: collisions, forged or by chance, are out of reach."""
     return hashlib.blake2b(
         (before.digest if before else b"") + array.array("q", tokens).tobytes(), digest_size=16
     ).digest()
@@ -54,7 +54,7 @@ class PagePool:
         self.lookahead = lookahead
         self.references = [0] * num_pages
         self._free = list(range(num_pages))[::-1]
-        self._idle: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody, longest unused first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # registered pages that nobody holds, longest unused first
         self._page_to_prefix: dict[int, Prefix] = {}
         self._digest_to_page: dict[bytes, int] = {}
 
@@ -64,7 +64,7 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages with one reference each. ValueError if there are not as many: ask `num_available` first."""
+        """`count` pages with one reference each. ValueError if there are too few: ask `num_available` first."""
         if count > self.num_available:
             raise ValueError(f"{count} pages wanted, {self.num_available} available")
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -73,7 +73,7 @@ class PagePool:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give up one reference to each page of a sequence, in its order."""
+        """Give up one reference to each page of a sequence, given in order."""
         for page in reversed(pages):
             if self.references[page] < 1:
                 raise ValueError(f"page {page} is not held by anyone")
@@ -85,17 +85,17 @@ class PagePool:
                     self._free.append(page)
 
     def hold(self, pages: Sequence[int]) -> None:
-        """Take one reference to each of some pages that `find_prefix` returned."""
+        """Take one reference to each of these pages, which `find_prefix` returned."""
         for page in pages:
             self.references[page] += 1
             self._idle.pop(page, None)
 
     def num_idle(self, pages: Sequence[int]) -> int:
-        """How many of these pages nobody holds: holding them takes them from what is available."""
+        """How many of these pages nobody holds: holding them reduces `num_available`."""
         return sum(page in self._idle for page in pages)
 
     def find_prefix(self, tokens: Sequence[int], max_tokens: int) -> list[int]:
-        """Pages that hold the longest known beginning of `tokens`, at most `max_tokens`; takes no reference."""
+        """Pages with the longest known beginning of `tokens`, at most `max_tokens`; takes no references."""
         pages: list[int] = []
         before: Prefix | None = None
         for index in range(min(max_tokens, len(tokens) - self.lookahead) // PAGE_SIZE):
@@ -111,9 +111,9 @@ class PagePool:
         return pages
 
     def register(self, pages: Sequence[int], tokens: Sequence[int], first: int) -> None:
-        """Make the pages of a sequence from index `first` on findable; `tokens`: all full pages, and the lookahead.
+        """Make a sequence's pages from index `first` on findable; `tokens` covers all full pages and the lookahead.
 
-        A page whose prefix is registered already, with another page, stays private.
+        A page whose prefix is already registered with another page stays private.
         """
         before = self._prefix_before(pages, tokens, first)
         for index in range(first, (len(tokens) - self.lookahead) // PAGE_SIZE):
@@ -124,7 +124,7 @@ class PagePool:
                 self._page_to_prefix[pages[index]] = before
 
     def forget(self) -> None:
-        """No prefix is known any more: the pages that are held stay so, and no other request finds them."""
+        """Forget all prefixes: pages in use stay held, but no other request finds them."""
         self._free += self._idle
         self._idle.clear()
         self._page_to_prefix.clear()

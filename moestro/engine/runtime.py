@@ -1,7 +1,7 @@
-"""A served model over a paged cache: its forward passes, each written down once and run as one native call.
+"""A served model over a paged cache: each forward pass is recorded once and runs as one native call.
 
-Where the kernels cannot run, a pass is carried out operation by operation. The layers are in `model/served.py`, their
-packed parts come from `checkpoints/packing.py`.
+Where the kernels cannot run, a pass runs operation by operation. The layers are in `model/served.py`; their packed
+parts come from `checkpoints/packing.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moestro.ops import library
 from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
-SCORED_ROWS = 1024  # whose logits over the whole vocabulary are in memory at one time
+SCORED_ROWS = 1024  # rows whose logits over the whole vocabulary are in memory at a time
 CHOOSE = -1  # as an expert id: the router chooses
 
 
@@ -41,8 +41,8 @@ class StepOutput:
 class Texts:
     """Whole sequences to score, one after another: sequence s is tokens[starts[s] : starts[s + 1]].
 
-    tokens [N] int64; targets [N] int64, negative where there is none; `ids` [L, N, A] int64 where routes are replayed,
-    see `Runtime.forward`.
+    tokens [N] int64; targets [N] int64, negative where there is none; `ids` [L, N, A] int64 if routes are replayed, see
+    `Runtime.forward`.
     """
 
     tokens: Tensor
@@ -67,9 +67,9 @@ class Forward(Protocol):
 
 
 class Pass:
-    """A forward pass through some blocks: on a tape made once where the kernels are built, else operation by operation.
+    """A forward pass through some blocks: on a tape made once if the kernels are built, else operation by operation.
 
-    Experts that the token id alone decides are looked up before it begins.
+    Experts that the token id alone decides are looked up before the pass.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ class Pass:
 class Runtime:
     """A model that computes with packed parts; `format` says how its matrices are kept (fp32, bf16, int8, int4).
 
-    Embeddings, norms and biases stay as they are, routers in fp32, and the head has 8 bits at least. `routed_bytes` and
-    `other_bytes` are what the main model's packed matrices take: all routed experts, and what every token reads.
-    `num_updates` tells what was computed with which weights.
+    Embeddings, norms and biases stay as they are, routers stay in fp32, and the head has at least 8 bits.
+    `routed_bytes` is the size of the main model's packed routed experts, `other_bytes` that of the packed matrices
+    every token reads. `num_updates` tells which weights something was computed with.
     """
 
     def __init__(self, packed: PackedModel) -> None:
@@ -140,7 +140,7 @@ class Runtime:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that is kept, by the names under which it is saved."""
+        """All tensors of the model, by the names under which they are saved."""
         saved = [saved_tensors(name, part) for name, part in self.packed.parts.items()]
         return {name: tensor for tensors in saved for name, tensor in tensors.items()}
 
@@ -148,17 +148,17 @@ class Runtime:
     def update(self, model: Transformer) -> None:
         """Take the weights of another model of the same configuration, in place: passes and memory stay.
 
-        What caches hold is then of other weights: an engine is updated by `Engine.update`. ConfigError for another
-        configuration and where the weights are mapped from packed files; nothing has been changed then.
+        Caches still hold results of the old weights, so update an engine with `Engine.update`. ConfigError for another
+        configuration, and if the weights are mapped from packed files; then nothing changes.
         """
         refill(self.packed, model)
         self.num_updates += 1
 
     def forward(self, step: StepInput, cache: PagedCache, ids: Tensor | None = None) -> StepOutput:
-        """Compute the tokens of a step; their rows are written to the cache.
+        """Compute the tokens of a step and write their rows to the cache.
 
-        `ids` [L, N, A] int64 are experts to be used instead of those that the routers would choose, their weights being
-        the routers' own scores; rows of −1 are chosen as ever. ValueError for ids that do not fit.
+        `ids` [L, N, A] int64 are experts to use instead of those that the routers would choose; their weights are the
+        routers' own scores. For rows of −1 the routers choose as usual. ValueError for ids that do not fit.
         """
         return self._main([self.embedding.index_select(0, step.tokens)], step, cache, ids)
 
@@ -187,7 +187,7 @@ class Runtime:
                 pages = range(num_pages, num_pages := num_pages + pages_for(last - first))
                 parts.append((texts.tokens[first:last].tolist(), 0, pages))
             if cache is None or len(cache.routes) < num_pages:
-                cache = None  # before the next one is made
+                cache = None  # frees it before the next one is made
                 cache = PagedCache(self.config, num_pages, self.dtype)
             output = self.forward(cache.prepare(parts), cache, texts.ids)
             yield self._score(output, texts.targets)
@@ -209,7 +209,7 @@ class Runtime:
 
 
 def check_routes(ids: Tensor, shape: tuple[int, ...], num_experts: int) -> None:
-    """ValueError for expert ids to be replayed that are not of this shape, or name experts that there are not."""
+    """Raise ValueError if expert ids to replay have another shape or name experts that do not exist."""
     if tuple(ids.shape) != shape or ids.is_floating_point():
         raise ValueError(f"expert ids {list(ids.shape)} of {ids.dtype} where [layers, tokens, top_k] are {list(shape)}")
     chosen = ids == CHOOSE

@@ -1,11 +1,11 @@
-"""From logits to a token: greedy at temperature 0, else drawn with a random stream of its own.
+"""From logits to a token: greedy at temperature 0, else drawn with the sequence's own random stream.
 
-The order: penalties and biases on the logits; what the grammar allows; temperature; then top-k, top-p and min-p, each
-on the probabilities before any of them was applied, so that a token has to pass all three.
+The order: penalties and biases on the logits; what the grammar allows; temperature; then top-k, top-p and min-p. Each
+of these three sees the probabilities before any of them was applied, so that a token has to pass all three.
 
-A draft x, drawn from q, is checked against the p that holds without it (Leviathan et al. 2023, algorithm 1): kept with
-probability min(1, p(x)/q(x)), else replaced by a draw from (p - q)+, normalised. What comes out has the distribution p
-whatever q was. Greedy: kept if it is the likeliest token.
+A draft x, drawn from q, is checked against the p that holds without it (Leviathan et al. 2023, algorithm 1). It is kept
+with probability min(1, p(x)/q(x)), else replaced by a draw from (p - q)+, normalised. The result has the distribution p
+whatever q was. When greedy, a draft is kept if it is the likeliest token.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from moestro.engine.grammar import Matcher
 from moestro.errors import ConfigError, MoestroError
 
 CANDIDATES = 1024  # tokens that are sorted first
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # beyond, fp32 gives no numbers; they are as good as greedy and uniform
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # fp32 fails beyond these, which already mean greedy and uniform
 
 Draft = tuple[int, Tensor | None]  # a token and the probabilities [V] it was drawn from, None where greedy
 
 
 class SamplingError(MoestroError):
-    """Scores from which nothing can be drawn."""
+    """The scores leave nothing to draw from."""
 
 
 class Sampler:
     """One sequence's way of choosing. The same seed gives the same choices from the same logits.
 
-    `grammar` follows the text; `top_k` 0 and `min_p` 0 keep all; the other settings are described at
-    `sequence.SamplingParams`.
+    `grammar` follows the text; `top_k` 0 and `min_p` 0 keep all tokens; `sequence.SamplingParams` describes the other
+    settings.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Sampler:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it takes the likeliest token of the model, whatever came before."""
+        """Whether it always takes the model's likeliest token, whatever came before."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
         return self.temperature == 0 and not penalties and not self.logit_bias and self.grammar is None
 
@@ -81,7 +81,7 @@ class Sampler:
         return self.grammar is not None and self.grammar.is_finished
 
     def fork(self) -> Sampler:
-        """To try out what may come: a grammar of its own, the same random stream."""
+        """A sampler to try out what may come: its own copy of the grammar, the same random stream."""
         other = copy.copy(self)
         other.grammar = self.grammar.copy() if self.grammar else None
         return other
@@ -93,7 +93,7 @@ class Sampler:
         generated: Sequence[int] = (),
         draft: Draft | None = None,
     ) -> int:
-        """logits [V], the tokens before -> token id, which the grammar takes. `draft`: the one for this place."""
+        """logits [V], the tokens before -> token id, by which the grammar advances. `draft`: the one for this place."""
         scores = self.score(logits, prompt, generated)
         if self.temperature == 0:
             token = int(scores.argmax())
@@ -112,7 +112,7 @@ class Sampler:
         return self._accept(self._draw(q)), q
 
     def score(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
-        """logits [V] after penalties, biases and grammar: -inf for what it does not allow."""
+        """logits [V] after penalties, biases and grammar: -inf for tokens that the grammar does not allow."""
         scores = self.penalize(logits, prompt, generated)
         return scores if self.grammar is None else scores.masked_fill(~self.grammar.allowed(), -math.inf)
 
@@ -125,9 +125,9 @@ class Sampler:
         return p if self.top_p == 1 and not self.top_k and not self.min_p else self._cut(p)
 
     def _cut(self, p: Tensor) -> Tensor:
-        """p [V] with what top-k, top-p and min-p drop at 0, normalised.
+        """p [V], normalised, with 0 for what top-k, top-p and min-p drop.
 
-        The likeliest tokens are looked at first, all only where those do not decide it: sorting a vocabulary of 160k
+        The likeliest tokens are sorted first, the others only if those do not decide: sorting a vocabulary of 160k
         takes as long as half a step.
         """
         for count in (min(CANDIDATES, len(p)), len(p)):
@@ -144,7 +144,7 @@ class Sampler:
         return torch.zeros_like(p).scatter_(0, order, values / values.sum())
 
     def _draw(self, p: Tensor) -> int:
-        """A token by p [V], by one random number; of probability 0 never."""
+        """Draw a token from p [V] with one random number; never one of probability 0."""
         mass = p.double().cumsum(-1)
         point = torch.rand((), dtype=torch.float64, generator=self.generator) * mass[-1]
         return int(torch.searchsorted(mass, torch.minimum(point, mass[-1].nextafter(mass[0] * 0)), right=True))
@@ -154,7 +154,7 @@ class Sampler:
         if float(torch.rand((), generator=self.generator)) * float(q[token]) < float(p[token]):
             return token
         rest = (p - q).clamp_(min=0.0)
-        return self._draw(rest if rest.any() else p)  # none: p = q but for rounding
+        return self._draw(rest if rest.any() else p)  # all zero: p = q but for rounding
 
     def _accept(self, token: int) -> int:
         if self.grammar is not None:

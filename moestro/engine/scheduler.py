@@ -1,15 +1,15 @@
 """What to compute in the next step: decisions over counts and pages alone, no tensors.
 
-    1. decoding sequences with their drafts, in the order of arrival, a page more where one is full; when none is left,
-       the sequence that arrived last gives up its pages and is computed again later
-    2. prompts under way, in the order of arrival, in chunks, from what the token budget still allows
+    1. decoding sequences with their drafts, in order of arrival, with a new page when one is full; when no page is
+       left, the sequence that arrived last gives up its pages and is computed again later
+    2. prompts under way, in order of arrival, in chunks, as far as the token budget still allows
     3. waiting sequences, first come first served, while there are pages for all of their tokens
 
 Running sequences have always arrived before waiting ones, so the oldest can take any page: everything finishes.
 
-Drafts are never dropped for want of pages or budget: at a temperature it would change the tokens drawn (not their
-distribution), and those must not depend on who else runs. So a step has room for all running sequences with drafts, and
-drafts survive preemption.
+Drafts are never dropped for lack of pages or budget. At a temperature that would change the tokens drawn (not their
+distribution), and those must not depend on who else runs. So a step has room for all running sequences with drafts,
+and drafts survive preemption.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from moestro.errors import ConfigError, MoestroError
 
 
 class QueueFullError(MoestroError):
-    """Too many requests wait already; try again later."""
+    """Too many requests are already waiting; try again later."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Compute the next `count` pending tokens of a sequence; drafts come all together, with the token before them."""
+    """Compute the next `count` pending tokens of a sequence; drafts come together, with the token before them."""
 
     sequence: Sequence
     count: int
@@ -40,12 +40,12 @@ class Row:
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that hold so many tokens."""
+    """How many pages hold `num_tokens` tokens."""
     return -(-num_tokens // PAGE_SIZE)
 
 
 class Scheduler:
-    """The waiting and the running sequences of a pool of pages, both in the order of arrival."""
+    """The waiting and the running sequences of a pool of pages, both in order of arrival."""
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def require_room(self, count: int) -> None:
-        """QueueFullError if `count` more sequences cannot wait."""
+        """Raise QueueFullError if `count` more sequences cannot wait."""
         if len(self.waiting) + count > self.max_waiting:
             raise QueueFullError(f"{len(self.waiting)} requests wait already, of at most {self.max_waiting}")
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue the sequences of one request: all, or none and QueueFullError."""
+        """Queue all sequences of one request. QueueFullError if they do not all fit; then none is queued."""
         self.require_room(len(sequences))
         self.waiting.extend(sequences)
 
@@ -102,12 +102,12 @@ class Scheduler:
         return rows
 
     def commit(self, row: Row) -> None:
-        """Count what a row has computed of its sequence's tokens; the drafts among them count as they are accepted."""
+        """Count the tokens that a row has computed; its drafts are counted when they are accepted."""
         sequence = row.sequence
         sequence.num_computed += row.count - (len(sequence.drafts) if row.is_last else 0)
 
     def mark_ready(self, sequence: Sequence, count: int) -> None:
-        """Make pages findable that are full now: the first `count` positions have their rows in all layers."""
+        """Make newly full pages findable: the first `count` positions have their rows in all layers."""
         first, full = sequence.num_ready // PAGE_SIZE, count // PAGE_SIZE
         sequence.num_ready = count
         if full > first:
@@ -125,7 +125,7 @@ class Scheduler:
         return rows
 
     def _prefill(self, sequence: Sequence, left: int, rows: list[Row]) -> int:
-        """Add a chunk of at most `left` tokens; returns what is left then."""
+        """Add a chunk of at most `left` tokens; returns how many are then left."""
         count = sequence.num_pending
         if count > left:  # one token stays with the drafts
             count = min(left, count - len(sequence.drafts) - 1)
@@ -134,7 +134,7 @@ class Scheduler:
         return left - count
 
     def _admit(self) -> bool:
-        """Let the first waiting sequence run if there are pages for all its tokens, so that prefill never lacks any."""
+        """Run the first waiting sequence if there are pages for all its tokens, so that prefill never lacks any."""
         if not self.waiting or len(self.running) == self.max_running:
             return False
         sequence, pool = self.waiting[0], self.pool

@@ -1,7 +1,7 @@
 """A request and the sequences it becomes: what was asked, what is known so far. Plain Python, no tensors.
 
-A sequence is a list of token ids of which the first `num_computed` have their rows in the cache. Prefill, decoding, a
-recompute after preemption and the check of drafts are one thing: computing `num_pending` further tokens.
+A sequence is a list of token ids; the first `num_computed` have their rows in the cache. Prefill, decoding,
+recomputing after preemption and checking drafts are all the same: computing `num_pending` further tokens.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class SamplingParams:
     """How a request is continued. ConfigError for values out of range.
 
     `temperature` 0 is greedy. `top_k` 0 keeps all. Penalties act on logits, in this order: `repetition_penalty`
-    (CTRL, divides positive logits and multiplies negative ones of tokens in prompt or continuation),
-    `frequency_penalty` · count + `presence_penalty` (of the continuation), then `logit_bias`. `logprobs` and
-    `prompt_logprobs`: how many likeliest alternatives to name beside each token's own; None: none at all. They are the
-    model's, before penalties and temperature. `n` continuations use the seeds seed, seed + 1, … A `stop_ids` token is
-    the last of the result; `stop` strings are looked for in the text, which is then without them. `return_text`: events
-    bring the text, in which control tokens stand if `spelled_ids` names them. `max_tokens` 0 only computes the prompt.
-    `grammar` (see `grammar.py`) is what the text must follow; it ends with it. `draft_tokens`: how many tokens the
-    model's MTP modules draft a step; 0 for none, None for as many as the engine's setting. Drafts never change a greedy
-    continuation; at a temperature they change which one is drawn, and not how likely any is.
+    (CTRL, divides positive logits and multiplies negative ones of tokens in the prompt or continuation),
+    `frequency_penalty` · count + `presence_penalty` (over the continuation), then `logit_bias`. `logprobs` and
+    `prompt_logprobs`: how many of the likeliest tokens to report beside each token's own log-probability; None: no
+    log-probabilities. They are the model's, before penalties and temperature. `n` continuations use the seeds seed,
+    seed + 1, … A `stop_ids` token stays as the last token of the result; text ends before a `stop` string.
+    `return_text`: events bring the text; it includes control tokens only if `spelled_ids` names them. `max_tokens` 0
+    only computes the prompt. The text must follow `grammar` (see `grammar.py`) and ends with it. `draft_tokens`: how
+    many tokens the model's MTP modules draft a step; 0 for none, None for the engine's setting. Drafts never change a
+    greedy continuation; at a temperature they change which one is drawn, but not how likely any is.
     """
 
     max_tokens: int = 128
@@ -95,8 +95,8 @@ class Request:
 class Sequence:
     """One continuation of a request. `arrival` orders all sequences of an engine; `index` is its place among the n.
 
-    `drafts` may follow `tokens` and are computed with the last of them. `num_ready` positions have the rows of all
-    layers, those of the MTP modules too. `ahead`: how many positions behind its tokens a step may write to.
+    `drafts` may follow `tokens` and are computed with the last token. `num_ready` positions have the rows of all
+    layers, including the MTP modules. `ahead`: how many positions past its tokens a step may write to.
     """
 
     arrival: int
@@ -107,7 +107,7 @@ class Sequence:
     num_prompt: int
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
-    num_prefill: int = 0  # tokens there were when it began to run: it decodes once they are computed
+    num_prefill: int = 0  # its tokens when it began to run: it decodes once they are computed
     num_ready: int = 0
     ahead: int = 0
     drafts: list[int] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether it is still being brought to where it can go on decoding."""
+        """Whether it still has to be computed up to where decoding goes on."""
         return self.num_computed < self.num_prefill
 
     @property
@@ -139,5 +139,5 @@ class Sequence:
 
     @property
     def reads_prefixes(self) -> bool:
-        """Whether rows cached by others may stand for its own: logprobs of a prompt need the prompt computed."""
+        """Whether it may use rows cached by others; logprobs of a prompt need the prompt computed."""
         return self.params.prompt_logprobs is None

@@ -1,19 +1,19 @@
 """Several tokens a step: the model's own MTP modules draft, the model checks the drafts in one pass (V3 §2.2).
 
 Module j combines the hidden state of depth j at position i with token i + 1 + j and predicts token i + 2 + j. It
-attends to its own rows at the positions before, which stand in the same pages as the main ones. After each step,
+attends to its own rows at earlier positions, which are in the same pages as the main ones. After each step,
 
-    1. module 0, then 1, …, go on from the positions that are ready to the last one computed; what each says at the
-       last position is a draft, and the next module's token there;
-    2. for more drafts than modules the last module goes on by itself, a position further each time, with its own
-       output for the hidden state that is not known yet.
+    1. module 0, then 1, …, run from the positions that are ready to the last one computed; each module's prediction at
+       the last position is a draft, and the next module's token there;
+    2. for more drafts than modules, the last module goes on by itself, one position further each time; its own output
+       replaces the hidden state that is not known yet.
 
-A position is ready once all its rows come from the text alone and from no draft: with d modules that takes the d tokens
-after it. Rows made from drafts are written again when the text is known; only ready pages are shared.
+A position is ready once all its rows come from the text and none from a draft: with d modules that takes the d tokens
+after it. Rows made from drafts are rewritten when the text is known; only ready pages are shared.
 
-Drafts come from the request's own settings and random stream, and are checked as `sampler.py` says, so that they cost
-or save time and change no distribution. All decisions, the one to give up drafting too, follow from the request alone:
-never from a clock, or from who else runs.
+Drafts use the request's own settings and random stream, and are checked as in `sampler.py`. So they cost or save time
+but change no distribution. All decisions, including giving up drafting, depend on the request alone, never on a clock
+or on who else runs.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from moestro.engine.stats import DraftCounts
 from moestro.errors import MoestroError
 from moestro.model.size import measure_size
 
-WINDOW = 64  # checks of drafts over which it is measured whether they pay
+WINDOW = 64  # how many checks of drafts decide whether drafting pays
 
 
 @dataclass(eq=False)
 class Drafting:
-    """What is known for drafting of one sequence.
+    """The drafting state of one sequence.
 
-    `limit`: drafts a step. `hidden` [n, D]: of the main model, at the positions from `num_ready` to the last computed.
-    `probabilities` [V] that the sequence's drafts were drawn from.
+    `limit`: drafts a step. `hidden` [n, D]: the main model's, at the positions from `num_ready` to the last computed.
+    `probabilities` [V]: what the sequence's drafts were drawn from.
     """
 
     sampler: Sampler
@@ -59,20 +59,20 @@ class Drafting:
         self.drafted, self.accepted = [0] * self.limit, [0] * self.limit
 
     def take(self, sequence: Sequence) -> list[Draft]:
-        """The drafts to check now; the sequence has none left."""
+        """Take the drafts to check now from the sequence."""
         drafts = list(zip(sequence.drafts, self.probabilities, strict=True))
         sequence.drafts, self.probabilities = [], []
         return drafts
 
     def count(self, drafted: int, accepted: int) -> None:
-        """Note one check."""
+        """Record one check."""
         for place in range(drafted):
             self.drafted[place] += 1
             self.accepted[place] += place < accepted
         self._recent.append((drafted, accepted))
 
     def pays(self, cost: float) -> bool:
-        """Whether drafts gained at least as many tokens as plain steps would have in their time, or it is too early."""
+        """Whether drafts gained at least the tokens of plain steps in the same time, or it is too early to tell."""
         drafted, accepted = (sum(numbers) for numbers in zip(*self._recent, strict=True)) if self._recent else (0, 0)
         return len(self._recent) < WINDOW or accepted >= cost * drafted
 
@@ -83,14 +83,14 @@ class Drafting:
 
 @dataclass(eq=False)
 class _Span:
-    """Positions of one sequence on their way through the modules: `hidden` [n, D], from position `first` on."""
+    """Positions of one sequence passing through the modules: `hidden` [n, D], from position `first` on."""
 
     sequence: Sequence
     drafting: Drafting
     first: int
     hidden: Tensor
     known: list[int]  # the text and the drafts so far
-    room: int  # how long `known` may become
+    room: int  # how long `known` may get
     sampler: Sampler | None
 
     @property
@@ -99,9 +99,9 @@ class _Span:
 
 
 class Drafter:
-    """Writes the rows of the MTP modules for all sequences of an engine, and their drafts.
+    """Writes the MTP modules' rows and the drafts for all sequences of an engine.
 
-    `cost`: what a draft costs, drafted and checked, in steps of one token without; see `estimate_cost`.
+    `cost`: what drafting and checking a draft costs, in steps of one token without drafts; see `estimate_cost`.
     """
 
     def __init__(self, runtime: Runtime, cache: PagedCache, cost: float) -> None:
@@ -117,9 +117,9 @@ class Drafter:
         drafting.hidden = torch.cat([kept, hidden]) if kept is not None and is_next else hidden.clone()
 
     def run(self, work: Iterable[tuple[Sequence, Drafting, bool]]) -> list[tuple[Sequence, int]]:
-        """Draft for sequences that go on (True); for the others write rows where that completes a page.
+        """Draft for sequences that go on (True); for the others, write rows if that completes a page.
 
-        Returns the sequences that have more positions ready now, and how many.
+        Returns the sequences that now have more positions ready, and how many are ready.
         """
         spans = [self._span(*item) for item in work]
         live = [span for span in spans if span is not None]
@@ -136,7 +136,7 @@ class Drafter:
         length, first, hidden = len(sequence.tokens), sequence.num_ready, drafting.hidden
         if hidden is None or not len(hidden):
             return None
-        left = sequence.num_prompt + sequence.params.max_tokens - length - 1  # the token after the drafts is not theirs
+        left = sequence.num_prompt + sequence.params.max_tokens - length - 1  # the token after the drafts is no draft
         room = min(drafting.limit, left) if going_on and drafting.off_after is None else 0
         ready = min(sequence.num_computed, length - self.depth)
         if room <= 0 and ready // PAGE_SIZE == first // PAGE_SIZE:
@@ -145,7 +145,7 @@ class Drafter:
         return _Span(sequence, drafting, first, hidden, sequence.tokens.copy(), length + max(room, 0), sampler)
 
     def _pass(self, module: int, spans: list[_Span]) -> list[_Span]:
-        """Run one module over the spans as far as its tokens are known; returns those with anything left to run."""
+        """Run one module over the spans as far as its tokens are known; returns those with positions left to run."""
         live, parts, hidden = [], [], []
         for span in spans:
             ahead = span.first + 1 + module
@@ -172,7 +172,7 @@ class Drafter:
 
     def _finish(self, span: _Span) -> tuple[Sequence, int]:
         sequence, drafting = span.sequence, span.drafting
-        sequence.drafts += span.known[len(sequence.tokens) :]  # none yet, but for a prompt computed again
+        sequence.drafts += span.known[len(sequence.tokens) :]  # it has none yet, unless its prompt was recomputed
         ready = max(min(sequence.num_computed, len(sequence.tokens) - self.depth), sequence.num_ready)
         assert drafting.hidden is not None
         drafting.hidden = drafting.hidden[ready - sequence.num_ready :].clone()
@@ -180,7 +180,7 @@ class Drafter:
 
 
 def _draft(span: _Span, logits: Tensor) -> None:
-    """Add a draft; where the model's numbers, or a grammar at its limits, allow none, the drafts end here."""
+    """Add a draft, or end the drafts where the model's numbers or a grammar at its limits allow none."""
     sampler, num_prompt = span.sampler, span.sequence.num_prompt
     assert sampler is not None
     if not torch.isfinite(logits.sum()):
@@ -188,7 +188,7 @@ def _draft(span: _Span, logits: Tensor) -> None:
         return
     try:
         token, probabilities = sampler.propose(logits, span.known[:num_prompt], span.known[num_prompt:])
-    except MoestroError:  # a grammar at its limits; where the text itself comes to this, its check will say so
+    except MoestroError:  # a grammar at its limits; if the text itself gets there, its check will report it
         span.room = 0
         return
     span.known.append(token)
@@ -198,16 +198,16 @@ def _draft(span: _Span, logits: Tensor) -> None:
 
 
 def draft_reach(limit: int, depth: int) -> int:
-    """Positions behind its tokens that a sequence with `limit` drafts a step may write to."""
+    """How many positions past its tokens a sequence with `limit` drafts a step may write to."""
     return limit + max(limit - depth, 0)
 
 
 def estimate_cost(config: ModelConfig) -> float:
     """What a draft costs, in steps that compute one token: the ratio of the weights to be read.
 
-    Decoding few sequences takes as long as reading the weights. A step reads attention, FFN and head for its one token;
-    a draft adds an MTP block and the head once more, and in the check, for a row beside the other one, the experts that
-    the other did not choose. An estimate, not a measurement, so that a request gives the same tokens every time.
+    Decoding few sequences takes as long as reading the weights. A step reads attention, FFN and head for its one token.
+    A draft adds an MTP block and the head once more. Its check adds a second row, and the experts that the first row
+    did not choose. This is an estimate, not a measurement, so that a request gives the same tokens every time.
     The model must have an MTP module.
     """
     size = measure_size(config)

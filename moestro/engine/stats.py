@@ -12,12 +12,12 @@ MOST_WAITING = 64  # steps
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A moment of an engine; what is not of the moment counts since its start.
+    """An engine's current state, and its totals since it started.
 
-    `prompt_tokens` of the sequences whose prompt is computed, `prefix_hit_tokens` found in the cache when sequences
-    began. `drafted[i]` and `accepted[i]`: steps in which some sequence's i-th draft was checked, and found right.
-    `speculation_off`: sequences that stopped drafting because it did not pay. `loads` int64 [MoE layers, experts]:
-    choices of all computed tokens, of drafts and recomputed ones too.
+    `prompt_tokens` are those of sequences whose prompt is computed, `prefix_hit_tokens` were found in the cache when
+    sequences began. `drafted[i]` and `accepted[i]` count the steps in which a sequence's i-th draft was checked, and
+    found right. `speculation_off`: sequences that stopped drafting because it did not pay. `loads` int64
+    [MoE layers, experts]: the choices of all computed tokens, including drafts and recomputed tokens.
     """
 
     running: int
@@ -36,7 +36,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class DraftCounts:
-    """Drafts of one continuation by their place, and how many tokens it had when drafting was given up, if it was."""
+    """One continuation's drafts by place, and how many tokens it had when it gave up drafting, if it did."""
 
     drafted: tuple[int, ...]
     accepted: tuple[int, ...]
@@ -45,7 +45,7 @@ class DraftCounts:
 
 @dataclass
 class Counters:
-    """What the engine itself counts. `loads` is complete after `settle`: many steps are counted as fast as one."""
+    """What the engine itself counts. `loads` is complete after `settle`, which counts many steps as fast as one."""
 
     loads: Tensor
     drafted: list[int]
@@ -67,14 +67,14 @@ class Counters:
             self.settle()
 
     def settle(self) -> None:
-        """Count what waits: one count for all layers."""
+        """Count all waiting steps, with one count for all layers."""
         if self._waiting:
             ids = torch.cat(self._waiting) + self._offsets
             self.loads += torch.bincount(ids.flatten(), minlength=self.loads.numel()).view_as(self.loads)
             self._waiting.clear()
 
     def add_drafts(self, drafted: int, accepted: int) -> None:
-        """One check of so many drafts, the first of which were right."""
+        """Note one check of `drafted` drafts, of which the first `accepted` were right."""
         for place in range(drafted):
             self.drafted[place] += 1
             self.accepted[place] += place < accepted

@@ -2,8 +2,7 @@
 
     ids -> Detokenizer -> text -> StopMatcher -> text that may be shown
 
-Every continuation has one of each. So stop strings are matched once: where the engine ends a text is where its
-readers see it end.
+Every continuation has one of each. So stop strings are matched once: readers see the text end where the engine ends it.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ from moestro.data.tokenizer import Tokenizer
 
 
 def spell(tokenizer: Tokenizer, id: int, spelled: frozenset[int] = frozenset()) -> bytes:
-    """The bytes that an id stands for in a text; none for control tokens, unless they are among those `spelled`."""
+    """The bytes that an id stands for in a text; empty for control tokens that are not among `spelled`."""
     if id >= tokenizer.vocab_size:
         return b""
     if tokenizer.token_bytes[id] or id in spelled:
         return tokenizer.pieces[id]
-    return tokenizer.decode([id]).encode()  # an added token: whole text if it is to be seen, else nothing
+    return tokenizer.decode([id]).encode()  # an added token: its whole text if it is to be shown, else nothing
 
 
 class Detokenizer:
-    """Text of one id after the other; half a character waits for the rest. `spelled`: control tokens to be shown."""
+    """Turns ids into text one by one; half a character waits for the rest. `spelled`: control tokens to show."""
 
     def __init__(self, tokenizer: Tokenizer, spelled: frozenset[int] = frozenset()) -> None:
         self._tokenizer, self._spelled = tokenizer, spelled
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """What is whole now."""
+        """The text that is now complete."""
         return self._decoder.decode(spell(self._tokenizer, id, self._spelled))
 
     def finish(self) -> str:
@@ -40,7 +39,7 @@ class Detokenizer:
 
 
 def count_beginning(text: str, markers: Iterable[str]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of a marker."""
+    """Length of the longest suffix of `text` that is a proper prefix of a marker."""
     longest = 0
     for marker in markers:
         for length in range(min(len(marker) - 1, len(text)), longest, -1):
@@ -51,9 +50,9 @@ def count_beginning(text: str, markers: Iterable[str]) -> int:
 
 
 class StopMatcher:
-    """Ends a text before the first stop string, and holds back what may begin one. `found`: the string, once it came.
+    """Ends a text before the first stop string and holds back what may begin one. `found`: the stop string, once found.
 
-    Of several that begin at one place the first in the alphabet is found.
+    If several begin at one place, the first in alphabetical order is found.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -76,6 +75,6 @@ class StopMatcher:
         return text[: len(text) - count]
 
     def finish(self) -> str:
-        """What was held back for nothing."""
+        """The text that was held back but begins no stop string."""
         held, self._held = self._held, ""
         return held

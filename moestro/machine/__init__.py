@@ -1,8 +1,8 @@
-"""The machine at hand: what it has, what it reaches when measured, its memory and threads. `moestro doctor` shows it.
+"""This machine: what it has, how fast it is when measured, its memory and threads. `moestro doctor` shows it.
 
 `describe_machine` only reads, which takes a few milliseconds beside importing torch; `measure_machine` computes for
-some seconds. Two functions set something for the whole process: `use_threads` and `keep_freed_memory`. Only commands
-call them; `moestro.train` and `moestro.load` leave the program that calls them as it was.
+some seconds. Two functions change the whole process: `use_threads` and `keep_freed_memory`. Only commands call them;
+`moestro.train` and `moestro.load` leave the settings of the calling program alone.
 """
 
 from moestro.machine.describe import Machine as Machine

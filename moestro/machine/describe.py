@@ -1,4 +1,4 @@
-"""What this machine has, as this process may use it, and what would make it faster."""
+"""What this process may use of the machine, and what would make it faster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moestro.machine.memory import GIB, memory_bytes
 from moestro.machine.system_files import read_text
 from moestro.machine.threads import loaded_openmp, usable_cores
 
-# Worth naming, in the order they are shown: what decides which matrix kernels a CPU can run.
+# The instruction sets that decide which matrix kernels a CPU can run, in the order they are shown.
 INSTRUCTION_SETS = (
     *("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
     *("avx512_fp16", "avx_vnni", "avx_vnni_int8", "avx_ne_convert", "amx_tile", "amx_int8", "amx_bf16"),
@@ -50,7 +50,7 @@ class Machine:
     def bf16_is_fast(self) -> bool:
         """Whether the CPU has bf16 instructions; elsewhere bf16 is emulated and always slower than fp32.
 
-        Necessary, not sufficient: some CPUs with avx512_bf16 multiply bf16 at half the rate of fp32. Only
+        This is necessary, not sufficient: some CPUs with avx512_bf16 multiply bf16 at half the rate of fp32. Only
         measuring tells, see `training/precision.py`.
         """
         return not FAST_BF16.isdisjoint(self.instruction_sets)
@@ -100,7 +100,7 @@ def describe_machine() -> Machine:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those of `INSTRUCTION_SETS` that CPU and operating system offer; empty where neither can be asked."""
+    """The `INSTRUCTION_SETS` that the CPU and operating system offer; empty if neither can be asked."""
     if sys.platform == "darwin":
         return _macos_instruction_sets()
     present = set(re.findall(r"\S+", _cpuinfo("flags") or _cpuinfo("Features")))

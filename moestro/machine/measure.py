@@ -1,6 +1,6 @@
-"""What this machine reaches when measured: memory bandwidth and matrix products.
+"""Measures this machine: memory bandwidth and matrix products.
 
-Figures are the best of several runs, that is limits to compare with; on a shared machine they are too low.
+Figures are the best of several runs, as limits to compare with; on a shared machine they are too low.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was reached with `threads` threads: bandwidth in GB/s, matrix products in GFLOP/s."""
+    """What `threads` threads reached: bandwidth in GB/s, matrix products in GFLOP/s."""
 
     threads: int
     read_gb_per_second: float
@@ -32,7 +32,7 @@ class Measurement:
 
     @property
     def bf16_speedup(self) -> float:
-        """Rate of bf16 products over that of fp32; below 1, bf16 saves memory and costs time."""
+        """Rate of bf16 products divided by that of fp32; below 1, bf16 saves memory but costs time."""
         return self.bf16_gflops / self.fp32_gflops
 
     def problems(self) -> list[str]:
@@ -72,7 +72,7 @@ def _measure_read(budget: float) -> tuple[float, int]:
 
     available = memory_bytes()[1]
     size = min(max(GIB, 4 * _last_cache_bytes()), max(available // 4, 64 * 2**20), 4 * GIB)
-    buffer = torch.ones(size // 4)  # written: pages never touched would cost faults, not reads
+    buffer = torch.ones(size // 4)  # filled, because untouched pages would cost faults, not reads
     return size / _best_seconds(lambda: torch.sum(buffer), budget), size
 
 
@@ -96,7 +96,7 @@ def _measure_product(dtype: torch.dtype, budget: float) -> float:
 
 
 def _best_seconds(work: Callable[[], object], budget: float) -> float:
-    """Least time of one call, among one call to warm up and as many as the budget holds, at least one."""
+    """The shortest time of one call, over a warm-up call and as many more as fit the budget, at least one."""
     work()
     best, end = float("inf"), time.perf_counter() + budget
     while best == float("inf") or time.perf_counter() < end:
@@ -107,7 +107,7 @@ def _best_seconds(work: Callable[[], object], budget: float) -> float:
 
 
 def _last_cache_bytes() -> int:
-    """Size of the largest cache of the first core; 32 MiB where the system does not say."""
+    """Size of the first core's largest cache; 32 MiB if the system does not say."""
     texts = [read_text(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     sizes = [int(text.strip()[:-1]) * 1024 for text in texts if text.strip().endswith("K")]
     return max(sizes, default=32 * 2**20)

@@ -1,7 +1,7 @@
-"""Memory: what there is, what this process occupies, and what its allocator does with what is freed.
+"""Memory: how much there is, how much this process occupies, and what its allocator does with freed memory.
 
-`keep_freed_memory` sets how the allocator of the whole process works; only `moestro train` and the processes of a
-comparison call it. `return_freed_memory` sets nothing.
+`keep_freed_memory` changes the allocator of the whole process; only `moestro train` and the processes of a comparison
+call it. `return_freed_memory` changes no settings.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from moestro.machine.system_files import MEMBERSHIP, ROOT, control_groups, read_
 
 GIB = 2**30
 
-# From glibc's malloc.h. Up to the threshold, blocks come from the heap; above it they are mapped one by one.
+# From glibc's malloc.h. Blocks up to the threshold come from the heap; larger ones are mapped one by one.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 HEAP_BLOCK_BYTES = GIB
 
 
 def memory_bytes() -> tuple[int, int]:
-    """(total, available) bytes of memory, the limits of control groups respected."""
+    """(total, available) bytes of memory, within the limits of control groups."""
     memory, limit = psutil.virtual_memory(), memory_limit(MEMBERSHIP, ROOT)
     if limit is None:
         return memory.total, memory.available
@@ -51,8 +51,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc maps every large block afresh and unmaps it when freed, so that each temporary of a
     training step costs one page fault per 4 KiB: three elementwise operations on 64 MiB took 75 ms, and 20 ms
-    with this set. The price: memory of blocks up to 1 GiB stays with the process until it ends. Elsewhere
-    than on glibc nothing happens. Call it before the first large tensor; a library call never does.
+    with this set. The price: memory of blocks up to 1 GiB stays with the process until it ends. Without glibc
+    this does nothing. Call it before the first large tensor; library functions never call it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -62,10 +62,10 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory that the allocator has kept back to the system; elsewhere than on glibc nothing happens.
+    """Return freed memory that the allocator has kept to the system; without glibc this does nothing.
 
-    Temporaries of up to 32 MiB come from the heap, where what was allocated between them keeps their room from being
-    returned when they are freed: 250 MB after packing a model of 4.8B parameters.
+    Temporaries of up to 32 MiB come from the heap. Allocations between them keep their room from being returned when
+    they are freed: 250 MB after packing a model of 4.8B parameters.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
@@ -74,7 +74,7 @@ def return_freed_memory() -> None:
 def memory_limit(membership: Path, root: Path) -> tuple[int, int] | None:
     """(limit, free below it) in bytes of the tightest control group; None: no limit.
 
-    Free is what is not in use, file pages that the kernel would drop first counted as free.
+    Memory not in use is free; file pages that the kernel would drop first count as free too.
     """
     limits = []
     for folder in control_groups(membership, root, "memory"):
@@ -82,7 +82,7 @@ def memory_limit(membership: Path, root: Path) -> tuple[int, int] | None:
         used = read_text(folder / "memory.current") or read_text(folder / "memory.usage_in_bytes")
         if not limit.strip().isdigit() or not used.strip().isdigit():
             continue
-        # v1 has two such lines, the group alone and then with its children; v2 has one, with them.
+        # v1 has two such lines, the group alone and then with its children; v2 has one, with children.
         pages = re.findall(r"^(?:total_)?inactive_file (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
         free = int(limit) - int(used) + (int(pages[-1]) if pages else 0)
         limits.append((int(limit), max(0, free)))

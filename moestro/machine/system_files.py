@@ -1,4 +1,4 @@
-"""Files of Linux that say what the system has and what this process may use; elsewhere they are absent."""
+"""Linux files that say what the system has and what this process may use; other systems lack them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MEMBERSHIP, ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def read_text(path: Path) -> str:
-    """The text of a system file; empty where this system has no such file or keeps it to itself."""
+    """The text of a system file; empty if this system has no such file or does not let us read it."""
     try:
         return path.read_text("utf-8", errors="replace")
     except OSError:
@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
 def control_groups(membership: Path, root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's control groups, from its own up to the root, v2 then v1.
 
-    Inside a container the listed path is often that of the host and absent; the parents still hold.
+    Inside a container the listed path is often the host's and does not exist; its parents are still valid.
     """
     for line in read_text(membership).splitlines():
         _, controllers, path = line.split(":", 2)

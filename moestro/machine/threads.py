@@ -15,9 +15,9 @@ from moestro.machine.system_files import MEMBERSHIP, ROOT, control_groups, read_
 
 
 def use_threads(threads: int = 0) -> int:
-    """Compute with this many threads from now on, 0 for `usable_threads()`; returns how many. Imports torch.
+    """Compute with this many threads from now on, 0 for `usable_threads()`; returns the number. Imports torch.
 
-    The setting is torch's own and holds for the whole process. Commands call this first; a program that uses Moestro as
+    This is torch's own setting and holds for the whole process. Commands call it first; a program that uses Moestro as
     a library decides for itself.
     """
     import torch
@@ -28,13 +28,13 @@ def use_threads(threads: int = 0) -> int:
 
 
 def usable_threads() -> int:
-    """Threads to compute with: OMP_NUM_THREADS where the user set it, else every usable core."""
+    """Threads to compute with: OMP_NUM_THREADS if the user set it, else every usable core."""
     wish = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(wish) if wish.isdigit() and int(wish) > 0 else usable_cores()
 
 
 def usable_cores() -> int:
-    """Cores this process may use: the CPU affinity, and below it the quota of its control groups."""
+    """Cores this process may use: its CPU affinity, or the quota of its control groups if that is lower."""
     process = psutil.Process()
     cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1  # macOS has none
     quota = cpu_quota(MEMBERSHIP, ROOT)
@@ -42,7 +42,7 @@ def usable_cores() -> int:
 
 
 def cpu_quota(membership: Path, root: Path) -> float | None:
-    """CPU seconds per second that the control groups grant, the least up to the root; None: no limit."""
+    """CPU seconds per second that the control groups grant, the least of all up to the root; None: no limit."""
     quotas = []
     for folder in control_groups(membership, root, "cpu"):
         words = read_text(folder / "cpu.max").split()
@@ -57,6 +57,6 @@ def loaded_openmp() -> tuple[str, ...]:
     wish = os.environ.get("KMP_DUPLICATE_LIB_OK")
     from threadpoolctl import threadpool_info
 
-    if wish is None:  # importing threadpoolctl sets it, which is for the user to decide
+    if wish is None:  # importing threadpoolctl sets it, but that is the user's decision
         os.environ.pop("KMP_DUPLICATE_LIB_OK", None)
     return tuple(sorted({library["filepath"] for library in threadpool_info() if library["user_api"] == "openmp"}))

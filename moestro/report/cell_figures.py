@@ -1,6 +1,6 @@
 """The figures of a comparison: learning curves and one dot a seed, as JSON for the page.
 
-Only finished runs are drawn. A cell keeps its colour everywhere: its place in the comparison.
+Only finished runs are drawn. A cell has the same colour everywhere, given by its place in the comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moestro.report.lines import Floats, column, to_plain
 
 GRID_POINTS = 120
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
-# key of a dot plot: title, digits, and how its numbers are meant
+# key of a dot plot: title, digits, and what its numbers mean
 DOTS: dict[str, dict[str, Any]] = {
     "bits_per_byte": {"title": "Bits per byte at the end of a run", "digits": 4, "zero": False, "percent": False},
     "max_vio_batch": {"title": "MaxVio of a batch", "digits": 2, "zero": True, "percent": False},
@@ -28,7 +28,7 @@ Runs = Mapping[str, Sequence[Record]]  # finished records of every label, in the
 
 
 def finished_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The finished records of every label, labels without any included."""
+    """The finished records of every label, including labels without any."""
     runs: dict[str, list[Record]] = {record["label"]: [] for record in records}
     for record in records:
         if record["status"] == FINISHED:
@@ -37,7 +37,7 @@ def finished_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def learning_curves(runs: Runs) -> dict[str, Record]:
-    """For tokens, FLOPs and seconds: one line a cell, the mean of its seeds, in a band from lowest to highest."""
+    """For tokens, FLOPs and seconds: one line a cell, the mean of its seeds in a band from lowest to highest."""
     charts = {}
     for axis, unit in AXES.items():
         lines = [
@@ -50,11 +50,11 @@ def learning_curves(runs: Runs) -> dict[str, Record]:
 
 
 def merge_curves(curves: Sequence[Mapping[str, Any]], axis: str) -> Record | None:
-    """Mean, smallest and largest value of several curves at points which all of them cover; None without any.
+    """Mean, smallest and largest value of several curves at points that all of them cover; None without any.
 
-    Between its own points a curve is a straight line. Curves that share their points keep them; others meet on
-    a grid over the range common to all, so that every mean is over the same seeds. Curves without a common
-    range become one point at their ends.
+    Curves are straight lines between their points. Curves with the same points keep them; others are read on a
+    grid over their common range, so that every mean is over the same seeds. Curves without a common range become
+    one point at their ends.
     """
     points = [clean for curve in curves if len((clean := _finite_points(curve, axis))[0])]
     if not points:
@@ -75,7 +75,7 @@ def merge_curves(curves: Sequence[Mapping[str, Any]], axis: str) -> Record | Non
 
 
 def _finite_points(curve: Mapping[str, Any], axis: str) -> tuple[Floats, Floats]:
-    """x and y of a curve in rising order of x, without the points at which any column is missing.
+    """x and y of a curve in rising order of x, without points at which any column is missing.
 
     So a cell has points on every axis or on none.
     """
@@ -89,10 +89,10 @@ def _finite_points(curve: Mapping[str, Any], axis: str) -> tuple[Floats, Floats]
 
 
 def dot_figures(runs: Runs) -> dict[str, Record]:
-    """The dot plots of `DOTS` that have anything to show, a figure whose every value is 0 left out.
+    """The dot plots of `DOTS` that have anything to show; a figure whose values are all 0 is left out.
 
-    A row is a cell with at least one value: its dots, their mean, and the interval of the mean, for bits per byte
-    alone.
+    A row is a cell with at least one value: its dots, their mean and, only for bits per byte, the interval of the
+    mean.
     """
     figures = {}
     for key, style in DOTS.items():

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 class Entry(NamedTuple):
-    """What one cell of a table says; `note` stands small below, `strong` marks a difference that can be claimed."""
+    """The content of a table cell; `note` is small print below, `strong` marks a difference that can be claimed."""
 
     text: str
     note: str = ""
@@ -26,17 +26,17 @@ NOTHING = Entry(UNKNOWN)
 
 
 def signed(value: float, digits: int = 4) -> str:
-    """A difference with its sign, as typography writes it."""
+    """A difference with a typographic sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def duration(value: float) -> str:
-    """Seconds, with a decimal as long as they are less than a minute."""
+    """Seconds, with a decimal below one minute."""
     return f"{value:.1f} s" if value < 60 else format_seconds(value)
 
 
 def result_table(summary: Summary) -> Record:
-    """Bits per byte, the difference to the baseline, and what the target level costs, of every cell."""
+    """For every cell: bits per byte, the difference from the baseline, and what the target level costs."""
     target = "the target" if summary.target is None else f"{summary.target:.4f}"
     heads = ["Bits per byte", "Seeds", f"Difference to {summary.baseline}"]
     heads += [f"Tokens to {target}", f"Time to {target}", "Tokens per second"]
@@ -52,7 +52,7 @@ def result_table(summary: Summary) -> Record:
 
 
 def balance_table(summary: Summary) -> Record | None:
-    """The balance of every cell with a router that has finished a run; None where no cell has."""
+    """The balance of every cell with a router and a finished run; None if there is no such cell."""
     columns = [
         ("max_vio_batch", "MaxVio of a batch", 3),
         ("max_vio_global", "MaxVio over all held-out text", 3),
@@ -70,7 +70,7 @@ def balance_table(summary: Summary) -> Record | None:
 
 
 def size_table(summary: Summary) -> Record:
-    """What every cell is: known before anything is trained."""
+    """The sizes of every cell, known before anything is trained."""
     first = summary.cells[0].record["flops_per_token"]
     heads = ["Scheme", "Parameters", "Experts", "Expert width", "FLOPs per token", "Cache bytes per token"]
     rows = []
@@ -93,9 +93,9 @@ def size_table(summary: Summary) -> Record:
 
 
 def domain_table(summary: Summary) -> Record | None:
-    """Bits per byte by domain, and how far above or below the baseline; None where no cell has a domain.
+    """Bits per byte by domain, and how far above or below the baseline; None if no cell has a domain.
 
-    A cell takes the place of the baseline when that has no finished run.
+    If the baseline has no finished run, another cell takes its place.
     """
     cells = [(color, cell) for color, cell in enumerate(summary.cells) if cell.domains]
     if not cells:
@@ -123,7 +123,7 @@ def domain_table(summary: Summary) -> Record | None:
 
 
 def unfinished_runs(records: Sequence[Record]) -> list[Record]:
-    """The runs that count nowhere, with what their log said last."""
+    """The runs that count nowhere, with the last words of their logs."""
     colors = {label: color for color, label in enumerate(dict.fromkeys(record["label"] for record in records))}
     keys = ("label", "seed", "status", "error")
     return [

@@ -1,4 +1,4 @@
-"""The report of a comparison: which cell needs the fewest bits per byte, by what measure, and how sure that is."""
+"""The report of a comparison: which cell has the fewest bits per byte, by which measure, and how sure that is."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Record = dict[str, Any]
 def write_comparison(directory: Path, out: Path | None = None) -> Path:
     """Write the report of the comparison in `directory` to `out` (default: report.html there).
 
-    Reads compare.json and results.jsonl alone; works while runs go on. Raises `MoestroError` for a folder that
-    holds no comparison, for damaged files, and for an `out` that cannot be written.
+    Reads only compare.json and results.jsonl; works while runs go on. Raises `MoestroError` if the folder holds no
+    comparison, if files are damaged, and if `out` cannot be written.
     """
     return write_page(render(directory), directory / "report.html", out)
 
@@ -85,7 +85,7 @@ def read_request(directory: Path) -> Record:
 
 
 def sentences(found: Sequence[Verdict], summary: Summary) -> list[str]:
-    """Every verdict in words, and the axes about which nothing can be said; for the page and for the terminal."""
+    """Every verdict in words, and the axes that allow no verdict; for the page and for the terminal."""
     if summary.target is None:
         return ["No run has finished yet."]
     judged = {verdict.axis for verdict in found}
@@ -142,7 +142,7 @@ def headline(request: Record, records: Sequence[Record], summary: Summary) -> li
 
 
 def reading(request: Record, summary: Summary) -> list[tuple[str, str]]:
-    """What holds for the whole page, as (head, text)."""
+    """Notes that apply to the whole page, as (head, text)."""
     totals = [cell.record["parameters"]["total"] for cell in summary.cells]
     seeds = len(request["seeds"])
     spread = (
@@ -183,7 +183,7 @@ def reading(request: Record, summary: Summary) -> list[tuple[str, str]]:
 
 
 def facts(request: Record) -> list[tuple[str, str]]:
-    """The request in words, for who wants to repeat it."""
+    """The request in words, for anyone who wants to repeat it."""
     budget = request["budget"]
     return [
         ("Routers", request["routers"]),

@@ -27,8 +27,8 @@ Record = dict[str, Any]
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of `run` to `out` (default: report.html in the run; a folder: report.html there).
 
-    Works while the run goes on. Raises `MoestroError` for a path that is no run, for damaged logs, and for an
-    `out` that cannot be written.
+    Works while the run goes on. Raises `MoestroError` if the path is not a run, if logs are damaged, and if `out`
+    cannot be written.
     """
     if not (run / "metrics.jsonl").is_file():
         raise MoestroError(f"{run} is not a run: it has no metrics.jsonl", hint="give the folder of train --out")
@@ -94,7 +94,7 @@ def explain_missing(figures: dict[str, Any], started: bool, routed: bool) -> dic
 
 
 def group_samples(samples: Sequence[Record]) -> list[Record]:
-    """By domain: the latest sample, and a few earlier ones spread evenly over the run."""
+    """For each domain, the latest sample and a few earlier ones spread evenly over the run."""
     groups: dict[str, list[Record]] = {}
     for sample in samples:
         text = {key: _shorten(str(sample.get(key) or "")) for key in ("prompt", "text")}
@@ -112,14 +112,14 @@ def _shorten(text: str) -> str:
 
 
 def _tokens_at(steps: Any, records: Sequence[Record]) -> lines.Floats:
-    """Tokens seen at routing steps; the steps themselves as long as no metrics are there."""
+    """Tokens seen at routing steps; the steps themselves while there are no metrics."""
     if not records:
         return np.asarray(steps, np.float64)
     return np.asarray(np.interp(steps, lines.column(records, "step"), lines.column(records, "tokens")))
 
 
 def _read_about(run: Path) -> Record:
-    """What run.json says under the keys of `ABOUT`; None for what it does not say."""
+    """The values in run.json for the keys of `ABOUT`; None for missing ones."""
     path = run / "run.json"
     try:
         about = json.loads(path.read_bytes()) if path.exists() else {}

@@ -1,6 +1,6 @@
 """The line charts of a report: metrics and evaluations over tokens, as JSON for the page.
 
-A line keeps at most `MAX_POINTS` points. Longer ones are cut into equal runs of steps: a point is the mean of
+A line keeps at most `MAX_POINTS` points. Longer lines are cut into equal runs of steps: a point is the mean of
 its run, and a band spans smallest to largest, so that no spike is hidden.
 """
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 
 def column(records: Sequence[Record], key: str) -> Floats:
-    """A key of every record; NaN where it is null, missing or no number."""
+    """A key's value in every record; NaN where it is null, missing or not a number."""
     values = (record.get(key) for record in records)
     return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], np.float64)
 
@@ -43,7 +43,7 @@ def downsample(x: Floats, y: Floats, limit: int = MAX_POINTS) -> dict[str, list[
 
 
 def line(label: str, x: Floats, y: Floats, role: str = "plain", color: int = 0) -> list[Record]:
-    """One line of a chart in a list, or no line when it has no finite value.
+    """A list of one chart line, empty if the line has no finite value.
 
     Roles: `plain` (a colour by number), `train` (behind the others), `total` and `domain` (points, no band).
     """
@@ -136,5 +136,5 @@ def _domain(record: Record, name: str) -> Record:
 
 
 def to_plain(values: Floats, digits: int = 5) -> list[float | None]:
-    """Numbers for JSON, rounded to significant digits; None for what is not finite."""
+    """Numbers for JSON, rounded to significant digits; None for values that are not finite."""
     return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values]

@@ -28,8 +28,8 @@ Floats = NDArray[np.float64]
 def load_frames(routing: NDArray[np.void], layers: Sequence[str], tokens: Floats) -> Figure:
     """Loads over time as ratios to the layer's mean: frames of equal runs of steps, summed within a run.
 
-    `ratios` is uint16 [T, L, E] in units of 1 / `unit`; a load above zero never becomes 0. `means` [T, L] turns
-    a ratio back into assignments, `steps` [T, 2] are the first and the last step of a frame.
+    `ratios` is uint16 [T, L, E] in units of 1 / `unit`; a load above zero never becomes 0. `means` [T, L] turn
+    ratios back into assignments; `steps` [T, 2] are the first and the last step of a frame.
     """
     num_layers, num_experts = routing["loads"].shape[1:]
     count = min(len(routing), MAX_FRAMES, max(2, FRAME_CELLS // (num_layers * num_experts)))
@@ -78,10 +78,10 @@ def bias_lines(routing: NDArray[np.void], layers: Sequence[str], tokens: Floats)
 
 
 def domain_figure(names: Sequence[str], layers: Sequence[str], step: int, loads: NDArray[np.uint64]) -> Figure:
-    """Preference of experts for domains after one evaluation, `loads` [D, L, E].
+    """Experts' preferences for domains after one evaluation, `loads` [D, L, E].
 
     `log2` is int16 [D, L, E] in thousandths, `counts` uint32. With more domains than the budget holds, the
-    largest are kept (`left_out` counts the others); the ratios are still to the mean of all domains.
+    largest are kept (`left_out` counts the others); the ratios are still relative to the mean of all domains.
     """
     preference = specialisation(loads)
     room = max(2, DOMAIN_CELLS // loads[0].size)
@@ -98,7 +98,7 @@ def domain_figure(names: Sequence[str], layers: Sequence[str], step: int, loads:
 
 
 def top_experts(names: Sequence[str], layers: Sequence[str], loads: NDArray[np.uint64]) -> list[Figure]:
-    """The experts that prefer a domain most, over all layers: `{name, tokens, experts: [{layer, ...}]}` each."""
+    """For each domain, the experts of all layers that prefer it most: `{name, tokens, experts: [{layer, ...}]}`."""
     preference = specialisation(loads)
     table = []
     for name, scores, counts in zip(names, preference, loads, strict=True):

@@ -1,7 +1,7 @@
 """A page as one HTML file that needs nothing else: no network, no server, no other file.
 
-Templates escape every text; the figures' data lie in a JSON block in which `<`, `>` and `&` are escaped; the
-page's policy allows no request and only the very style and script written here, by their hashes.
+Templates escape every text. The figures' data are in a JSON block in which `<`, `>` and `&` are escaped. The
+page's policy allows no requests, and only the style and script written here, by their hashes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moestro.training import metrics as log
 def render_page(
     template: str, styles: Sequence[str], scripts: Sequence[str], data: Any, context: Mapping[str, Any]
 ) -> str:
-    """The page as text: an asset as Jinja template, with `context`, style, script and `data` for the script."""
+    """The page as text: an asset used as a Jinja template, with `context`, style, script and `data` for the script."""
     style, script = _assets(styles), _assets(scripts)
     loader = jinja2.FunctionLoader(_asset)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -42,9 +42,9 @@ def render_page(
 
 
 def write_page(page: str, default: Path, out: Path | None) -> Path:
-    """Write a page to `out`, or to `default`; into a folder under the default's name. Returns where it is.
+    """Write a page to `out`, or to `default`; if `out` is a folder, under the default's name. Returns the path.
 
-    Raises `MoestroError` for a place that cannot be written.
+    Raises `MoestroError` if the place cannot be written.
     """
     target = out or default
     target = target / default.name if target.is_dir() else target

@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 
 
 def headline(about: Record, steps: Sequence[Record], evals: Sequence[Record]) -> list[Tile]:
-    """The tiles: model, tokens, quality, time, speed, balance. What is not known is a dash."""
+    """The tiles: model, tokens, quality, time, speed, balance. Unknown values are a dash."""
     last = steps[-1] if steps else {}
     tail = steps[-max(1, len(steps) // 10) :]
     latest = evals[-1] if evals else {}

@@ -1,4 +1,4 @@
-"""Events to HTTP answers: one JSON object, or a stream of server-sent events; either ends when its client is gone."""
+"""Turns events into HTTP answers, JSON objects or server-sent events; an answer ends when its client is gone."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ log = logging.getLogger("moestro.server")
 
 
 class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """Nobody is waiting for the answer any more."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled, and ClientGoneError raised, when the client hangs up first."""
+    """Return what `work` returns; if the client hangs up first, cancel it and raise ClientGoneError."""
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_end(receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -52,14 +52,14 @@ async def _wait_for_end(receive: Receive) -> None:
 
 
 class Timer:
-    """When the tokens of a stream come, for the metrics."""
+    """Records when the tokens of a stream come, for the metrics."""
 
     def __init__(self, metrics: Metrics, prepared: PreparedRequest) -> None:
         self._metrics, self._begun = metrics, prepared.begun
         self._last: dict[int, float] = {}
 
     def add(self, index: int, reason: str | None) -> None:
-        """A token of a choice, and why it ends."""
+        """Record a token of a choice, and why the choice ends if it does."""
         now = time.monotonic()
         if index in self._last:
             self._metrics.next_token.observe(now - self._last[index])
@@ -72,7 +72,7 @@ class Timer:
 
 
 async def answer(service: Service, prepared: PreparedRequest, http: HttpRequest) -> Response:
-    """Run a prepared. Errors before the first byte are raised; later ones end the stream with an error object."""
+    """Run a prepared request. Errors before the first byte are raised; later ones end the stream with an error."""
     stream = await service.worker.open(prepared.requests)
     if prepared.body.stream:
         return EventStream(service, prepared, stream)
@@ -95,7 +95,7 @@ async def collect(service: Service, prepared: PreparedRequest, stream: Stream) -
 
 
 async def grow(service: Service, prepared: PreparedRequest, stream: Stream) -> AsyncIterator[list[Tree]]:
-    """Feed events to the choices; the chunks of each step."""
+    """Feed events to the choices; yields the chunks of each step."""
     timer = Timer(service.metrics, prepared)
     async for events in stream:
         chunks = []
@@ -108,7 +108,7 @@ async def grow(service: Service, prepared: PreparedRequest, stream: Stream) -> A
 
 
 def refusal(failure: Failure | None) -> Exception:
-    """What the client is told: its own mistakes; of failures of the engine only that there was one."""
+    """The error for the client: its own mistakes in full; for engine failures, only that there was one."""
     if failure is not None and failure.kind in ("request", "grammar"):
         return ConfigError(failure.message)
     log.error("a request failed: %s", failure.message if failure else "unknown reason")
@@ -122,7 +122,7 @@ def head(service: Service, prepared: PreparedRequest, kind: str) -> Tree:
 
 
 def usage(prepared: PreparedRequest) -> Tree:
-    """Tokens read and written."""
+    """How many tokens were read and written."""
     written = sum(choice.num_tokens for choice in prepared.choices)
     return {
         "prompt_tokens": prepared.num_prompt_tokens,
@@ -139,7 +139,7 @@ class EventStream(Response):
 
     def __init__(self, service: Service, prepared: PreparedRequest, stream: Stream) -> None:
         self._service, self._prepared, self._stream = service, prepared, stream
-        weakref.finalize(self, stream.close)  # where nobody calls it
+        weakref.finalize(self, stream.close)  # in case nobody closes it
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
 
@@ -177,13 +177,13 @@ class EventStream(Response):
 
 
 def chunk_tree(top: Tree, chunk: Tree) -> Tree:
-    """A chunk of one choice; the extension field stands beside the choices."""
+    """A chunk of one choice; the extension field goes beside the choices."""
     details = {"moestro": chunk.pop("moestro")} if "moestro" in chunk else {}
     return {**top, "choices": [chunk], **details}
 
 
 async def with_pings(events: AsyncIterator[bytes], seconds: float = PING_SECONDS) -> AsyncIterator[bytes]:
-    """The events, and a comment whenever none has come for a while, so that proxies keep the connection."""
+    """The events, with a comment whenever none has come for a while, so that proxies keep the connection."""
     waiting: asyncio.Future[bytes] | None = None
     try:
         while True:

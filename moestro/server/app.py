@@ -30,14 +30,14 @@ from moestro.version import __version__
 
 WEB = Path(__file__).with_name("web")
 RETRY_SECONDS = 1
-FIELD = re.compile("[a-z][a-z0-9_]*")  # other parts of a place are names of types
+FIELD = re.compile("[a-z][a-z0-9_]*")  # other parts of an error's location are type names
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 log = logging.getLogger("moestro.server")
 
 
 def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> FastAPI:
-    """The application. With a `key`, every route but `/health` and the chat page asks for it as a bearer token."""
+    """The application. With a `key`, every route but `/health` and the chat page requires it as a bearer token."""
 
     @asynccontextmanager
     async def sample_loads(app: FastAPI) -> AsyncIterator[None]:
@@ -64,7 +64,7 @@ def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> 
 
 
 async def _sample_loads(service: Service) -> None:
-    """So that `/routing` can tell what is recent, however seldom it is asked. Goes on after an error, and logs it."""
+    """Sample loads so that `/routing` can report recent ones, however seldom it is asked. Logs errors and goes on."""
     while service.worker.is_alive:
         try:
             service.loads.add(time.monotonic(), (await service.worker.read_stats()).loads.numpy())
@@ -152,7 +152,7 @@ def _add_page(app: FastAPI, web: Path) -> None:
 
 
 def describe_error(error: RequestValidationError) -> tuple[str, str]:
-    """The field at fault and what is wrong with it: of all that was found, what lies deepest says most."""
+    """The field at fault and what is wrong with it. Reports the most deeply nested error: it says most."""
     found = max(error.errors(), key=lambda entry: len(entry["loc"]))
     names = [str(part) for part in found["loc"][1:] if isinstance(part, int) or FIELD.fullmatch(str(part))]
     return ".".join(names)[:256], str(found["msg"]).removeprefix("Value error, ")[:1024]

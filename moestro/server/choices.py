@@ -1,4 +1,4 @@
-"""One continuation in OpenAI's shapes as it grows: `push` an event, get the chunks of a stream; `result` at the end."""
+"""One growing continuation in OpenAI's shapes: `push` an event to get stream chunks; `result` at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class Format:
-    """What the choices of a request have in common."""
+    """Settings that all choices of a request share."""
 
     tokenizer: Tokenizer
     has_logprobs: bool = False
@@ -24,7 +24,7 @@ class Format:
 
 
 class Choice(Protocol):
-    """What the answering side needs of a choice."""
+    """What `answers.py` needs from a choice."""
 
     index: int
     num_tokens: int
@@ -34,7 +34,7 @@ class Choice(Protocol):
         """Chunks before the first event."""
 
     def push(self, event: Event) -> list[Tree]:
-        """Take over an event; the chunks it makes."""
+        """Add an event; returns the chunks it makes."""
 
     def result(self) -> Tree:
         """The whole choice."""
@@ -44,7 +44,7 @@ class Choice(Protocol):
 class Details:
     """Tokens with their experts, for the extension field of a stream.
 
-    The engine knows the experts of a token when it computes the next one: so each token is told an event later.
+    The engine knows a token's experts only when it computes the next token, so each token is reported one event later.
     """
 
     tokenizer: Tokenizer
@@ -71,13 +71,13 @@ class Details:
 
 
 class TextChoice:
-    """A choice of `/v1/completions`. `echo`: the prompt's ids, to be repeated before the continuation."""
+    """A choice of `/v1/completions`. `echo`: the prompt's ids, to repeat before the continuation."""
 
     def __init__(self, index: int, form: Format, echo: list[int] | None = None) -> None:
         self.index, self.form = index, form
         self.num_tokens = self.num_reasoning = 0
         self._echo = echo
-        self._spelled, self._offset = Detokenizer(form.tokenizer), 0  # for the offsets of scored tokens alone
+        self._spelled, self._offset = Detokenizer(form.tokenizer), 0  # only for the offsets of scored tokens
         self._parts: list[str] = []
         self._logprobs = _empty_logprobs()
         self._details = Details(form.tokenizer)
@@ -88,7 +88,7 @@ class TextChoice:
         return []
 
     def push(self, event: Event) -> list[Tree]:
-        """One chunk an event that gives anything."""
+        """One chunk for each event that has something to send."""
         text, logprobs = "", _empty_logprobs()
         if self._echo is not None:
             text = self._repeat(self._echo, event, logprobs)
@@ -118,7 +118,7 @@ class TextChoice:
         }
 
     def _repeat(self, ids: list[int], event: Event, logprobs: Tree) -> str:
-        """The prompt's text; its log-probabilities if they were asked for. The first token has none."""
+        """The prompt's text, with log-probabilities if requested. The first token has none."""
         text = Detokenizer(self.form.tokenizer)
         known: list[TokenLogprob | None] = [None, *(event.prompt_logprobs or ())]
         scores = known + [None] * (len(ids) - len(known))
@@ -147,7 +147,7 @@ class TextChoice:
 
 @dataclass(frozen=True)
 class ChatForm(Format):
-    """Besides: how tools and thoughts are read. `thinks`: the prompt ends within a thought."""
+    """Adds how tools and thoughts are read. `thinks`: the prompt ends within a thought."""
 
     has_tools: bool = False
     is_call: bool = False
@@ -174,7 +174,7 @@ class ChatChoice:
         return [self._chunk({"role": "assistant", "content": ""}, [])]
 
     def push(self, event: Event) -> list[Tree]:
-        """A chunk for each change of what is written, the last one with what belongs to the event."""
+        """A chunk for each change in the text; the last one also has the details of the event."""
         scored = [self._score(event.logprob)] if event.logprob and self.form.has_logprobs else []
         self._scored += scored
         self.num_tokens += event.token is not None
@@ -206,7 +206,7 @@ class ChatChoice:
         return {"index": self.index, "message": message, "logprobs": logprobs, **self._end}
 
     def _read(self, text: str, is_last: bool = False) -> list[Tree]:
-        """Deltas for a piece of text, and for all that is held back if it is the last."""
+        """Deltas for a piece of text, and for everything held back if it is the last piece."""
         deltas = []
         for kind, part in self._split.push(text) + (self._split.finish() if is_last else []):
             if kind == "content" and self.form.has_tools:
@@ -239,12 +239,12 @@ class ChatChoice:
 
 
 def piece_of(tokenizer: Tokenizer, id: int) -> bytes:
-    """All bytes of an id; none beyond the vocabulary, where models pad their embedding."""
+    """All bytes of an id; empty beyond the vocabulary, where models pad their embedding."""
     return tokenizer.pieces[id] if id < tokenizer.vocab_size else b""
 
 
 def name_token(tokenizer: Tokenizer, id: int) -> str:
-    """The token as text; one that is half a character as `bytes:\\xe2\\x82`, so that names stay distinct."""
+    """The token as text, or as `bytes:\\xe2\\x82` if it is half a character, so that names stay distinct."""
     piece = piece_of(tokenizer, id)
     try:
         return piece.decode()
@@ -257,6 +257,6 @@ def _empty_logprobs() -> Tree:
 
 
 def _ending(event: Event, reason: str) -> Tree:
-    """Finish reason, the stop string found, and the routes if they were asked for."""
+    """The finish reason, the stop string found, and the routes if requested."""
     end: Tree = {"finish_reason": reason, "stop_reason": event.stop_string}
     return end if event.routes is None else {**end, "routes": event.routes.tolist()}

@@ -1,7 +1,7 @@
-"""What stands before every route: size of headers and body, time to send them, the key, the name that was called.
+"""Checks before every route: size of headers and body, time to send them, the key, and the host name used.
 
-Nothing of a body is read before the key is checked. Without a key the server answers to loopback names only, so that a
-web page elsewhere cannot reach it by a name of its own that resolves to 127.0.0.1.
+No part of a body is read before the key is checked. Without a key the server answers only to loopback names, so that a
+web page elsewhere cannot reach it through its own name that resolves to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTENT_POLICY = (
 
 
 def is_page(path: str) -> bool:
-    """Whether a path is of the chat page and its assets."""
+    """Whether a path belongs to the chat page or its assets."""
     return path == "/" or path.startswith("/web/")
 
 
@@ -38,7 +38,7 @@ def error_tree(message: str, kind: str, param: str | None = None, code: str | No
 
 
 class Guard:
-    """ASGI middleware; `key` None asks for none."""
+    """ASGI middleware; with `key` None no key is required."""
 
     def __init__(self, app: ASGIApp, key: str | None = None, body_seconds: float = BODY_SECONDS) -> None:
         self.app, self.body_seconds = app, body_seconds
@@ -73,7 +73,7 @@ class Guard:
         return None
 
     def _is_authorised(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        """Digests of equal length are compared in constant time, so the key's length does not show either."""
+        """Whether a request may pass. Compares equally long digests in constant time, so not even its length leaks."""
         if self._digest is None or path in OPEN_PATHS or is_page(path):
             return True
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -82,7 +82,7 @@ class Guard:
 
 
 class _Body:
-    """`receive` with a bound on bytes and, until the body is whole, on time."""
+    """`receive` with a bound on bytes and, until the body is complete, on time."""
 
     def __init__(self, receive: Receive, seconds: float) -> None:
         self._receive, self._seconds = receive, seconds
@@ -111,7 +111,7 @@ def _with_headers(path: str, send: Send) -> Send:
     added = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
     if is_page(path):
         added.append((b"content-security-policy", CONTENT_POLICY.encode()))
-        added.append((b"cache-control", b"no-cache"))  # an upgrade must not be mixed with modules of before
+        added.append((b"cache-control", b"no-cache"))  # after an upgrade, old modules must not mix with new ones
 
     async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -22,16 +22,16 @@ def layer_names(config: ModelConfig) -> list[str]:
 
 
 class LoadHistory:
-    """Counts [layers, experts] since the start, sampled now and then, so that their recent growth can be told."""
+    """Counts [layers, experts] since the start, sampled now and then to show their recent growth."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.layers, self.num_experts, self.top_k = layer_names(config), config.num_experts, config.top_k
         self._samples: deque[tuple[float, Loads]] = deque()
 
     def add(self, seconds: float, loads: Loads) -> None:
-        """A sample at a time; those older than the window go, but for the one it begins with."""
+        """Add a sample; drops those older than the window, except the one it begins with."""
         if self._samples and self._samples[-1][1].sum() > loads.sum():
-            self._samples.clear()  # the engine was replaced and counts afresh
+            self._samples.clear()  # the engine was replaced and its counts start over
         if self._samples and seconds - self._samples[-1][0] < SAMPLE_SECONDS:
             return
         self._samples.append((seconds, loads.copy()))
@@ -39,7 +39,7 @@ class LoadHistory:
             self._samples.popleft()
 
     def describe(self, seconds: float, loads: Loads) -> dict[str, Any]:
-        """Total and recent figures, `loads` being the counts now."""
+        """Total and recent figures; `loads` are the current counts."""
         self.add(seconds, loads)
         begin, before = self._samples[0]
         recent = {**self._figures(loads - before), "seconds": round(seconds - begin, 3)}
@@ -52,7 +52,7 @@ class LoadHistory:
         }
 
     def _figures(self, loads: Loads) -> dict[str, Any]:
-        """Ratios of a layer without a token are null."""
+        """Figures for some loads; the ratios of a layer without tokens are null."""
         if not self.layers:
             return {"tokens": 0, "load": [], "entropy": [], "max_over_mean": [], "dead": []}
         return {

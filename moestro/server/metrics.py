@@ -1,7 +1,7 @@
 """Counts and times for Prometheus, named as vLLM names them, under `moestro_`.
 
-The engine's own counters are read when somebody asks. Of the experts there are three figures a layer; the whole matrix
-is at `/routing`, where it costs no time series.
+The engine's own counters are read on request. There are only three figures a layer for the experts; the whole matrix is
+at `/routing`, where it costs no time series.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Metrics:
 
 
 class _EngineFigures(Collector):
-    """The engine's counters at the moment of asking."""
+    """The engine's counters at the time of the request."""
 
     def __init__(self, layers: list[str]) -> None:
         self.layers = layers
         self.stats: EngineStats | None = None
 
     def collect(self) -> Iterator[Metric]:
-        """Nothing before the first request for metrics, when the registry only wants the names."""
+        """The engine's metrics; none before the first request, when the registry only wants the names."""
         if self.stats is None:
             return
         stats = self.stats

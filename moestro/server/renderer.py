@@ -1,9 +1,9 @@
-"""Chat templates rendered where they can do no harm: in a process of their own, with bounds on time and memory.
+"""Renders chat templates where they can do no harm: in their own process, with bounds on time and memory.
 
 A template is a program that came with a checkpoint, and messages are its input. `data/template.py` keeps it in a
-sandbox and bounds its size, loops and output; what a sandbox cannot bound, time and memory, an operating system can.
-The child says `READY` once it has loaded the tokenizer; then it reads one JSON object a line and answers with one. When
-an answer is late the child is killed, and the next request starts another. Starting has a limit of its own, so that a
+sandbox and bounds its size, loops and output. The sandbox cannot bound time and memory, but the operating system can.
+The child says `READY` once it has loaded the tokenizer; then it reads one JSON object a line and answers with one. If
+an answer is late, the child is killed and the next request starts another. Starting has its own time limit, so that a
 busy machine never makes the first request fail.
 
     python -m moestro.server.renderer TOKENIZER BYTES      # {"messages": […], "variables": {…}} -> {"ids": […]}
@@ -33,7 +33,7 @@ _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 
 
 class Renderer:
-    """Messages to ids through the child. Calls wait for each other."""
+    """Turns messages into ids through the child. Calls wait for each other."""
 
     def __init__(self, tokenizer_path: Path, seconds: float = SECONDS, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self.seconds = seconds
@@ -44,7 +44,7 @@ class Renderer:
     def render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """The ids of a conversation. DataError for what the template refuses, or does not finish in time."""
+        """The ids of a conversation. DataError if the template refuses it or does not finish in time."""
         asked = {"messages": messages, "variables": variables, "add_generation_prompt": add_generation_prompt}
         with self._lock:
             answer = self._ask(json.dumps(asked).encode() + b"\n")
@@ -67,7 +67,7 @@ class Renderer:
         return tree
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """The child, ready for a request. RuntimeError where it cannot start: no client's fault."""
+        """The child, ready for a request. RuntimeError if it cannot start, which is no client's fault."""
         if self._child is None or self._child.poll() is not None:
             self._kill()
             self._child = subprocess.Popen(
@@ -84,7 +84,7 @@ class Renderer:
 
     @staticmethod
     def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes:
-        """The child's next line after it got `line`; cut short where it ended, or was killed after `seconds`."""
+        """The child's answer to `line`; cut short if the child ended or was killed after `seconds`."""
         late = threading.Timer(seconds, child.kill)
         late.start()
         assert child.stdin is not None and child.stdout is not None
@@ -107,8 +107,8 @@ class Renderer:
 def encode(messages: list[dict[str, Any]], variables: Mapping[str, Any], tokenizer: Tokenizer, add: bool) -> list[int]:
     """`encode_chat` with variables for the template besides the messages: tools, enable_thinking, …
 
-    They travel in a message of their own, which the template never sees: so strings in them cannot forge special
-    tokens either.
+    They travel in their own message, which the template never sees, so strings in them cannot forge special tokens
+    either.
     """
     names = [name for name in variables if _NAME.fullmatch(name) and name not in RESERVED]
     if not names:
@@ -129,7 +129,7 @@ def answer(line: str, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Let this process allocate no more, where the system can."""
+    """Limit the memory of this process, where the system can."""
     try:
         import resource
 

@@ -1,7 +1,7 @@
-"""The server's process: its socket, its signals, its end.
+"""The server's process: its socket, its signals, its shutdown.
 
-The first SIGTERM or SIGINT lets what runs finish: new requests get 503, and after `drain_seconds` what is left ends
-with an error. The second one ends everything at once.
+After the first SIGTERM or SIGINT running requests may finish: new ones get 503, and after `drain_seconds` the rest end
+with an error. The second signal ends everything at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAST_SECONDS = 5  # for answers under way once the engine has stopped
 
 
 def read_key(path: Path | None) -> str | None:
-    """The key in a file. ConfigError for one that is missing, short, or no single line of printable ASCII."""
+    """The key in a file. ConfigError if it is missing, short, or not a single line of printable ASCII."""
     if path is None:
         return None
     try:
@@ -41,7 +41,7 @@ def read_key(path: Path | None) -> str | None:
 
 
 def check_host(host: str, has_key: bool) -> None:
-    """ConfigError for an address that others can reach, without a key."""
+    """Raise ConfigError for an address that others can reach if there is no key."""
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -55,7 +55,7 @@ def check_host(host: str, has_key: bool) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, which refuses clients until the server listens; port 0 takes a free one.
 
-    ConfigError if the address is taken or is none.
+    ConfigError if the address is taken or is not valid.
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"port {port} is not between 0 and 65535")
@@ -70,13 +70,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Where clients find a socket."""
+    """The address at which clients reach a socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run_service(service: Service, listener: socket.socket, key: str | None, drain_seconds: float) -> int:
-    """Serve until a signal; the process's exit code: 0 if everything under way could finish."""
+    """Serve until a signal; returns the process's exit code, 0 if everything under way could finish."""
 
     def announce() -> None:
         print(f"Serving {service.name} at {address_of(listener)}", flush=True)
@@ -90,7 +90,7 @@ def run_service(service: Service, listener: socket.socket, key: str | None, drai
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends in two steps; `exit_signal` is the signal that cut it short, if one did."""
+    """Shuts down in two steps; `exit_signal` is the signal that cut it short, if one did."""
 
     def __init__(
         self, app: FastAPI, worker: EngineWorker, drain_seconds: float, when_ready: Callable[[], None] | None = None
@@ -112,13 +112,13 @@ class DrainingServer(uvicorn.Server):
         self._deadline: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say when requests are welcome."""
+        """Start, and report when requests are welcome."""
         await super().startup(sockets)
         if self._when_ready is not None and self.started:
             self._when_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain first; at the second signal end."""
+        """Drain at the first signal, end at the second."""
         if self._deadline is None:
             self._worker.is_closed = True
             self._deadline = time.monotonic() + self._drain_seconds
@@ -127,7 +127,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end."""
+        """Whether to end; called ten times a second."""
         if self._deadline is not None and not self.should_exit:
             is_late = time.monotonic() > self._deadline
             if is_late:

@@ -1,4 +1,4 @@
-"""What clients may send and what they get, in OpenAI's shapes. Every bound on a request stands here.
+"""What clients may send and what they get, in OpenAI's shapes. Every bound on a request is here.
 
 Unknown fields are ignored, as compatible servers do: a chat template or a model path in a request has no effect.
 """
@@ -20,7 +20,7 @@ MAX_MESSAGES, MAX_PARTS, MAX_CALLS = 4096, 64, 64
 MAX_TOOLS, MAX_TOOL_CHARS = 128, 64 * 2**10
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES, MAX_SCHEMA_CHARS = 32, 4096, 64 * 2**10
 MAX_GRAMMAR_CHARS = 16 * 2**10
-MIN_TEMPERATURE = 0.001  # logits divided by less overflow
+MIN_TEMPERATURE = 0.001  # dividing logits by less overflows
 MIN_TOP_P = 1e-6  # less is 0 in single precision, and would keep no token
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
@@ -33,7 +33,7 @@ BiasKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 
 
 def check_tree(tree: object) -> None:
-    """ValueError for JSON deeper, larger or longer than a schema may be, or with half a character; does not recurse."""
+    """ValueError for JSON deeper, larger or longer than a schema may be, or with half a character. No recursion."""
     level: list[object] = [tree]
     nodes = chars = depth = 0
     while level:
@@ -65,7 +65,7 @@ class StreamOptions(Received):
 
 
 class StructuredOutputs(Received):
-    """Extension of vLLM's kind: exactly one way of constraining the text."""
+    """An extension like vLLM's: exactly one way of constraining the text."""
 
     json_schema: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = Field(None, max_length=MAX_GRAMMAR_CHARS)
@@ -73,7 +73,7 @@ class StructuredOutputs(Received):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """One of the three, of bounded size."""
+        """Require exactly one of the three, of bounded size."""
         if sum(value is not None for value in (self.json_schema, self.regex, self.grammar)) != 1:
             raise ValueError("give one of json, regex and grammar")
         check_tree(self.json_schema)
@@ -133,7 +133,7 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """Refuse what is not done rather than do something else."""
+        """Refuse unsupported options rather than do something else."""
         if self.suffix:
             raise ValueError("suffix is not supported")
         if self.best_of not in (None, self.n or 1):
@@ -195,7 +195,7 @@ class Function(Received):
     @field_validator("parameters")
     @classmethod
     def check(cls, tree: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Bounded like any schema."""
+        """Bound the size as for any schema."""
         check_tree(tree)
         return tree
 
@@ -221,7 +221,7 @@ class JsonSchema(Received):
     @field_validator("tree")
     @classmethod
     def check(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        """Before anything is compiled."""
+        """Bound the size before anything is compiled."""
         check_tree(tree)
         return tree
 
@@ -232,7 +232,7 @@ class ResponseFormat(Received):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """A schema where one is named."""
+        """Require a schema where one is announced."""
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("json_schema is missing")
         return self
@@ -253,7 +253,7 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """Tools of bounded size in all, and choices among them only."""
+        """Bound the total size of the tools, and allow only a choice among them."""
         tools = {tool.function.name for tool in self.tools or ()}
         if sum(len(tool.model_dump_json()) for tool in self.tools or ()) > MAX_TOOL_CHARS:
             raise ValueError(f"tools: more than {MAX_TOOL_CHARS} characters in all")
@@ -276,7 +276,7 @@ class TokenizeRequest(Received):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """One of the two."""
+        """Require one of the two."""
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
@@ -289,7 +289,7 @@ class DetokenizeRequest(Received):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong: for people, the kind, the field at fault if any, and a code for programs."""
+    """What went wrong: a message for people, the kind, the field at fault if any, and a code for programs."""
 
     message: str
     type: str
@@ -298,6 +298,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every error answer."""
 
     error: ErrorDetail

@@ -1,4 +1,4 @@
-"""A model behind the routes: what a request means for it. Request bodies to engine requests and choices."""
+"""The model behind the routes. Turns request bodies into engine requests and choices."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ContextLengthError(ConfigError):
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """What a body asks of the engine, and what its answer is made of. `kind`: OpenAI's name of the answer's object."""
+    """The engine requests of a body and the parts of its answer. `kind`: OpenAI's name for the answer's object."""
 
     body: Sampling
     kind: str
@@ -51,12 +51,12 @@ class PreparedRequest:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of all prompts."""
+        """How many tokens all prompts have."""
         return sum(len(request.prompt) for request in self.requests)
 
 
 class Service:
-    """One model, its engine's thread, its template's process, and what is counted."""
+    """One model, its engine's thread, its template's process, and its metrics."""
 
     def __init__(self, make_engine: Callable[[], Engine], tokenizer_path: Path, name: str) -> None:
         self.worker = EngineWorker(make_engine)
@@ -76,7 +76,7 @@ class Service:
         self._template_thread.shutdown()
 
     async def prepare_text(self, body: CompletionRequest) -> PreparedRequest:
-        """A body of `/v1/completions`. ConfigError and DataError for what cannot be done."""
+        """Prepare a body of `/v1/completions`. ConfigError and DataError for what cannot be done."""
         begun = time.monotonic()
         n = body.n or 1
         self.worker.check_room(len(body.prompts) * n)
@@ -97,7 +97,7 @@ class Service:
         return PreparedRequest(body, "text_completion", requests, choices, begun)
 
     async def prepare_chat(self, body: ChatRequest) -> PreparedRequest:
-        """A body of `/v1/chat/completions`."""
+        """Prepare a body of `/v1/chat/completions`."""
         begun = time.monotonic()
         n = body.n or 1
         self.worker.check_room(n)
@@ -134,7 +134,7 @@ class Service:
     async def _render(
         self, messages: list[dict[str, Any]], variables: dict[str, Any], add_generation_prompt: bool = True
     ) -> list[int]:
-        """In a thread of its own, so that slow templates do not take those of others."""
+        """Render in a separate thread, so that slow templates do not use up the threads of others."""
 
         def render() -> list[int]:
             return self.renderer.render(messages, variables, add_generation_prompt=add_generation_prompt)
@@ -142,7 +142,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._template_thread, render)
 
     def _encode_all(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """A document begins before a text; ids are taken as they are."""
+        """Encode each text as the beginning of a document; ids are taken as they are."""
         return [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def _encode(self, text: str) -> list[int]:
@@ -150,12 +150,12 @@ class Service:
         return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def _check_chars(self, count: int) -> None:
-        """Refuse before encoding what no encoding can make short enough."""
+        """Refuse, before encoding, text that no encoding can make short enough."""
         if count > self.config.max_seq_len * self._longest:
             raise ContextLengthError(f"a prompt of {count} characters is longer than the model's context")
 
     def _room(self, num_prompt: int, wanted: int | None) -> int:
-        """Tokens to write: what is wanted, else what fits. ContextLengthError if it does not fit."""
+        """How many tokens to write: `wanted`, else all that fit. ContextLengthError if it does not fit."""
         longest = self.config.max_seq_len
         room = longest - num_prompt
         if room < (1 if wanted is None else wanted):
@@ -177,7 +177,7 @@ class Service:
 def make_params(
     body: Sampling, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None, grammar: str | None
 ) -> SamplingParams:
-    """A body's sampling settings, OpenAI's defaults where it has none; without a seed a new one."""
+    """A body's sampling settings, with OpenAI's defaults where it has none, and a new seed if it has no seed."""
     seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
     temperature = 1.0 if body.temperature is None else body.temperature
     return SamplingParams(

@@ -1,4 +1,4 @@
-"""The engine's text as it is sent: thoughts apart from the answer, and all of it as server-sent events.
+"""Prepares the engine's text for sending: splits thoughts from the answer, and writes server-sent events.
 
 text -> Splitter -> (kind, text)
 JSON -> sse -> bytes
@@ -18,14 +18,14 @@ Kind = Literal["reasoning", "content"]
 
 @dataclass
 class Splitter:
-    """Thoughts between `<think>` and `</think>` at the beginning of a text, apart from the answer.
+    """Splits thoughts, between `<think>` and `</think>` at the beginning of a text, from the answer.
 
     `kind` is where the text begins: None where a `<think>` may or may not come first.
     """
 
     kind: Kind | None = None
     _held: str = field(default="", init=False)
-    _is_fresh: bool = field(default=True, init=False)  # nothing of this kind was given yet
+    _is_fresh: bool = field(default=True, init=False)  # no text of this kind was given yet
     _follows_thoughts: bool = field(default=False, init=False)
 
     def push(self, text: str) -> list[tuple[Kind, str]]:
@@ -50,13 +50,13 @@ class Splitter:
         return found + self._give(answer)
 
     def finish(self) -> list[tuple[Kind, str]]:
-        """What was held back."""
+        """The text that was held back."""
         held, self._held = self._held, ""
         self.kind = self.kind or "content"
         return self._give(held)
 
     def _give(self, text: str) -> list[tuple[Kind, str]]:
-        """White space between the tags and what they enclose belongs to neither."""
+        """The text without white space next to the tags, which belongs to neither part."""
         assert self.kind is not None
         if self._is_fresh and (self.kind == "reasoning" or self._follows_thoughts):
             text = text.lstrip()

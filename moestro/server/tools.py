@@ -1,13 +1,13 @@
-"""Chat requests to what the template renders, and tools: how they are told, forced and read back.
+"""Turns chat requests into input for the template; describes tools to the model, forces calls and reads them back.
 
-Tools are told through the template's own `tools` variable where it has one, else in a system message that asks for
-`<tool_call>{"name": …, "arguments": …}</tool_call>`. Read back are that form and, where the tokenizer has its tokens,
-DeepSeek's (V3 with a code block for the arguments, V3.1 without):
+Tools go into the template's own `tools` variable if it has one, else into a system message that asks for
+`<tool_call>{"name": …, "arguments": …}</tool_call>`. Calls are read back in that form and, if the tokenizer has the
+tokens for it, in DeepSeek's (V3 with a code block for the arguments, V3.1 without):
 
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME⏎```json⏎ARGUMENTS⏎```<｜tool▁call▁end｜>…
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>…<｜tool▁calls▁end｜>
 
-`tool_choice` "required" or a name makes the text one call by a grammar.
+If `tool_choice` is "required" or a name, a grammar makes the text one call.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FENCED = re.compile(r"\s*(?P<name>\S+)\s*```(?:json)?\n(?P<arguments>.*?)\n?```
 
 @dataclass(frozen=True)
 class Call:
-    """A function that the model wants called; arguments are JSON, as far as the model wrote JSON."""
+    """A function that the model wants to call; arguments are JSON as far as the model wrote JSON."""
 
     name: str
     arguments: str
@@ -55,12 +55,12 @@ class Call:
 
 
 def uses_tools(request: ChatRequest) -> bool:
-    """Whether the model is told of tools and its calls are looked for."""
+    """Whether to tell the model about tools and look for its calls."""
     return bool(request.tools) and request.tool_choice != "none"
 
 
 def spelled_ids(request: ChatRequest, tokenizer: Tokenizer) -> frozenset[int]:
-    """The control tokens that mark calls, which must stand in the text if calls are looked for in it."""
+    """The control tokens that mark calls; the text must include them if it is searched for calls."""
     if not uses_tools(request):
         return frozenset()
     return frozenset(tokenizer.specials[name] for name in TOOL_TOKENS if name in tokenizer.specials)
@@ -72,7 +72,7 @@ def forces_call(request: ChatRequest) -> bool:
 
 
 def template_input(request: ChatRequest, template: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages and further variables for the template (its own, by name), tools told in the way it can."""
+    """Messages and further variables for the template, with tools described in the way that it supports."""
     template = template or CHAT_TEMPLATE
     messages = [_plain_message(message, template) for message in request.messages]
     variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
@@ -91,7 +91,7 @@ def template_messages(messages: Sequence[Message], template: str | None) -> list
 
 
 def _plain_message(message: Message, template: str) -> dict[str, Any]:
-    """As templates expect it. Calls and their results become text for a template that does not know them."""
+    """A message as templates expect it. Calls and results become text for a template that does not know them."""
     role = "system" if message.role == "developer" else message.role
     knows_tools = "tool_calls" in template
     if role == "tool" and not knows_tools:
@@ -128,7 +128,7 @@ def _instruct(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> No
 
 
 def chat_grammar(request: ChatRequest) -> str | None:
-    """The grammar that the text must follow, None for any text. ConfigError for a bad one, or for two."""
+    """The grammar that the text must follow, None if any text will do. ConfigError for a bad grammar, or for two."""
     kind = request.response_format.type if request.response_format else "text"
     if (kind != "text") + forces_call(request) + (request.structured_outputs is not None) > 1:
         raise ConfigError("give only one of response_format, structured_outputs and a tool_choice that forces a call")
@@ -143,7 +143,7 @@ def chat_grammar(request: ChatRequest) -> str | None:
 
 
 def structured_grammar(outputs: StructuredOutputs | None) -> str | None:
-    """The grammar of the extension field. ConfigError for a bad one."""
+    """The grammar in the extension field. ConfigError for a bad one."""
     if outputs is None:
         return None
     if outputs.regex is not None:
@@ -155,7 +155,7 @@ def structured_grammar(outputs: StructuredOutputs | None) -> str | None:
 
 
 def _call_schema(request: ChatRequest) -> dict[str, Any]:
-    """A JSON object that calls one of the functions in question."""
+    """The schema of a JSON object that calls one of the allowed functions."""
     choice = request.tool_choice
     functions = [
         tool.function
@@ -175,17 +175,17 @@ def _call_schema(request: ChatRequest) -> dict[str, Any]:
 
 
 class CallReader:
-    """Finds calls in an answer as it is written: `push` gives text and calls in their order.
+    """Finds calls in an answer as it is written: `push` gives text and calls in order.
 
-    `is_call`: the whole text is one call without marks, as a grammar makes it. A call cut short, or one that cannot
-    be read, stays text.
+    `is_call`: the whole text is one call without marks, forced by a grammar. A call that is cut short or cannot be read
+    stays text.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, is_call: bool = False, many: bool = True) -> None:
         has_tokens = CALLS_BEGIN in tokenizer.specials
         self._begins = (JSON_BEGIN, CALLS_BEGIN) if has_tokens else (JSON_BEGIN,)
         self._is_call, self._many = is_call, many
-        self._end = ""  # what the call under way ends with; empty between calls
+        self._end = ""  # the mark that ends the current call; empty between calls
         self._held = ""
         self.num_calls = 0
 
@@ -198,7 +198,7 @@ class CallReader:
         return [part for part in found if part]
 
     def finish(self) -> list[str | Call]:
-        """What is left."""
+        """The parts that are left."""
         held, self._held = self._held, ""
         call = read_call(held) if self._is_call else None
         left = held.replace(CALLS_END, "")
@@ -228,7 +228,7 @@ class CallReader:
         return self._between(settled) or None
 
     def _between(self, text: str) -> str:
-        """White space around calls is no answer."""
+        """The text between calls, or nothing if it is only white space."""
         text = text.replace(CALLS_END, "")
         return "" if self.num_calls and not text.strip() else text
 
@@ -238,7 +238,7 @@ class CallReader:
 
 
 def read_call(text: str) -> Call | None:
-    """A call from what stands between its marks; None if it is none."""
+    """The call in the text between two marks; None if it is not a call."""
     for mark in (JSON_BEGIN, CALLS_BEGIN, CALL_BEGIN):
         text = text.strip().removeprefix(mark)
     if CALL_SEP in text:

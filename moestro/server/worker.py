@@ -1,12 +1,12 @@
 """The engine's thread, and how the event loop talks to it. No HTTP.
 
 The engine belongs to one thread, which steps while there is work. The event loop sends it functions to call between
-two steps (add, abort, ask for counters) and gets events back through one asyncio queue for each stream.
+two steps (add, abort, read counters) and gets events back through one asyncio queue for each stream.
 
 When a step raises, no output is lost and as few requests as possible fail. All running requests leave the engine and
-come back one at a time; since a request's tokens depend on that request alone, one that comes back computes again what
-it had, and its stream goes on where it was. The request with which the engine raises again is the one that fails. New
-requests wait until all have come back, so that nobody else is blamed for what they do.
+come back one at a time. A request's tokens depend on that request alone, so one that comes back recomputes what it had,
+and its stream goes on where it was. If the engine raises again, the request that came back last fails. New requests
+wait until all have come back, so that none is blamed for another's failure.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from moestro.errors import MoestroError
 
 T = TypeVar("T")
 Item = list[tuple[int, Event]] | Exception
-MAX_RETURNS = 8  # times a request may come back after failures of others before it fails too
+MAX_RETURNS = 8  # how often a request may come back after failures of others before it fails too
 
 log = logging.getLogger("moestro.server")
 
 
 class EngineError(Exception):
-    """The engine raised over a request; the cause is in the log."""
+    """The engine raised on a request; the cause is in the log."""
 
 
 class ClosedError(Exception):
@@ -47,8 +47,8 @@ class ClosedError(Exception):
 class Stream:
     """The events of some requests, numbered by choice: first those of the first request, then of the second, …
 
-    Iterating gives the new (choice, event) pairs of a step; it ends with the last continuation and raises EngineError
-    or ClosedError where there is none to wait for. `close` drops what is left of the requests.
+    Iterating gives the new (choice, event) pairs of a step. It ends with the last continuation, and raises EngineError
+    or ClosedError if there is nothing to wait for. `close` drops what is left of the requests.
     """
 
     def __init__(self, worker: EngineWorker, num_choices: int) -> None:
@@ -67,24 +67,24 @@ class Stream:
             yield item
 
     def put(self, item: Item) -> None:
-        """Called by the engine's thread; a loop that has closed has nobody who waits."""
+        """Add an item, from the engine's thread; if the event loop has closed, nobody is waiting."""
         with suppress(RuntimeError):  # what a closed loop raises, and it may close at any moment
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     def close(self) -> None:
-        """Give the room back; what still runs is dropped before the next step. May be called again."""
+        """Give the room back and drop what still runs before the next step. May be called again."""
         self._worker.release(self)
 
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way: the number of its first choice, and the ids delivered of each continuation so far."""
+    """One request under way: the number of its first choice, and the ids delivered so far for each continuation."""
 
     request: Request
     first_choice: int
     stream: Stream
     delivered: list[list[int | None]] = field(init=False)
-    seen: list[int] = field(init=False)  # events of each continuation since it came into the engine
+    seen: list[int] = field(init=False)  # events of each continuation since it entered the engine
     num_ended: int = 0
     num_returns: int = 0
 
@@ -93,12 +93,12 @@ class Job:
         self.restart()
 
     def restart(self) -> None:
-        """Forget how far the engine is, not what was delivered."""
+        """Forget how far the engine got, but not what was delivered."""
         self.seen = [0] * self.request.params.n
         self.num_ended = 0
 
     def is_new(self, event: Event) -> bool:
-        """Count an event; whether its token was not delivered yet. EngineError if it was, and was another."""
+        """Count an event; True if its token is new. EngineError if a different token was delivered in its place."""
         known, place = self.delivered[event.index], self.seen[event.index]
         self.seen[event.index] += 1
         self.num_ended += event.finish_reason is not None
@@ -111,7 +111,7 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all of its continuations have."""
+        """Whether all of its continuations have ended."""
         return self.num_ended == self.request.params.n
 
 
@@ -123,7 +123,7 @@ class Command:
         self._function = function
 
     def carry_out(self) -> None:
-        """Call the function, unless nobody waits for it any more."""
+        """Call the function, unless nobody is waiting for it any more."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:
@@ -132,7 +132,7 @@ class Command:
             self.future.set_exception(error)
 
     def refuse(self, error: Exception) -> None:
-        """Raise an error where the result is waited for."""
+        """Raise an error in whoever waits for the result."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
@@ -151,11 +151,11 @@ class EngineWorker:
         self.is_closed = False
         self._streams: set[Stream] = set()
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._has_ended = False  # nothing is taken out of the inbox any more
-        self._jobs: dict[int, Job] = {}  # in the engine, by its id
-        self._returning: deque[Job] = deque()  # taken out after a failure
-        self._trial: Job | None = None  # the one of them that has come back and has not passed yet
-        self._new: deque[Job] = deque()  # came meanwhile
+        self._has_ended = False  # the thread no longer reads the inbox
+        self._jobs: dict[int, Job] = {}  # jobs in the engine, by their ids there
+        self._returning: deque[Job] = deque()  # jobs taken out after a failure
+        self._trial: Job | None = None  # the one that has come back and not yet got past its old place
+        self._new: deque[Job] = deque()  # jobs that came meanwhile
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -165,7 +165,7 @@ class EngineWorker:
         return self._thread.is_alive()
 
     def check_room(self, num_choices: int) -> None:
-        """ClosedError or QueueFullError if a stream of so many continuations would be refused."""
+        """Raise ClosedError or QueueFullError if a stream of so many continuations would be refused."""
         if self.is_closed or not self.is_alive:
             raise ClosedError("the server is shutting down")
         if self.num_choices + num_choices > self.capacity:
@@ -199,9 +199,9 @@ class EngineWorker:
             self._send(command)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """What a function returns or raises that the engine's thread calls between two steps.
+        """Have the engine's thread call a function between two steps; returns or raises what it does.
 
-        ClosedError if the thread ends before it comes to it.
+        ClosedError if the thread ends before it gets to the call.
         """
         command = Command(function)
         self._send(command)
@@ -212,7 +212,7 @@ class EngineWorker:
         return await self.call(lambda: self.engine.stats())
 
     def abandon(self) -> None:
-        """Take no more requests, and end the thread after the step under way; what still runs gets a ClosedError."""
+        """Take no more requests and end the thread after the current step; running requests get a ClosedError."""
         self.is_closed = True
         self._inbox.put(None)
 
@@ -222,13 +222,13 @@ class EngineWorker:
         self._thread.join()
 
     def _send(self, command: Command) -> None:
-        """Queue a command. Whoever comes after the thread's end refuses it: the thread has looked for the last time."""
+        """Queue a command. If the thread has ended, refuse it here: the thread no longer looks."""
         self._inbox.put(command)
         if self._has_ended:
             self._refuse_all()
 
     def _refuse_all(self) -> None:
-        """ClosedError for all commands in the inbox."""
+        """Refuse all commands in the inbox with ClosedError."""
         with suppress(queue.Empty):
             while True:
                 command = self._inbox.get_nowait()
@@ -248,7 +248,7 @@ class EngineWorker:
             self._refuse_all()
 
     def _obey(self) -> bool:
-        """Carry out what is asked for, waiting for it if there is nothing else to do; False to end."""
+        """Carry out commands, waiting for one if there is nothing else to do; False to end."""
         is_idle = not (self.engine.has_work or self._returning or self._new)
         while is_idle or not self._inbox.empty():
             command = self._inbox.get()
@@ -259,7 +259,7 @@ class EngineWorker:
         return True
 
     def _admit(self, jobs: list[Job]) -> None:
-        """Take up new requests, or let them wait while others are coming back."""
+        """Add new requests, or let them wait while others are coming back."""
         if not self._returning and self._trial is None:
             self._add_all(jobs)
             return
@@ -268,7 +268,7 @@ class EngineWorker:
         self._new.extend(jobs)
 
     def _add_all(self, jobs: list[Job]) -> None:
-        """All of them or none."""
+        """Add all of them or none."""
         try:
             for job in jobs:
                 self._jobs[self.engine.add(job.request)] = job
@@ -288,7 +288,7 @@ class EngineWorker:
     def _step(self) -> None:
         try:
             events = self.engine.step()
-        except Exception:  # whatever it is, it is one request's affair, or one step's
+        except Exception:  # whatever it is, it concerns one request or one step
             log.exception("the engine raised")
             self._recover()
             return
@@ -301,7 +301,7 @@ class EngineWorker:
             stream.put(item)
 
     def _take(self, job: Job, event: Event) -> bool:
-        """Count an event of a job; whether it is news."""
+        """Count an event of a job; True if it is new."""
         try:
             is_new = job.is_new(event)
         except EngineError as error:
@@ -315,7 +315,7 @@ class EngineWorker:
         return is_new
 
     def _recover(self) -> None:
-        """After a step that raised: empty the engine, fail the one to blame, keep the others to bring back."""
+        """After a step that raised: empty the engine, fail the job to blame, keep the others to bring back."""
         running = self.engine.running_ids
         suspects = [job for request_id, job in self._jobs.items() if request_id in running]
         jobs = suspects + [job for job in self._jobs.values() if job not in suspects]
@@ -331,7 +331,7 @@ class EngineWorker:
                 self._returning.append(job)
 
     def _empty(self) -> None:
-        """Take everything out of the engine; one whose accounts are not even then is replaced."""
+        """Take everything out of the engine; replace it if it is then not empty."""
         try:
             for request_id in self._jobs:
                 self.engine.abort(request_id)
@@ -344,7 +344,7 @@ class EngineWorker:
             self.engine = self._make_engine()
 
     def _bring_back(self) -> None:
-        """Let the next one return once the one before has got further than it was, and new ones after the last."""
+        """Let the next job return once the one before is past where it was; after the last, let new ones in."""
         if self._trial is not None:
             return
         if self._returning:
@@ -356,7 +356,7 @@ class EngineWorker:
             self._take_up(self._new.popleft())
 
     def _take_up(self, job: Job) -> bool:
-        """Put a job into the engine; where that cannot be, its stream ends with the reason."""
+        """Put a job into the engine; if that fails, its stream ends with the reason."""
         try:
             self._add_all([job])
         except MoestroError as error:
