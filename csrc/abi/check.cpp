@@ -56,7 +56,7 @@ template <class T> int check_matmul(int64_t m, int64_t n, int64_t k, bool a_turn
     return 0;
 }
 
-// Every matrix in memory of its own that ends with it; the addresses are what kernels are given.
+// Each matrix has its own allocation that ends with it; kernels get the addresses.
 template <class T> struct Matrices {
     std::vector<std::vector<T>> values;
     std::vector<void *> to;
@@ -74,7 +74,7 @@ template <class T> int check_experts(int64_t num_tokens, int64_t hidden, int64_t
     for (int64_t load : loads) offsets.push_back(offsets.back() + load);
     const int64_t slots = offsets.back();
     for (int64_t s = 0; s < slots; s++) token.push_back(s % num_tokens);
-    for (int64_t n = 0; n < num_tokens; n++) slot.push_back(n % 3 ? n : slots);  // some choices are not carried out
+    for (int64_t n = 0; n < num_tokens; n++) slot.push_back(n % 3 ? n : slots);  // some choices are skipped
     const auto x = random_vector<T>(num_tokens * hidden), dy = random_vector<T>(num_tokens * hidden);
     Matrices<T> gate_up(num_experts, 2 * width * hidden), down(num_experts, hidden * width),
         d_gate_up(num_experts, 2 * width * hidden), d_down(num_experts, hidden * width);
@@ -117,7 +117,7 @@ template <class T> int check_pack(int64_t m, int64_t k, int kind) {
     return moestro_pack(panels.data(), x.data(), m, k, kind, TYPE<T>, 2);
 }
 
-// Any bytes are a packed matrix; those of floats and scales are made small here.
+// Any bytes are a valid packed matrix; those of floats and scales are made small here.
 std::vector<uint16_t> random_panels(int64_t bytes) { return random_vector<uint16_t>(bytes / 2); }
 
 template <class T> int check_linear(int64_t groups, int64_t n, int64_t m, int64_t k, int kind) {
@@ -126,7 +126,7 @@ template <class T> int check_linear(int64_t groups, int64_t n, int64_t m, int64_
     std::vector<T> out(n * groups * m), one(groups * m);
     int bad = moestro_packed_linear(out.data(), x.data(), panels.data(), groups, n, m, k, kind, TYPE<T>, 2);
     if (n == 0) return bad;
-    const T *last = x.data() + (n - 1) * groups * k;  // a row alone, its memory ending with it
+    const T *last = x.data() + (n - 1) * groups * k;  // a lone row, its memory ending with it
     bad |= moestro_packed_linear(one.data(), std::vector<T>(last, last + groups * k).data(), panels.data(), groups, 1,
                                  m, k, kind, TYPE<T>, 1);
     return bad | (groups * m && memcmp(one.data(), out.data() + (n - 1) * groups * m, sizeof(T) * groups * m));
@@ -152,7 +152,7 @@ template <class T> int check_packed_experts(int64_t num_tokens, int64_t top_k, i
     return bad | (run() != MOESTRO_NO_ADDRESS);
 }
 
-// Sequences of these lengths, of which the last rows query; every page is used to its end.
+// Sequences of these lengths, whose last rows query; every page is used to its end.
 template <class T> int check_attention(std::vector<int64_t> lengths, int64_t rows, int64_t heads, int64_t groups,
                                        int64_t key, int64_t value) {
     std::vector<int64_t> starts{0}, first;
@@ -200,7 +200,7 @@ template <class T> int check_rows(int64_t rows, int64_t width) {
     return bad;
 }
 
-// Vectors a little apart, the last one ending with its memory; turned there and back.
+// Vectors a little apart, the last one ending with its memory; rotated there and back.
 template <class T> int check_rope(int64_t rows, int64_t groups, int64_t width) {
     const int64_t apart = width + 1, row = groups * apart + 3,
                   extent = rows && groups ? (rows - 1) * row + (groups - 1) * apart + width : 0;
@@ -403,7 +403,7 @@ template <class T> int check_serving() {
     return bad | check_rows<T>(2000, 64) | check_rows<T>(4, 0);
 }
 
-// Documents of these lengths; rows of all inputs lie `pad` elements further apart than they need to, the last one ends
+// Documents of these lengths. Rows of all inputs lie `pad` elements further apart than needed; the last one ends with
 // its memory.
 template <class T> int check_flash(std::vector<int64_t> lengths, int64_t heads, int64_t kv_heads, int64_t key,
                                    int64_t value, int64_t pad) {

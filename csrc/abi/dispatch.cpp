@@ -114,7 +114,7 @@ bool known_kind(int kind) {
         default: return false;
     }
 }
-// Whether every expert with slots has addresses; matrices without values need none.
+// Whether every expert with slots has addresses; empty matrices need none.
 bool have_addresses(const void *const *gate_up, const void *const *down, const int64_t *offsets, int64_t num_experts,
                     int64_t values) {
     for (int64_t e = 0; values && e < num_experts; e++)
@@ -129,13 +129,13 @@ bool fits_packed(int64_t groups, int64_t m, int64_t k) {
     return m >= 0 && k >= 0 && m <= LARGEST && k <= LARGEST && fits(groups, m + 63, k + 63);
 }
 
-// A rotated part is made of pairs.
+// A rotated part consists of pairs.
 bool fits_heads(int64_t rows, int64_t heads, int64_t plain, int64_t rotary) {
     return plain >= 0 && rotary >= 0 && rotary % 2 == 0 && plain <= LARGEST && rotary <= LARGEST &&
            fits(rows, heads, plain + rotary);
 }
 
-// Of every row: ascending positions up to its own, at least one, then -1 to the end.
+// Whether every row has ascending positions up to its own, at least one, then -1 to the end.
 int check_selection(const PagedAttention &a) {
     if (a.selected < 1 || !fits(a.starts[a.num_sequences], a.selected) || !fits(a.selected + 63, a.page_width))
         return MOESTRO_BAD_SIZE;

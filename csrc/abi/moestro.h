@@ -1,7 +1,7 @@
 // The C ABI of Moestro's native kernels: no Python, no torch. Called through ctypes by moestro/ops/library.py.
 //
 // Numbers, the struct and all declarations come from moestro/ops/abi.py, through generated.h, which setup.py writes.
-// Here each function is declared once more, with what it means; where the two disagree, nothing compiles.
+// This file declares each function once more, to explain it; if the two disagree, nothing compiles.
 //
 // Conventions: matrices are row-major with the stride of a row in elements; `type` is FLOAT32 or BFLOAT16; every
 // function returns 0, or an error code for arguments it refuses (nothing has been read or written then). Results depend
@@ -17,7 +17,7 @@ extern "C" {
 uint32_t moestro_abi(void);
 // Name of the instruction set in use, one of MOESTRO_ISAS, or "" where none of them can run.
 const char *moestro_isa(void);
-// Use at most this one of the names above; returns MOESTRO_NO_ISA where the machine cannot run it.
+// Use at most this one of the names above; returns MOESTRO_NO_ISA if the machine cannot run it.
 int moestro_set_isa(const char *name);
 
 // out[m, n] = Σ_k a(m, k) · b(k, n), products in `type`, sums in fp32.
@@ -29,8 +29,8 @@ int moestro_matmul(void *out, const void *a, const void *b, int64_t m, int64_t n
 
 // SwiGLU experts (moestro/ops/training/reference.py, grouped_experts). Slots 0 … S-1 are the choices sorted by expert;
 // expert e has slots offsets[e] … offsets[e+1]-1; slot s serves row token[s] of x with weight weights[s]. Every expert
-// has an address of its own: gate_up[e] points to [2F, D], down[e] to [D, F]. One without slots may have a null
-// address; one with slots may not (MOESTRO_NO_ADDRESS).
+// has its own address: gate_up[e] points to [2F, D], down[e] to [D, F]. Only experts without slots may have a null
+// address (MOESTRO_NO_ADDRESS).
 //   x [N, D]; saved: h [S, 2F]; y [S, D], the weighted results.
 int moestro_experts_forward(void *y, void *h, const void *x, const void *const *gate_up, const void *const *down,
                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
@@ -51,15 +51,15 @@ int moestro_combine(void *out, const void *y, const int64_t *slot, int64_t num_t
 int moestro_multiply_in_registers(int64_t *operations, int64_t rounds, int type, int threads);
 
 // Output head and cross-entropy. hidden [N, D], weight [V, D], targets [N] (negative: none) -> nll [N] in nats, 0
-// without a target; argmax [N]; and, unless d_hidden is null, the gradients of Σ w · nll: d_hidden [N, D], and
-// d_weight [V, D], added to; w is row_weights [N], or all 1 where that is null.
+// without a target; argmax [N]; and, unless d_hidden is null, the gradients of Σ w · nll: d_hidden [N, D] is written,
+// d_weight [V, D] added to. w is row_weights [N], or all 1 if that is null.
 int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_weight, const void *hidden,
                           const void *weight, const int64_t *targets, const float *row_weights, int64_t num_rows,
                           int64_t vocabulary, int64_t width, int type, int threads);
 
-// What follows is for serving: a row of results depends on that row's inputs alone, bit for bit.
+// From here on for serving: a row of results depends only on that row's inputs, bit for bit.
 
-// panels of a matrix x [m, k], packed as `kind` (docs/kernels.md has the layout).
+// Packs a matrix x [m, k] into panels as `kind` (docs/kernels.md has the layout).
 int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads);
 
 // out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs).
@@ -68,18 +68,17 @@ int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t 
                           int kind, int type, int threads);
 
 // out [N, D] = Σ_a weights[n, a] · expert ids[n, a] of x [N, D]; id E is not carried out. ids, weights [N, A]. Every
-// expert has an address of its own: gate_up[e] points to its packed panels of 32 gates and the 32 ups of the same
-// index, down[e] to its packed [D, F]. An expert that is not chosen may have a null address; one that is may not
-// (MOESTRO_NO_ADDRESS).
+// expert has its own address: gate_up[e] points to its packed panels of 32 gates and the 32 ups of the same index,
+// down[e] to its packed [D, F]. Only experts that are not chosen may have a null address (MOESTRO_NO_ADDRESS).
 int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const float *weights,
                            const void *const *gate_up, const void *const *down, int64_t num_tokens, int64_t top_k,
                            int64_t num_experts, int64_t hidden, int64_t width, int kind, int type, int threads);
 
 // out [N, H, V] of q [N, H, K]. Sequence s owns rows starts[s] … starts[s+1]-1, at positions first[s], first[s]+1, …; a
 // row at position p sees rows 0 … p of its sequence: row i is pages[tables[s, i / 64], i % 64], of page_width = groups
-// · w values, group g's key from g · w on, its value from g · w + value_offset on. Heads h use group h · groups / H.
-// pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S]. `selection` [N, selected], unless it is
-// null: a row sees these positions instead, ascending, at least one, none beyond its own, filled up with -1.
+// · w values, group g's key from g · w on, its value from g · w + value_offset on. Head h uses group h · groups / H.
+// pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S]. If `selection` [N, selected] is not
+// null, a row sees these positions instead: ascending, at least one, none beyond its own, padded with -1.
 int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
                             const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
                             int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
@@ -100,20 +99,20 @@ int moestro_rope(void *out, const void *x, const float *cos, const float *sin, i
                  int type, int threads);
 
 // A router: ids [rows, top_k] and weights of logits [rows, E]. Scores are compared with bias [E] added or, where
-// `multiply`, times 1 + bias. Experts of the top_k_groups best groups count, a group by the sum of its `group_best` (1
-// or 2) best. They come in descending order, of equal ones the lowest id first. Weights are scores without bias,
-// normalised to sum to 1 if asked, times scale. `given`: ids are an input, and only their weights are computed; rows
-// whose ids are -1 are chosen as without it. Logits of MOESTRO_CONSTANT are not read.
+// `multiply`, times 1 + bias. Only experts of the top_k_groups best groups count; a group's score is the sum of its
+// `group_best` (1 or 2) best. Ids come in descending order of score, ties by lowest id. Weights are scores without
+// bias, normalised to sum to 1 if asked, times scale. `given`: ids are an input, and only their weights are computed;
+// rows whose ids are -1 are chosen as without it. MOESTRO_CONSTANT does not read logits.
 int moestro_route(int64_t *ids, float *weights, const float *logits, const float *bias, int64_t rows,
                   int64_t num_experts, int64_t num_groups, int64_t top_k_groups, int64_t top_k, float scale,
                   int function, int group_best, int multiply, int normalize, int given, int threads);
 
-// out = a + b, [rows, width] each; out may be either.
+// out = a + b, [rows, width] each; out may be a or b.
 int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 
 // Runs a program (csrc/abi/run.cpp) on a step: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k];
-// the caches, each with pages [num_pages, 64, width] of its type, of which a layer may have several, or none; the rest
-// as for attention and rotation, slots [num_rows] where the tokens' rows go, page · 64 + place.
+// the caches, each with pages [num_pages, 64, width] of its type, any number per layer; the rest as for attention and
+// rotation. slots [num_rows]: where the tokens' rows go, page · 64 + place.
 int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);
 
 // Attention of whole documents, for training: out [N, H, W] of q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses
@@ -130,17 +129,17 @@ int moestro_flash_backward(void *dq, void *dk, void *dv, const void *d_out, cons
                            const void *out, const float *log_sums, const int64_t *starts, const int64_t *strides,
                            int64_t num_documents, int64_t num_rows, int64_t num_heads, int64_t num_kv_heads,
                            int64_t key_width, int64_t value_width, float scale, int type, int threads);
-// What follows is for training again.
+// From here on for training again.
 
 // Gradients of moestro_rms_norm: dx, dy, x [rows, width]; d_weight, weight [width] of weight_type. d_weight is summed
-// over blocks of rows, then over the blocks, whatever the threads.
+// over blocks of rows, then over the blocks, for any number of threads.
 int moestro_rms_norm_backward(void *dx, void *d_weight, const void *dy, const void *x, const void *weight, int64_t rows,
                               int64_t width, float eps, int type, int weight_type, int threads);
 // Gradient of moestro_swiglu: d_gate_up, gate_up [rows, 2 · width], dy [rows, width].
 int moestro_swiglu_backward(void *d_gate_up, const void *dy, const void *gate_up, int64_t rows, int64_t width, int type,
                             int threads);
 
-// out [rows, heads, P + R]: P values of plain, then R of rotary, whose pairs (0, 1), (2, 3), … are turned by the row's
+// out [rows, heads, P + R]: P values of plain, then R of rotary, whose pairs (0, 1), (2, 3), … are rotated by the row's
 // angles; cos, sin [rows, R / 2]. Value j of row n and head h is plain[n · plain_row + h · plain_head + j], and so for
 // rotary; rotary_head = 0 lets all heads share it.
 int moestro_join_heads(void *out, const void *plain, const void *rotary, const float *cos, const float *sin,

@@ -1,10 +1,10 @@
 // Runs a program: a model's forward pass as a list of calls of the functions in moestro.h, made once by
-// moestro/ops/serving/program.py and run for every step. What a call costs between kernels is then nanoseconds.
+// moestro/ops/serving/program.py and run for every step. The overhead between kernels is then nanoseconds.
 //
-// A program is a list of int64: an operation's number, then its operands. Values live in one block of memory: `at` is
-// the place of a value, in bytes for each row, so that one program serves any number of rows: value v of row r lies at
-// at · rows + r · (bytes of a row of v). Operands are checked here against the block, sizes again by the function
-// called.
+// A program is a list of int64: an operation's number, then its operands. Values live in one block of memory. `at` is
+// the place of a value, in bytes per row, so one program serves any number of rows: value v of row r lies at
+// at · rows + r · (bytes of a row of v). Operands are checked against the block here; the function called checks sizes
+// again.
 #include <cstring>
 #include <initializer_list>
 
@@ -93,7 +93,7 @@ int Program::attention() {
                   value_offset = number();
     const float scale = float(real());
     const int type = small();
-    const int64_t selection = number(), selected = number();  // at -1: none
+    const int64_t selection = number(), selected = number();  // selection = -1: none
     void *to = value(out, heads, value_width, size_of(type)), *from = value(q, heads, key_width, size_of(type));
     const void *positions = selection == -1 ? nullptr : value(selection, 1, selected, 4);
     if (!error && rows.type != type) error = MOESTRO_BAD_TYPE;
@@ -130,7 +130,7 @@ int Program::add() {
     return error ? error : moestro_add(to, left, right, step.num_rows, width, type, step.threads);
 }
 
-// Of x, a row of x_row elements, `groups` vectors of `width` from `offset` on, x_group apart.
+// Rotates `groups` vectors of `width` from `offset` on, x_group apart, of each row (x_row elements) of x.
 int Program::rope() {
     const int64_t out = number(), x = number(), x_row = number(), offset = number(), groups = number(),
                   x_group = number(), width = number();
@@ -166,7 +166,7 @@ int Program::copy() {
     return MOESTRO_OK;
 }
 
-// Rows of a cache, where the tokens' slots are.
+// Writes the tokens' rows to their slots in a cache.
 int Program::store() {
     const MoestroCache to = cache(number());
     const int64_t x = number(), width = number(), bytes = to.width * size_of(to.type);

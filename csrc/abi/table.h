@@ -1,4 +1,4 @@
-// The functions of one instruction set, behind one table. What the arguments mean stands in moestro.h.
+// The functions of one instruction set, behind one table. moestro.h explains the arguments.
 #pragma once
 #include <cstdint>
 #include <type_traits>

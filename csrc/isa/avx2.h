@@ -1,4 +1,4 @@
-// The vector of AVX2 and FMA, with and without products of int8 quadruples (MOESTRO_HAS_VNNI). bf16 is widened to fp32.
+// Vectors of AVX2 and FMA, with and without products of int8 quadruples (MOESTRO_HAS_VNNI). bf16 is widened to fp32.
 #pragma once
 #include "isa/steps8.h"
 
@@ -34,8 +34,8 @@ struct Isa {
     }
     template <int BITS> static Integers end(Integers c, int) { return c; }
 #else
-    // Codes of 8 bits: signed weights times |x|, the sign of x moved to the weight; 2 · 127 · 127 fits 16 bits. Codes
-    // of 4 bits: eight products of 2 · 15 · 127 fit 16 bits, so the sums of a block are widened at its end.
+    // 8-bit codes: signed weights times |x|, the sign of x moved to the weight; 2 · 127 · 127 fits 16 bits. 4-bit
+    // codes: eight products of 2 · 15 · 127 fit 16 bits, so the sums of a block are widened at its end.
     template <int BITS> static Integers begin(int) { return _mm256_setzero_si256(); }
     template <int BITS> static Integers dot(Integers c, Integers w, Integers x) {
         if (BITS == 4) return _mm256_add_epi16(c, _mm256_maddubs_epi16(w, x));

@@ -1,4 +1,4 @@
-// The vector of AVX-512 F, BW, DQ, VL, with and without products of bf16 pairs (MOESTRO_HAS_BF16) and of int8
+// Vectors of AVX-512 F, BW, DQ, VL, with and without products of bf16 pairs (MOESTRO_HAS_BF16) and of int8
 // quadruples (MOESTRO_HAS_VNNI).
 #pragma once
 #include "isa/steps8.h"

@@ -1,4 +1,4 @@
-// What every AVX2 machine shares: reading a step, and turning eight rows of eight steps.
+// Shared by all machines with AVX2: reading a step, and transposing eight rows of eight steps.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -18,7 +18,7 @@ inline int step_as_int(const void *p) {
     return i;
 }
 
-// Eight steps that follow each other in a row. Of bf16: widened; or paired with those of the next k.
+// Eight consecutive steps of a row. bf16 is widened, or paired with the values of the next k.
 inline __m256i widen8(const uint16_t *p) {
     return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16);
 }

@@ -1,9 +1,9 @@
 // Matrix products of one thread, for one instruction set; included by each kernels_*.cpp after it has defined `Isa`.
 //
-// Everything is in units of one 32-bit step of k: a float, or a pair of bf16 (k, k+1). The left operand is read where
-// it lies (a broadcast needs no packing) through one pointer a row; the right one is packed into panels of NR columns:
-// panel[k][NR]. The microkernel adds up MR × NR sums in registers, a piece of k after the other, in the order of k: a
-// row's result does not depend on which other rows are computed with it.
+// Everything is in units of one 32-bit step of k: a float, or a pair of bf16 (k, k+1). The left operand is read in
+// place (a broadcast needs no packing) through one pointer per row; the right one is packed into panels of NR columns:
+// panel[k][NR]. The microkernel adds up MR × NR sums in registers, one piece of k after another, in the order of k, so
+// a row's result does not depend on which other rows are computed with it.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -29,8 +29,8 @@ template <int N, class F> inline MOESTRO_INLINE void unroll(F &&f) {
 using Step = uint32_t;  // a float, or two bf16
 constexpr int MR = 6;
 constexpr int NR = Isa::WIDTH * Isa::VECTORS;
-// A task is ROW_BLOCK rows by COLUMN_BLOCK columns; what it reads of the left operand for K_BLOCK steps, and its sums,
-// stay in the second-level cache, and K_PIECE steps of a panel of 16 columns in the first.
+// A task is ROW_BLOCK rows by COLUMN_BLOCK columns. Its sums and K_BLOCK steps of its left operand stay in the
+// second-level cache, and K_PIECE steps of a panel of 16 columns in the first.
 constexpr int64_t ROW_BLOCK = 96, COLUMN_BLOCK = 512, K_BLOCK = 512, K_PIECE = NR == 16 ? 256 : 512;
 
 inline float to_float(uint16_t b) {
@@ -65,7 +65,7 @@ template <> struct Layout<uint16_t> {
 template <class T> inline int64_t steps_of(int64_t k) { return (k + Layout<T>::PER_STEP - 1) / Layout<T>::PER_STEP; }
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Memory of one call, aligned to cache lines; grows, is kept by its thread.
+// Memory of one call, aligned to cache lines; it grows, and its thread keeps it.
 struct Scratch {
     char *data = nullptr;
     size_t size = 0;
@@ -99,7 +99,7 @@ inline __m256i make_steps8(const float *p, const float *) {
 inline __m256i make_steps8(const uint16_t *p, const uint16_t *q) { return Isa::HAS_BF16 ? pair8(p, q) : widen8(p); }
 inline void store_steps8(Step *to, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), v); }
 
-// The steps of k elements that follow each other.
+// The steps of k consecutive elements.
 template <class T> inline void copy_steps(Step *to, const T *row, int64_t k) {
     constexpr int PER = Layout<T>::PER_STEP;
     const int64_t whole = k / PER;
@@ -141,7 +141,7 @@ template <class T> void pack_columns(Step *panel, int width, const T *const *col
 }
 
 // Elements k and k + 1 of a strided operand: element (k, n) is row(k)[n], row(k) = src + (rows ? rows[k] : k) * stride.
-// Of an odd last k, or where a step holds one element, the second is null.
+// For an odd last k, or where a step holds one element, the second is null.
 template <class T> struct StepRows {
     const T *first, *second;
     StepRows(const T *src, int64_t stride, const int64_t *rows, int64_t step, int64_t k) {
@@ -155,7 +155,7 @@ template <class T> struct StepRows {
     __m256i eight(int64_t n) const { return make_steps8(first + n, second + n); }
 };
 
-// One step of `columns` columns, filled up with zeros to `width`.
+// One step of `columns` columns, padded with zeros to `width`.
 template <class T> inline void copy_step(Step *out, const StepRows<T> &row, int64_t columns, int64_t width) {
     int64_t n = 0;
     for (; row.whole() && n + 8 <= columns; n += 8) store_steps8(out + n, row.eight(n));
@@ -223,9 +223,9 @@ struct Left {
     int64_t step;
 };
 
-// The steps of m rows, used in place where elements are steps; elsewhere (bf16 without bf16 products, an odd k, a
-// strided k) copied to `copy`: [m][steps], or [m / MR][steps][MR], a cache line between the strips lest they share
-// cache sets. `copy` holds (ROW_BLOCK / MR) · (MR · steps + 16).
+// The steps of m rows, used in place if elements are steps. Otherwise (bf16 without bf16 products, an odd k, a strided
+// k) they are copied to `copy`: [m][steps], or [m / MR][steps][MR] with a cache line between the strips, so that they
+// do not share cache sets. `copy` holds (ROW_BLOCK / MR) · (MR · steps + 16).
 template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, int64_t m, int64_t k) {
     constexpr int PER = Layout<T>::PER_STEP;
     const int64_t steps = steps_of<T>(k);
@@ -241,8 +241,8 @@ template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, i
     for (int64_t i = 0; i < m; i++) left.rows[i] = copy + i / MR * strip + i % MR;
     for (int64_t s = 0; s < steps; s++) {
         const StepRows<T> row(a.data, a.stride, a.rows, s, k);
-        // Eight steps are written where six are meant: the two in excess are the next step's, which comes later, or
-        // fill.
+        // Eight steps are written where six are needed. The next step overwrites the two extra ones; those of the last
+        // step fall into the gap between strips.
         const int64_t wide = row.whole() ? m - 7 : 0;
         for (int64_t first = 0; first < m; first += MR) {
             Step *to = copy + first / MR * strip + s * MR;

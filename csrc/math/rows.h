@@ -1,12 +1,12 @@
 // Functions of single rows: RMSNorm, SwiGLU, router scores, rotation. Rows are taken in pieces of 16 values, the last
-// one filled up, so that every value of a row is computed by the same instructions.
+// one padded, so that every value of a row is computed by the same instructions.
 #pragma once
 #include "math/gemm.h"
 
 namespace {
 
 constexpr int LANES = 16;
-constexpr int64_t SHARED_VALUES = 1 << 16;  // of a call that is worth a second thread
+constexpr int64_t SHARED_VALUES = 1 << 16;  // a call with this many is worth a second thread
 
 template <class T> inline void load_lanes(float *to, const T *from, int64_t count) {
     if (count >= LANES) {

@@ -1,5 +1,5 @@
-// Products in registers for serving: R rows at one distance from each other times V vectors of a packed panel. A result
-// is one sum over k in order, whatever R and V are, so shapes are chosen freely by the number of rows.
+// Products in registers for serving: R equally spaced rows times V vectors of a packed panel. A result is one sum over
+// k in order, whatever R and V are, so the number of rows can choose the shape freely.
 #pragma once
 #include "math/gemm.h"
 
@@ -16,10 +16,10 @@ template <int MOST, class F> inline void with_rows(int64_t rows, F &&f) {
 struct Rows {
     const char *data;
     int64_t bytes;       // from row to row
-    int64_t scales = 0;  // of quantised rows: where their BlockScales begin
+    int64_t scales = 0;  // where the BlockScales of quantised rows begin
 };
 
-// Where to fetch ahead of use, some lines a step.
+// Where to fetch ahead of use, some lines per step.
 struct Ahead {
     const char *at;
     int64_t bytes;
@@ -28,10 +28,10 @@ struct Ahead {
         at += bytes;
     }
 };
-// Lines of a step of V vectors, no more than the products of R rows leave time for.
+// Lines per step of V vectors, no more than the products of R rows leave time for.
 template <int R, int V> constexpr int LINES = std::min(V * Isa::WIDTH / 16, R == 1 && Isa::FETCH_CLOSE ? 4 : 2);
 
-// Three rows share a pointer: base, base + distance, base + 2 · distance are addresses of one instruction.
+// Three rows share a pointer: one instruction can address base, base + distance and base + 2 · distance.
 template <int R> struct Pointers {
     const char *at[(R + 2) / 3];
     int64_t distance;
@@ -44,8 +44,8 @@ template <int R> struct Pointers {
     }
 };
 
-// use(row, vector, what was loaded): V vectors of a step for R rows. Of one row, each vector has done with before the
-// next is loaded, so that many columns fit the registers; of several, each is loaded once for all.
+// use(row, vector, what was loaded): V vectors of a step for R rows. With one row, each vector is used up before the
+// next is loaded, so that many columns fit the registers; with several, each is loaded once for all.
 template <int R, int V, class Vector, class Load, class Use>
 inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use) {
     if constexpr (R == 1) {
@@ -57,7 +57,7 @@ inline MOESTRO_INLINE void for_vectors(Load &&load, Use &&use) {
     }
 }
 
-// Keeps the compiler from holding in registers what it has read, which the sums need.
+// Keeps the compiler from holding what it has read in registers that the sums need.
 #define READ_AGAIN asm volatile("" ::: "memory")
 
 // How rows meet a panel, and what a step is: a float of each; a pair of bf16 of each; two floats of a row and a pair of
@@ -116,7 +116,7 @@ template <int BITS> struct Block {
     static constexpr int CODES = LENGTH * PANEL * BITS / 8, BYTES = CODES + 2 * PANEL, LOADS = CODES / (4 * PANEL);
 };
 
-// A block of a quantised row: value = scale · code; `start` takes the panel's ZERO off, −ZERO · Σ codes.
+// A block of a quantised row: value = scale · code; `start` subtracts the panel's ZERO, −ZERO · Σ codes.
 struct BlockScale {
     float scale;
     int32_t start;
@@ -136,7 +136,7 @@ template <int BITS, int R, int V> void block_tile(float *c, int64_t c_stride, Ro
         });
         const char *codes = blocks + b * B::BYTES + column * 4;
         for (int s = 0; s < B::LOADS; s++) {
-            ahead.fetch<LINES<R, V> + (R <= 2 ? 1 : 0)>();  // of the scales, too
+            ahead.fetch<LINES<R, V> + (R <= 2 ? 1 : 0)>();  // the scales, too
             unroll<HALVES>([&](auto half) MOESTRO_INLINE {
                 if (half) READ_AGAIN;
                 for_vectors<R, V, Integers>(

@@ -1,13 +1,15 @@
 // Attention over pages of cached rows. A unit is up to NR columns (a query row and a head each) of one sequence and
 // group; its keys are taken in splits of SPLIT, aligned to absolute positions:
 //
-//   scores    rows of a page, read where they lie, times a panel of the columns' queries: a cached row is read once for
-//   all weights   exp(score − largest of the split), vertically, a lane a column; keys that a column does not see weigh
-//   0 values    weights, turned into rows, times values: read where they lie, or with bf16 products packed into panels
+//   scores    rows of a page, read in place, times a panel of the columns' queries; a cached row is read once for all
 //
-// Splits are merged in their order by the usual rescaling, whether one thread or several computed them; so a column's
-// result depends on its query, its position and its cached rows alone. A row that sees a selection only is a sequence
-// of its own, whose cached rows are the selected ones.
+//   weights   exp(score − largest of the split), one lane per column; keys that a column does not see weigh 0
+//
+//   values    weights, transposed into rows, times values, read in place or, with bf16 products, packed into panels
+//
+// Splits are merged in order by the usual rescaling, whether one thread or several computed them, so a column's result
+// depends only on its query, its position and its cached rows. A row that sees only a selection is its own sequence,
+// whose cached rows are the selected ones.
 #pragma once
 #include <omp.h>
 
@@ -39,7 +41,7 @@ struct Softmax {
 template <class T> struct Query {
     const T *columns[NR];
     T *out[NR];
-    int64_t seen[NR];  // keys that a column sees
+    int64_t seen[NR];  // number of keys that a column sees
     const int32_t *table;
     const T *rows;  // of the group, at row 0 of page 0
     int64_t group, num_keys;
@@ -278,7 +280,7 @@ inline int64_t list_units(Unit *to, const PagedAttention &a, int64_t *splits) {
     return count;
 }
 
-// Few units of many splits: all splits first, then a merge of each unit.
+// For few units of many splits: computes all splits first, then merges each unit.
 template <class T> int attend_splits(const PagedAttention &a, const Unit *units, int64_t count, int64_t splits,
                                      int64_t stride, int threads) {
     const int64_t size = Softmax::size(stride);
@@ -333,7 +335,7 @@ template <class T> int64_t gather_rows(T *pages, const PagedAttention &a, int64_
     return count;
 }
 
-// Every query row as a sequence of its own, by so many at once that the gathered pages stay bounded.
+// Every query row as its own sequence, in batches that keep the gathered pages bounded.
 template <class T> int attend_selected(PagedAttention a, int threads) {
     const int64_t num_rows = a.starts[a.num_sequences], pages = (a.selected + PAGE - 1) / PAGE,
                   values = pages * PAGE * a.page_width;

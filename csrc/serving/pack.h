@@ -1,4 +1,4 @@
-// Weights into panels: what moestro/ops/serving/formats.py specifies, to the bit.
+// Packs weights into panels, bit for bit as moestro/ops/serving/formats.py specifies.
 #pragma once
 #include <numeric>
 
@@ -7,7 +7,7 @@
 namespace {
 
 constexpr float LEAST_SCALE = 1e-37f;  // whose inverse is finite
-constexpr int WORDS = 16;              // of four bytes, most that a row has in a piece of a panel
+constexpr int WORDS = 16;              // of four bytes, the most that a row has in a piece of a panel
 
 // A piece of a panel: LENGTH of k, words [k of a word][PANEL], then the scales of codes.
 template <int KIND> constexpr int64_t LENGTH = KIND == MOESTRO_KIND_FP32 ? 16 : KIND == MOESTRO_KIND_INT8 ? 64 : 32;
@@ -25,11 +25,11 @@ template <int KIND> constexpr int64_t bytes_of(int64_t count) {
 inline float inverse_of(float scale) { return std::fabs(scale) > LEAST_SCALE ? 1.0f / scale : 0.0f; }
 inline float code_of(float value, float inverse, float least, float most) {
     const float code = std::nearbyint(value * inverse);
-    return code > least ? std::min(code, most) : least;  // of what is not a number, too
+    return code > least ? std::min(code, most) : least;  // least for NaN, too
 }
 
-// A row's words of a piece, v [LENGTH] filled up with zeros -> its scale in bf16. Least and largest are 0 at the most
-// and least, which changes nothing: of a block whose values all have one sign, the other is not used.
+// Writes a row's words of a piece from v [LENGTH], padded with zeros, and returns its scale in bf16. Least is at most 0
+// and largest at least 0, which changes nothing: if all values of a block have one sign, the other end is not used.
 template <int KIND> inline uint16_t make_words(uint32_t *words, const float *v) {
     constexpr int64_t N = LENGTH<KIND>;
     if constexpr (KIND == MOESTRO_KIND_FP32) {
@@ -41,7 +41,7 @@ template <int KIND> inline uint16_t make_words(uint32_t *words, const float *v) 
     } else {
         uint8_t codes[N];
         if constexpr (KIND == MOESTRO_KIND_INT8) {
-            int32_t bits[N], most = 0;  // of magnitudes: what is not a number is the largest of all
+            int32_t bits[N], most = 0;  // bits of magnitudes: NaN is the largest of all
             memcpy(bits, v, sizeof bits);
             for (int64_t i = 0; i < N; i++) most = std::max(most, bits[i] & 0x7fffffff);
             float largest;
@@ -81,7 +81,7 @@ template <int KIND> inline uint16_t make_words(uint32_t *words, const float *v) 
     }
 }
 
-// The first `length` of N values, filled up with zeros.
+// The first `length` of N values, padded with zeros.
 template <int64_t N, class T> inline void load_values(float *v, const T *x, int64_t length) {
     if (length == N) {
         for (int64_t i = 0; i < N; i++) v[i] = load_value(x + i);
@@ -90,7 +90,7 @@ template <int64_t N, class T> inline void load_values(float *v, const T *x, int6
     }
 }
 
-// Rows [count ≤ PANEL][k] -> one panel, eight rows at a time: as many as the processor fetches ahead side by side.
+// Rows [count ≤ PANEL][k] -> one panel, eight rows at a time: as many as the processor prefetches side by side.
 template <int KIND, class T> void pack_panel_of(char *to, const T *x, int64_t count, int64_t k) {
     for (int64_t row = 0; row < PANEL; row += 8) {
         char *piece = to;

@@ -1,9 +1,8 @@
 // Products with packed weights (docs/kernels.md has the layout): linear layers and SwiGLU experts for serving.
 //
-// A weight is cut into panels of 64 outputs that follow each other in memory, each read from front to end once for a
-// block of rows: what limits few rows is that reading, so it is the only traffic. Rows are prepared once a call
-// (widened, quantised, or used where they lie). A task is a block of rows times some panels; tasks are handed out
-// freely.
+// A weight is cut into consecutive panels of 64 outputs, each read from front to end once for a block of rows. With few
+// rows that reading is the limit, so there is no other traffic. Rows are prepared once per call (widened, quantised, or
+// used in place). A task is a block of rows times some panels; any thread may take any task.
 #pragma once
 #include <omp.h>
 
@@ -12,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 96;  // of a block: they stay in the second-level cache beside a piece of a panel
-constexpr int64_t FEW_ROWS = 24;   // of a block beside which a piece of a panel fits the first-level cache
+constexpr int64_t MOST_ROWS = 96;  // in a block: they stay in the second-level cache beside a piece of a panel
+constexpr int64_t FEW_ROWS = 24;   // in a block beside which a piece of a panel fits the first-level cache
 constexpr int64_t FEW_BYTES = 3 * Block<8>::BYTES,
                   MANY_BYTES = 65536;  // of a piece of a panel, used for all rows before the next one
 constexpr int64_t CLOSE_BYTES =
@@ -33,8 +32,8 @@ constexpr int vectors_of(int rows) {
 // Rows that lie a multiple of 2048 bytes apart would share few sets of the first-level cache.
 inline int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 64; }
 
-// What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES what a panel has of it, ROWS how
-// many rows a tile takes: as many as leave the compiler registers.
+// What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES its size in a panel, ROWS the
+// number of rows a tile takes without running out of registers.
 template <Mode MODE> struct FloatProduct {
     static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL,
                              ROWS = MODE == Mode::WIDE_PANEL ? 5 : MR;
@@ -61,11 +60,11 @@ template <Mode MODE> struct FloatProduct {
 template <int BITS> struct BlockProduct {
     static constexpr int64_t UNIT = Block<BITS>::LENGTH, BYTES = Block<BITS>::BYTES, ROWS = 4,
                              STEP_BYTES = BYTES / Block<BITS>::LOADS;
-    using Element = float;  // of what is quantised later
+    using Element = float;  // of rows before they are quantised
     static int64_t row_bytes(int64_t k) { return spread((k + UNIT - 1) / UNIT * (UNIT + int64_t(sizeof(BlockScale)))); }
     template <class T> static bool in_place(int64_t, int64_t, int64_t) { return false; }
     static int64_t scales(int64_t k) { return round_up(k, UNIT); }
-    // A block's scale is its largest magnitude / 127; not finite: not a number, so that results are not either.
+    // A block's scale is its largest magnitude / 127; if that is not finite, the scale is NaN, and so are the results.
     template <class T> static void prepare(char *to, const T *x, int64_t k) {
         BlockScale *scale = reinterpret_cast<BlockScale *>(to + round_up(k, UNIT));
         for (int64_t first = 0; first < k; first += UNIT, scale++) {
@@ -98,8 +97,8 @@ template <int BITS> struct BlockProduct {
 template <class P> int64_t units_of(int64_t k) { return (k + P::UNIT - 1) / P::UNIT; }
 inline int64_t panels_of(int64_t m) { return (m + PANEL - 1) / PANEL; }
 
-// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the next one is
-// fetched from front to end, an equal share by every tile. A lone tile, which takes all rows and columns, reads a panel
+// c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the tiles fetch
+// the next one from front to end, an equal share each. A lone tile, which takes all rows and columns, reads a panel
 // once from front to end: it fetches close ahead (FETCH_CLOSE) or leaves that to the processor.
 template <class P> void multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
     if (units == 0) return std::fill(c, c + count * PANEL, 0.0f);
@@ -123,7 +122,7 @@ template <class P> void multiply(float *c, Rows rows, int64_t count, const char 
     }
 }
 
-// Rows of a block where n are to be shared out, and panels of a task where so many block-panels are.
+// The number of rows per block for n rows, and the number of panels per task for so many block-panels.
 inline int64_t rows_of_block(int64_t n) {
     const int64_t blocks = (n + MOST_ROWS - 1) / MOST_ROWS;
     return blocks <= 1 ? std::max<int64_t>(n, 1) : round_up((n + blocks - 1) / blocks, MR);
@@ -131,7 +130,7 @@ inline int64_t rows_of_block(int64_t n) {
 inline int64_t panels_of_task(int64_t total, int threads) {
     return std::min<int64_t>(4, std::max<int64_t>(1, total / (16 * threads)));
 }
-// Waking threads and waiting for the last takes microseconds, much longer where cores are shared with others.
+// Waking threads and waiting for the last takes microseconds, much longer if other processes share the cores.
 inline int worth_threads(double bytes, double products, int threads) {
     return bytes < 131072 && products < 2e6 ? 1 : threads;
 }
@@ -185,7 +184,7 @@ struct Slots {
     struct Part {
         int64_t expert, first, rows;
     };
-    int64_t *token, *slot;  // of a slot; of a choice, or -1
+    int64_t *token, *slot;  // token of a slot; slot of a choice, or -1
     Part *parts;
     int64_t num_slots, num_parts;
 };
@@ -228,7 +227,7 @@ template <class T> void add_choices(T *out, const float *y, const int64_t *slot,
     for (int64_t j = 0; j < count; j++) store_value(out + first + j, sum[j]);
 }
 
-// Of a panel with 32 gates and 32 ups, for each row: silu(gate) · up.
+// silu(gate) · up for each row of a panel with 32 gates and 32 ups.
 template <class E> void activate_panel(E *to, const float *c, int64_t count) {
     constexpr int HALF = PANEL / 2;
     float values[HALF];
@@ -316,7 +315,7 @@ template <class P, class T> int some_experts(const PackedExperts &a, int threads
     return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;
 }
 
-// By so many tokens at once, so that scratch memory stays bounded.
+// Takes tokens in batches, so that scratch memory stays bounded.
 template <class P, class T> int packed_experts(PackedExperts a, int threads) {
     for (int64_t left = a.num_tokens; left > 0; left -= TOKENS_AT_ONCE) {
         a.num_tokens = std::min(left, TOKENS_AT_ONCE);

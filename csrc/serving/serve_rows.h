@@ -1,4 +1,4 @@
-// Functions of single rows that a step of serving needs beside its products: rotation, routing, addition.
+// Functions of single rows that a serving step needs besides products: rotation, routing, addition.
 #pragma once
 #include "math/rows.h"
 #include "abi/table.h"
@@ -25,11 +25,11 @@ template <class T> void add(T *out, const T *a, const T *b, int64_t rows, int64_
     });
 }
 
-// Not a number counts as the largest, as it does in torch: whatever the scores are, what is chosen exists.
+// NaN counts as the largest, as in torch, so the chosen experts exist whatever the scores are.
 inline float comparable(float v) { return v == v ? v : INFINITY; }
 
-// ids: the `count` largest of values in descending order, of equal ones the first. Each is the next one after the one
-// before in that order, so that they differ. 0 <= count <= num_values.
+// ids: the `count` largest of values in descending order, ties by lowest index. Each is the successor of the one before
+// in that order, so all differ. 0 <= count <= num_values.
 inline void select_largest(int64_t *ids, int64_t count, const float *values, int64_t num_values) {
     for (int64_t a = 0; a < count; a++) {
         int64_t best = -1;
@@ -42,7 +42,7 @@ inline void select_largest(int64_t *ids, int64_t count, const float *values, int
     }
 }
 
-// Experts outside of the best groups become -inf. `best` and `kept` hold one value a group.
+// Experts outside the best groups become -inf. `best` and `kept` hold one value per group.
 inline void mask_groups(float *choice, float *best, int64_t *kept, const Route &a) {
     const int64_t size = a.num_experts / a.num_groups;
     for (int64_t g = 0; g < a.num_groups; g++) {
@@ -54,7 +54,7 @@ inline void mask_groups(float *choice, float *best, int64_t *kept, const Route &
         best[g] = comparable(a.group_best == 2 ? first + second : first);
     }
     select_largest(kept, a.top_k_groups, best, a.num_groups);
-    for (int64_t k = 0; k < a.top_k_groups; k++) best[kept[k]] = NAN;  // a mark: no other is
+    for (int64_t k = 0; k < a.top_k_groups; k++) best[kept[k]] = NAN;  // marks kept groups: no other is NaN
     for (int64_t i = 0; i < a.num_experts; i++)
         if (best[i / size] == best[i / size]) choice[i] = -INFINITY;
 }

@@ -1,5 +1,5 @@
 // The kernels of training for one instruction set, on the products of gemm.h. Work is cut into tasks whose results do
-// not overlap; tasks are handed out freely, sums inside a task have one order.
+// not overlap; any thread may take any task, and sums inside a task have one order.
 #pragma once
 #include <omp.h>
 
@@ -21,7 +21,7 @@ template <class T> void pack_all(Step *panels, const T *b, int64_t stride, bool 
                    contiguous_k, k, int(std::min<int64_t>(NR, n - p * NR)));
 }
 
-// Products of a call, a task for each block of rows and of columns: store(row, column, values, count).
+// Products of a call, one task for each block of rows and columns: store(row, column, values, count).
 template <class T, class Store>
 bool multiply_all(const Operand<T> &a, int64_t m, int64_t k, const Step *panels, int64_t n, Store store) {
     bool ok = true;
@@ -69,7 +69,7 @@ inline int64_t make_tasks(Task *tasks, const int64_t *offsets, int64_t num_exper
     return count;
 }
 
-// Pack a weight matrix of every expert that has slots: b(k, n) as in matmul.
+// Packs a weight matrix of every expert that has slots: b(k, n) as in matmul.
 template <class T> void pack_experts(Step *panels, const void *const *weights, const int64_t *offsets,
                                      int64_t num_experts, int64_t n, int64_t k, int64_t stride, bool contiguous_k) {
     const int64_t num_panels = (n + NR - 1) / NR, steps = steps_of<T>(k);
@@ -136,8 +136,8 @@ template <class T> int experts_forward(const ExpertsForward &a, int threads) {
     return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;
 }
 
-// One row of the backward pass between the two products: d is the gradient of the activation before its weight. Returns
-// the gradient of the weight, summed in 16 lanes whatever the instruction set.
+// One row of the backward pass between the two products; d is the gradient of the activation before its weight. Returns
+// the gradient of the weight, summed in 16 lanes on every instruction set.
 template <class T> float swiglu_backward(T *d_gate, T *d_up, T *act, const float *d, const T *gate, const T *up,
                                          float weight, int64_t width) {
     float lanes[16] = {};

@@ -1,14 +1,14 @@
-// Attention of whole documents, for training: what both passes are made of, and the forward pass.
+// Attention of whole documents, for training: the parts of both passes, and the forward pass.
 //
 // A task is a head's queries, up to TASK_QUERIES of one document. It walks over the keys that they see, KEYS at a time:
 //
-//   scores    rows of queries · keys turned into panels
-//   weights   2^(score · log2 e − largest so far), while what was summed before is scaled to the new largest
+//   scores    rows of queries · keys transposed into panels
+//   weights   2^(score · log2 e − largest so far); earlier sums are rescaled to the new largest
 //   values    weights · values
 //
 // Every product is tiles of up to MR rows and NR columns, and every tile takes only what lies on or below the diagonal.
-// All sums have an order that the document alone decides. Kept for the backward pass (flash_backward.h): log2 Σ
-// exp(score) of every row.
+// The order of all sums depends only on the document. The backward pass (flash_backward.h) gets log2 Σ exp(score) of
+// every row.
 #pragma once
 #include <omp.h>
 
@@ -27,7 +27,7 @@ constexpr int64_t SCORE_PITCH = KEYS + 16;  // an odd number of cache lines: row
 thread_local Scratch flash_space;
 Scratch flash_tasks;
 
-// Distance of rows of so many steps: whole panels, an odd number of cache lines.
+// Distance between rows of so many steps: whole panels, an odd number of cache lines.
 inline int64_t padded(int64_t steps) { return round_up(steps, NR) + 16; }
 
 // Cuts one allocation into pieces that begin at cache lines.
@@ -84,8 +84,8 @@ template <bool PAIRS, int R> void flash_tile(float *c, int64_t c_pitch, Strided 
     });
 }
 
-// c [rows][columns, filled up to whole panels] (+)= left · right. part_of(first row, end of rows, first column) gives
-// the steps of a tile; one without steps is not touched.
+// c [rows][columns, padded to whole panels] (+)= left · right. part_of(first row, end of rows, first column) gives the
+// steps of a tile; a tile without steps is not touched.
 template <class T, class PartOf> void multiply_tiles(float *c, int64_t c_pitch, Strided left, int64_t rows,
                                                      Panels right, int64_t columns, bool accumulate, PartOf part_of) {
     for (int64_t column = 0; column < columns; column += NR)
@@ -110,7 +110,7 @@ template <class T> void copy_rows(Step *to, int64_t pitch, const T *from, int64_
     }
 }
 
-// Rows as a left operand: where they lie if they are steps there, else copied to `to`.
+// Rows as a left operand: in place if they are steps there, else copied to `to`.
 template <class T>
 Strided take_rows(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t rows, int64_t width) {
     constexpr int PER = Layout<T>::PER_STEP;
@@ -127,7 +127,7 @@ void copy_panel(Step *to, int64_t pitch, const T *from, int64_t stride, int64_t 
         copy_step(to + s * pitch, StepRows<T>(from, stride, nullptr, s, rows), width, round_up(width, NR));
 }
 
-// Rows of `steps` steps turned into panels [count / NR][steps][NR].
+// Rows of `steps` steps transposed into panels [count / NR][steps][NR].
 inline void turn(Step *panels, Strided rows, int64_t count, int64_t steps) {
     const float *columns[KEYS];
     for (int64_t n = 0; n < count; n++) columns[n] = reinterpret_cast<const float *>(rows.data + n * rows.row);
@@ -135,7 +135,7 @@ inline void turn(Step *panels, Strided rows, int64_t count, int64_t steps) {
         pack_columns(panels + n * steps, NR, columns + n, int(std::min<int64_t>(NR, count - n)), steps);
 }
 
-// Rows of weights as a left operand with steps along the keys. Where these are floats, they are one already.
+// Rows of weights as a left operand with steps along the keys. Floats are one already.
 template <class T> Strided as_rows(Step *space, const float *weights, int64_t rows) {
     if (!Layout<T>::PAIRS) return {reinterpret_cast<const Step *>(weights), SCORE_PITCH, 1};
     for (int64_t i = 0; i < rows; i++)
@@ -178,7 +178,7 @@ inline int64_t list_query_tasks(QueryTask *to, const Documents &d) {
     return count;
 }
 
-// What a forward task works in.
+// The work space of a forward task.
 struct ForwardSpace {
     int64_t key_steps, key_pitch, value_pitch;
     Step *queries, *keys, *turned, *values, *weights;
@@ -227,7 +227,7 @@ inline float fast_exp2(float y) {
     return p * power;
 }
 
-// All lanes as one, in an order that does not depend on the instruction set; unrolled, it stays in registers.
+// Joins all lanes in an order that does not depend on the instruction set; unrolled, it stays in registers.
 template <class Combine> inline float fold_lanes(float *v, Combine combine) {
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2)
@@ -238,7 +238,7 @@ template <class Combine> inline float fold_lanes(float *v, Combine combine) {
 
 inline float larger(float a, float b) { return a < b ? b : a; }
 
-// Scores of one row become weights, zeros behind the `seen` ones; returns what sums before them are to be scaled by.
+// Turns scores of one row into weights, zeros after the first `seen`; returns the factor that rescales earlier sums.
 // `scale` takes scores to powers of two.
 inline float weigh(float *row, int64_t seen, float scale, bool first, float *largest, float *total) {
     const int64_t filled = round_up(seen, LANES);
@@ -262,7 +262,7 @@ inline float weigh(float *row, int64_t seen, float scale, bool first, float *lar
     return before;
 }
 
-// Up to QUERIES queries from `query` on with up to KEYS keys from `key` on; meanwhile keys and values behind these are
+// Up to QUERIES queries from `query` on with up to KEYS keys from `key` on; meanwhile the next keys and values are
 // fetched.
 template <class T> void attend_block(const FlashForward &a, const ForwardSpace &f, const QueryTask &t, Strided queries,
                                      int64_t query, int64_t key) {

@@ -3,17 +3,17 @@
 //   P = exp(score) / Σ exp    dP = d_out · vᵀ   dS = P · (dP − D)
 //   dv = Pᵀ · d_out            dk = scale · dSᵀ · q            dq = scale · dS · k
 //
-// A task owns a chunk of a document's keys and one of their heads: it walks over blocks of keys, and for each over all
+// A task owns a chunk of a document's keys and one of their heads. It walks over blocks of keys, and for each over all
 // queries that see it, so dk and dv are finished with their block. Its share of dq is summed in fp32. A short document
-// is one chunk; the chunks of a long one, few enough that their shares take memory linear in its length, are added in
-// their order.
+// is one chunk. A long one has several, few enough that their shares take memory linear in its length; the shares are
+// added in order.
 #pragma once
 #include "training/flash.h"
 
 namespace {
 
 constexpr int64_t CHUNK_KEYS = 512;     // a document with more keys may be cut
-constexpr int64_t DOCUMENT_TASKS = 32;  // a document is cut into no more chunks than make so many tasks
+constexpr int64_t DOCUMENT_TASKS = 32;  // chunks of a document make no more tasks than this
 
 Scratch flash_shares, flash_dots;
 thread_local Scratch flash_own;
@@ -21,14 +21,14 @@ thread_local Scratch flash_own;
 struct KeyTask {
     int64_t end, first, last;  // of its document; its own keys
     int64_t head, chunk, num_chunks;
-    int64_t share;  // where its share of dq begins among those of documents of several chunks
+    int64_t share;  // where its share of dq begins, for documents of several chunks
 };
 
 inline int64_t share_size(const Documents &d, const KeyTask &t) {
     return d.num_heads / d.num_kv_heads * (t.end - t.first) * padded(d.key_width);
 }
 
-// Lists the tasks; with `to` null only counts them. *shares is the number of floats that tasks of several chunks sum.
+// Lists the tasks; with `to` null only counts them. *shares is the number of floats for the shares of several chunks.
 inline int64_t list_key_tasks(KeyTask *to, const Documents &d, int64_t *shares) {
     const int64_t most = std::max<int64_t>(1, DOCUMENT_TASKS / d.num_kv_heads);
     int64_t count = *shares = 0;
@@ -49,8 +49,8 @@ inline int64_t list_key_tasks(KeyTask *to, const Documents &d, int64_t *shares) 
     return count;
 }
 
-// What a backward task works in: all its queries of one head and one block of keys, as rows and as panels; gradients of
-// the keys, of one block or, where several heads share them, of all.
+// The work space of a backward task: all its queries of one head and one block of keys, as rows and as panels;
+// gradients of one block of keys or, if several heads share the keys, of all.
 struct BackwardSpace {
     int64_t key_steps, value_steps, key_pitch,
         value_pitch;  // pitches hold rows of steps, of panels and of floats alike
@@ -59,7 +59,7 @@ struct BackwardSpace {
 };
 
 template <class T> bool make_space(BackwardSpace &b, const Documents &d, int64_t queries, int64_t keys) {
-    constexpr bool TWICE = Layout<T>::PAIRS;  // else rows are a panel of their own
+    constexpr bool TWICE = Layout<T>::PAIRS;  // else rows already are a panel
     b.key_steps = steps_of<T>(d.key_width);
     b.value_steps = steps_of<T>(d.value_width);
     b.key_pitch = padded(d.key_width);
@@ -104,7 +104,7 @@ template <class T> Strided as_columns(Step *space, const float *weights, int64_t
     return {space, 1, SCORE_PITCH};
 }
 
-// Scores of a row become weights, gradients of weights those of scores; zeros behind the `seen` ones.
+// Turns scores of a row into weights, and gradients of weights into those of scores; zeros after the first `seen`.
 inline void weigh_backward(float *weights, float *gradients, int64_t seen, float scale, float log_sum, float dot) {
     const int64_t filled = round_up(seen, LANES);
 #pragma omp simd
@@ -115,7 +115,7 @@ inline void weigh_backward(float *weights, float *gradients, int64_t seen, float
     for (int64_t j = seen; j < KEYS; j++) weights[j] = gradients[j] = 0.0f;
 }
 
-// A block of queries and one of keys.
+// A block of queries and a block of keys.
 struct Meeting {
     int64_t row, rows, count,
         ahead;  // first query among those of the task; queries; keys; from the first key to the first query
@@ -194,8 +194,7 @@ template <class T> bool attend_keys(const FlashBackward &a, const KeyTask &t, fl
     return true;
 }
 
-// dq of the queries in a task's chunk: the sum of the shares of its own and all earlier chunks, added to that of the
-// first.
+// dq of the queries in a task's chunk: the sum of the shares of all chunks up to its own, added to that of the first.
 template <class T> void finish_queries(const FlashBackward &a, const KeyTask *t, float *const *shares) {
     const Documents &d = a.documents;
     const int64_t group = d.num_heads / d.num_kv_heads, pitch = padded(d.key_width);
@@ -214,7 +213,7 @@ template <class T> void finish_queries(const FlashBackward &a, const KeyTask *t,
     }
 }
 
-// dots [H, N] = Σ d_out · out of a row, in LANES lanes whatever the instruction set.
+// dots [H, N] = Σ d_out · out of a row, in LANES lanes on every instruction set.
 template <class T> void sum_dots(float *dots, const FlashBackward &a) {
     const Documents &d = a.documents;
 #pragma omp for schedule(static)

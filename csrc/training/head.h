@@ -1,19 +1,19 @@
-// Output head and cross-entropy in one, forward and backward, for one instruction set: rows are taken a chunk at a
-// time, and no more logits than those of a chunk exist. Of a chunk: logits; per row the loss and the gradient of its
-// logits, in place; the gradient of its hidden states; its share of the weight's gradient, chunks added in their order.
+// Output head and cross-entropy in one, forward and backward, for one instruction set. Rows are taken a chunk at a
+// time, and only the logits of one chunk exist. For each chunk: logits; per row the loss and the gradient of its
+// logits, in place; the gradient of its hidden states; its share of the weight's gradient, chunks added in order.
 #pragma once
 #include "training/experts.h"
 
 namespace {
 
-constexpr int64_t CHUNK_VALUES = int64_t(1) << 23;  // logits at a time, about
+constexpr int64_t CHUNK_VALUES = int64_t(1) << 23;  // about so many logits at a time
 constexpr int64_t CHUNK_ROWS = 1024;
 
 Scratch call_logits, call_gradients;
 
 struct HeadTask {
     const int64_t *targets;
-    const float *weights;  // of the rows in the sum whose gradient is formed; null: all 1
+    const float *weights;  // of the rows in the sum that the gradients belong to; null: all 1
     int64_t vocabulary;
     float *nll;
     int64_t *argmax;
@@ -52,8 +52,7 @@ template <class T> void cross_entropy_row(const HeadTask &a, int64_t row, float 
     if (target >= 0) store_value(gradient + target, at_target);
 }
 
-// Products of one tile that stays in the first cache, again and again: what the machine can do. Returns their
-// operations.
+// Repeats products of one tile that stays in the first cache, to see what the machine can do. Returns their operations.
 template <class T> int64_t multiply_in_registers(int64_t rounds, int threads) {
     constexpr int64_t STEPS = 64;
 #pragma omp parallel num_threads(threads)

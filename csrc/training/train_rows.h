@@ -1,6 +1,5 @@
-// The small operations of a training step: gradients of RMSNorm and SwiGLU, heads with a rotated part. Rows are handed
-// out freely; what is summed over rows is summed in blocks that their number alone decides, and the blocks in their
-// order.
+// The small operations of a training step: gradients of RMSNorm and SwiGLU, heads with a rotated part. Any thread may
+// take any row. Sums over rows run in blocks that depend only on the number of rows, then over the blocks in order.
 #pragma once
 #include "math/rows.h"
 #include "abi/table.h"
@@ -12,7 +11,7 @@ constexpr int64_t SUM_BLOCKS = 64, SUM_ROWS = 16;  // at most so many blocks, of
 
 Scratch call_sums;
 
-// f(j, count) for the pieces of a row: count is the constant LANES, and what is left in the last one.
+// f(j, count) for the pieces of a row: count is the constant LANES, or the rest in the last piece.
 template <class F> inline MOESTRO_INLINE void for_lanes(int64_t width, F &&f) {
     int64_t j = 0;
     for (; j + LANES <= width; j += LANES) f(j, std::integral_constant<int, LANES>());
@@ -102,7 +101,7 @@ template <class T> void join_heads(const JoinHeads &p, int threads) {
     });
 }
 
-// Where all heads share what was rotated, their gradients are added in the order of the heads, then turned back.
+// If all heads share the rotated part, their gradients are added in the order of the heads, then rotated back.
 template <class T> void split_heads(const SplitHeads &p, int threads) {
     constexpr int64_t PIECE = 64;
     const int64_t width = p.plain_width + p.rotary_width, sums = p.shared ? 1 : p.heads,

@@ -1,4 +1,4 @@
-"""How long every run of a comparison is: equal time, equal tokens or equal FLOPs."""
+"""How long each run of a comparison lasts: equal time, equal tokens or equal FLOPs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["seconds", "tokens", "flops"]
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 TOKENS = {"tok": 1, "ktok": 10**3, "Mtok": 10**6, "Btok": 10**9}
 FORMS = "10m, 90s, 1h (training time per run) or 500ktok, 20Mtok, 2Btok (tokens per run)"
-MOST_STEPS = 10**7  # under a budget of time, which lowers it
+MOST_STEPS = 10**7  # a budget of time lowers it
 EVALUATIONS = 8
 
 
@@ -28,9 +28,9 @@ class Budget:
     text: str
 
     def train_keys(self, config: Config) -> dict[str, Any]:
-        """The settings of `train` that spend it: some eight evaluations, a checkpoint in the middle and at the end.
+        """The settings of `train` that spend it: about eight evaluations, a checkpoint in the middle and at the end.
 
-        Under a budget of time the number of steps is not known yet, so the base's intervals stay.
+        With a budget of time the number of steps is not known yet, so the base's intervals stay.
         """
         if self.kind == "seconds":
             return {"steps": MOST_STEPS, "minutes": self.value / 60, "keep_checkpoints": 1}
@@ -49,7 +49,7 @@ class Budget:
 def parse_budget(text: str, equal: str | None, base: Config) -> Budget:
     """The budget that `text` and `equal` name. Equal FLOPs are those of `base` over the tokens given.
 
-    Raises `ConfigError` for another form and for tokens that should be equal seconds or the other way round.
+    Raises `ConfigError` for any other form and if `equal` does not fit the unit of `text`.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text.strip())
     number, unit = (float(match[1]), match[2]) if match else (0.0, "")

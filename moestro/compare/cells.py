@@ -1,9 +1,9 @@
 """Cells of a comparison: what was asked for as text, and the model that costs as much as the others.
 
-A cell is a router scheme with changes, `[label=]scheme[:key=value…]`. Its widths follow from the base alone: with A
-routed and S shared experts per token, every expert is F wide and every dense layer F · (A + S), so that F decides the
-FLOPs of a token, and the number of experts the total. F is chosen so that one token costs what it costs in the base as
-a dense model; the total is `expansion` times the active experts. What a cell or a scheme sets itself is left alone.
+A cell is a router scheme with changes, `[label=]scheme[:key=value…]`. Its widths follow from the base alone. With A
+routed and S shared experts per token, every expert is F wide and every dense layer F · (A + S), so F decides the
+FLOPs of a token, and the number of experts decides the total. F is chosen so that a token costs as much as in the
+base as a dense model; the total is `expansion` times the active experts. Values that a cell or scheme sets are kept.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cell:
 
     @property
     def slug(self) -> str:
-        """The label as a directory name; what had to be replaced is made unique by a digest."""
+        """The label as a directory name; if characters had to be replaced, a digest makes it unique."""
         plain = re.sub(r"[^a-z0-9._-]+", "-", self.label.lower()).strip("-.")[:60]
         if plain == self.label:
             return plain
@@ -86,7 +86,7 @@ def _parse_cell(text: str) -> Cell:
 
 
 def split_outside(text: str, separator: str) -> list[str]:
-    """`text` cut at every separator that is in no bracket and no quotes; ConfigError where one stays open."""
+    """`text` cut at every separator outside brackets and quotes; ConfigError if one stays open."""
     parts, expected, quote = [""], [], ""
     for character in text:
         if quote:
@@ -107,7 +107,7 @@ def split_outside(text: str, separator: str) -> list[str]:
 
 
 def load_scheme(name: str) -> dict[str, Any]:
-    """The `[model]` table of a shipped scheme, or of the .toml file that `name` is the path of."""
+    """The `[model]` table of a shipped scheme, or of the .toml file at the path `name`."""
     tree = load_file(Path(name)) if name.endswith(".toml") else load_preset(name, SCHEMES)
     if set(tree) != {"model"}:
         raise ConfigError(f"the scheme {name} must hold [model] and nothing else, not {', '.join(tree) or 'nothing'}")
@@ -118,7 +118,7 @@ def load_scheme(name: str) -> dict[str, Any]:
 def base_config(tree: Mapping[str, Any], overrides: Iterable[str]) -> Config:
     """The base as a dense model: a preset's tree without its routing, changed by `overrides` for all cells.
 
-    Raises `ConfigError` for what cells, the number of seeds or the budget decide.
+    Raises `ConfigError` for settings that cells, the number of seeds or the budget decide.
     """
     pairs = list(overrides)
     for pair in pairs:
@@ -136,7 +136,7 @@ def base_config(tree: Mapping[str, Any], overrides: Iterable[str]) -> Config:
 def size_cell(cell: Cell, base: Config, expansion: int) -> SizedCell:
     """The cell's model at the cost of `base` (dense), with `expansion` times the parameters of its active experts.
 
-    Raises `ConfigError`, with the cell's label, for an unknown scheme and for a model that cannot be.
+    Raises `ConfigError`, with the cell's label, for an unknown scheme and for an impossible model.
     """
     shared = {key: value for key, value in base.model.model_dump(mode="json").items() if key not in ROUTING}
     try:
@@ -164,10 +164,10 @@ def training_cost(config: Config) -> int:
 
 
 def count_experts(model: ModelConfig, expansion: int) -> int:
-    """Routed experts so that all experts together are `expansion` times what a token meets.
+    """The number of routed experts that makes all experts together `expansion` times those a token meets.
 
-    Where only every `moe_every`-th block has experts it has so many times more. Rounded up to what groups, and the
-    parts that hash routing cuts experts into, divide.
+    If only every `moe_every`-th block has experts, it has that many times more. Rounded up so that groups, and the
+    parts that hash routing cuts experts into, divide it.
     """
     count = expansion * model.moe_every * (model.top_k + model.num_shared_experts) - model.num_shared_experts
     hashed = model.router.selection == "hash" or model.router.num_hash_layers
@@ -176,7 +176,7 @@ def count_experts(model: ModelConfig, expansion: int) -> int:
 
 
 def _solve(tree: dict[str, Any], explicit: frozenset[str], base: Config, expansion: int) -> Config:
-    """`tree` with the sizes that are not explicit, at the base's FLOPs."""
+    """`tree` with the missing sizes filled in, at the base's FLOPs."""
     model: dict[str, Any] = tree["model"]
     # checked as a dense model first: the scheme's figures are then numbers, and need no number of experts yet
     plain = build_config(tree | {"model": model | {"num_experts": 0}}).model

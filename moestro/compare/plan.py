@@ -51,12 +51,12 @@ class Plan:
     threads: int
 
     def runs(self) -> Iterator[tuple[SizedCell, int]]:
-        """Every cell of the first seed, then every cell of the next: a whole table exists early."""
+        """Every cell of the first seed, then every cell of the next, so a whole table exists early."""
         for seed in self.seeds:
             yield from ((cell, seed) for cell in self.cells)
 
     def config(self, cell: SizedCell, seed: int) -> Config:
-        """What the run of a cell and seed trains. Overrides of `train` hold over what follows from the budget."""
+        """What the run of a cell and seed trains. Overrides of `train` win over settings derived from the budget."""
         tree = cell.config.model_dump(mode="json")
         tree["train"] |= self.budget.train_keys(cell.config) | {"seed": seed, "threads": self.threads}
         return build_config(tree, [pair for pair in self.overrides if pair.strip().startswith("train.")])
@@ -79,7 +79,7 @@ def make_plan(
     expansion: int,
     jobs: int,
 ) -> Plan:
-    """Read a request; `tree` is the preset's. Raises `ConfigError` for whatever cannot be run."""
+    """Read a request; `tree` is the preset's. Raises `ConfigError` for anything that cannot be run."""
     for name, number in (("seeds", seeds), ("expansion", expansion), ("jobs", jobs)):
         if number < 1:
             raise ConfigError(f"{name} must be at least 1, not {number}")
@@ -105,7 +105,7 @@ def make_plan(
 def prepare_directory(plan: Plan, command: str, log: Callable[[str], None]) -> None:
     """Make or reopen DIR: check that it holds nothing else, prepare the data, write the request and all configurations.
 
-    Raises `ConfigError` where DIR holds other files, another request or runs with other settings.
+    Raises `ConfigError` if DIR holds other files, another request or runs with other settings.
     """
     directory = plan.directory
     request = describe_request(plan, command)
@@ -127,7 +127,7 @@ def prepare_directory(plan: Plan, command: str, log: Callable[[str], None]) -> N
 
 
 def describe_request(plan: Plan, command: str) -> dict[str, Any]:
-    """What compare.json holds."""
+    """The content of compare.json."""
     budget = plan.budget
     return {
         "version": REQUEST_VERSION,
@@ -152,7 +152,7 @@ def describe_request(plan: Plan, command: str) -> dict[str, Any]:
 
 
 def check_request(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
-    """Refuse a request that is not the old one with cells or seeds added."""
+    """Refuse a request unless it is the old one with cells or seeds added."""
     different = [name for name in FIXED if old.get(name) != new[name]]
     if different:
         raise ConfigError(
@@ -171,7 +171,7 @@ def check_request(old: dict[str, Any], new: dict[str, Any], directory: Path) -> 
 
 
 def check_run(run: Path, config: Config) -> None:
-    """Refuse a run that was started with other settings, as after an edit of its scheme's file."""
+    """Refuse a run that was started with other settings, for example before its scheme's file was edited."""
     saved = run / SETTINGS
     if not saved.exists():
         return
@@ -186,7 +186,7 @@ def check_run(run: Path, config: Config) -> None:
 
 
 def describe_commit() -> str | None:
-    """The commit of the code that runs, "-dirty" where files differ from it; None where it is in no repository."""
+    """The commit of the running code, "-dirty" if files differ from it; None outside a repository."""
     git = ("git", "-C", str(Path(__file__).parent))
     tracked, commit = ("ls-files", "--error-unmatch", "__init__.py"), ("describe", "--always", "--dirty", "--exclude=*")
     try:

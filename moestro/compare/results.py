@@ -1,10 +1,10 @@
-"""What runs of a comparison tell: one record per run, and per cell means, paired differences and costs to a target.
+"""Results of a comparison: one record per run, and per cell means, paired differences and costs to a target.
 
     DIR/results.jsonl    one record per cell and seed, in that order; `collect` makes them from the run directories
 
 Runs of one seed see the same data in the same order, so cells are compared by differences between runs of equal
 seed; these vary less than the runs do. Intervals are Student's t at 95%: with three seeds ± 4.3 standard errors. They
-say how far the mean over seeds is known, nothing about other data, sizes or learning rates.
+say how well the mean over seeds is known, nothing about other data, sizes or learning rates.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NORMAL_975 = 1.96
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over n runs and their standard deviation (n − 1); None of a single run."""
+    """Mean over n runs and their standard deviation (n − 1), None for a single run."""
 
     mean: float
     sd: float | None
@@ -60,7 +60,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of n paired differences with its 95% interval, which a single pair does not have."""
+    """Mean of n paired differences with its 95% interval; a single pair has no interval."""
 
     mean: float
     low: float | None
@@ -75,11 +75,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class CellSummary:
-    """One cell over its finished runs. `record` is its first record, for what does not depend on the seed.
+    """One cell over its finished runs. `record` is its first record, for values that do not depend on the seed.
 
-    `figures` and `domains` hold what at least one finished run has. `difference` is in bits per byte, this cell minus
-    the baseline, None for the baseline. `to_target` is the cost until the summary's target by `AXES`, over the runs
-    that reach it: compare its n.
+    `figures` and `domains` hold whatever at least one finished run has. `difference` is in bits per byte, this cell
+    minus the baseline, None for the baseline. `to_target` is the cost until the summary's target by `AXES`, over the
+    runs that reach it: compare its n.
     """
 
     label: str
@@ -94,7 +94,7 @@ class CellSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All cells in their order; `target` in bits per byte is the worst mean among the cells, None before any."""
+    """All cells in order; `target` in bits per byte is the worst mean among the cells, None without results."""
 
     baseline: str
     target: float | None
@@ -103,9 +103,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is best by an axis: of the least bits per byte where every cell got as much, else first at the target.
+    """The best cell by an axis: least bits per byte if every cell got the same amount, else first to the target.
 
-    `difference` is `label` minus `second`, paired by seed; both None where only one cell has figures.
+    `difference` is `label` minus `second`, paired by seed; both are None if only one cell has figures.
     """
 
     axis: Literal["tokens", "seconds", "flops"]
@@ -120,18 +120,18 @@ class Verdict:
 
 
 def run_path(directory: Path, cell: Cell, seed: int) -> Path:
-    """The run directory; beside it lie its configuration (.json) and what its process said (.log)."""
+    """The run directory; beside it lie its configuration (.json) and its process's output (.log)."""
     return directory / "cells" / cell.slug / f"seed-{seed}"
 
 
 def collect(directory: Path) -> list[Record]:
-    """A record for every run of the comparison, in the order of cells, then seeds, from what is on the disk."""
+    """A record for every run of the comparison, in the order of cells, then seeds, from the files on disk."""
     request = load_file(directory / REQUEST)
     return [collect_run(directory, cell, seed) for cell in parse_cells(request["routers"]) for seed in request["seeds"]]
 
 
 def collect_run(directory: Path, cell: Cell, seed: int, error: str | None = None) -> Record:
-    """The record of one run; `error` is why it failed. Figures of a run that is not finished are those so far."""
+    """The record of one run; `error` is why it failed. An unfinished run has its figures so far."""
     run = run_path(directory, cell, seed)
     config = build_config(load_file(run.with_suffix(".json")))
     cost = training_cost(config)
@@ -165,13 +165,13 @@ def collect_run(directory: Path, cell: Cell, seed: int, error: str | None = None
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run says that it came to its planned end."""
+    """Whether the run recorded that it reached its planned end."""
     path = run / "run.json"
     return path.exists() and load_file(path).get("finished") is True
 
 
 def trained_figures(run: Path, config: Config, cost: int) -> Record:
-    """What the logs of a run tell; empty before its first step. `cost` is in FLOPs per trained token."""
+    """Figures from the logs of a run; empty before its first step. `cost` is in FLOPs per trained token."""
     metrics = read_metrics(run)
     if not metrics:
         return {}
@@ -234,7 +234,7 @@ def write_results(directory: Path, records: Iterable[Record]) -> None:
 
 
 def read_results(directory: Path) -> list[Record]:
-    """The records of DIR/results.jsonl; raises `MoestroError` where there are none or a line is damaged."""
+    """The records of DIR/results.jsonl; raises `MoestroError` if there are none or a line is damaged."""
     path = directory / RESULTS
     try:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -253,7 +253,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def half_interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95% interval of the mean, t · sd / √n; None of a single value."""
+    """Half the width of the 95% interval of the mean, t · sd / √n; None for a single value."""
     if len(values) < 2:
         return None
     freedom = len(values) - 1
@@ -262,7 +262,7 @@ def half_interval(values: Sequence[float]) -> float | None:
 
 
 def paired_difference(records: Iterable[Record], label: str, other: str, value: Value) -> Difference | None:
-    """`label` minus `other` over the seeds that both finished; None where there is no such seed."""
+    """`label` minus `other` over the seeds that both finished; None if there is no such seed."""
     by_label: dict[str, dict[int, float]] = {label: {}, other: {}}
     for record in records:
         number = value(record) if record["status"] == FINISHED and record["label"] in by_label else None
@@ -278,9 +278,9 @@ def paired_difference(records: Iterable[Record], label: str, other: str, value: 
 
 
 def cost_to_target(curve: Mapping[str, Sequence[float]], axis: str, target: float) -> float | None:
-    """Where the curve first comes down to `target` bits per byte, between evaluations by linear interpolation.
+    """Where the curve first reaches `target` bits per byte, interpolated linearly between evaluations.
 
-    At the first evaluation, if it is below already; None if no evaluation is.
+    The first evaluation, if it is already below; None if no evaluation is.
     """
     x, y = curve[axis], curve["bits_per_byte"]
     for index, bits in enumerate(y):
@@ -306,7 +306,7 @@ def summarise(records: Sequence[Record], baseline: str | None = None) -> Summary
 
 
 def target_level(records: Iterable[Record]) -> float | None:
-    """The worst mean of final bits per byte among the cells: a level that every cell reaches in the mean."""
+    """The worst mean of final bits per byte among the cells: a level that every cell reaches on average."""
     return max(_final_means(records).values(), default=None)
 
 
@@ -328,10 +328,10 @@ def _summarise_cell(records: Sequence[Record], label: str, baseline: str, target
 
 
 def verdicts(records: Sequence[Record], budget: str) -> list[Verdict]:
-    """Who is best by tokens and by seconds, and by FLOPs where `budget` (the kind) is that; empty without figures.
+    """The best cells by tokens and by seconds, and by FLOPs if that is the kind of `budget`; empty without figures.
 
-    An axis of which cells did not get equal amounts is judged by the cost until the target. It is left out where runs
-    of other cells than the worst miss the target: seeds then differ more than cells, and who is first is chance.
+    If cells got unequal amounts of an axis, the cost until the target decides. The axis is left out if runs of cells
+    other than the worst miss the target: seeds then differ more than cells, and the first place is chance.
     """
     axes: list[Literal["tokens", "seconds", "flops"]] = ["tokens", "seconds"]
     if budget == "flops":
@@ -348,7 +348,7 @@ def verdicts(records: Sequence[Record], budget: str) -> list[Verdict]:
 
 
 def _least(records: Sequence[Record], value: Value) -> tuple[str, float, str | None, Difference | None] | None:
-    """The cell of the least mean, that mean, the cell after it, and their paired difference; see `verdicts`."""
+    """The cell with the least mean, that mean, the next cell, and their paired difference; see `verdicts`."""
     numbers = _by_cell(records, value)
     finals = _final_means(records)
     whole = {label: [n for n in values if n is not None] for label, values in numbers.items() if None not in values}

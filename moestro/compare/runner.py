@@ -1,7 +1,7 @@
-"""Runs a plan: one process per run, some at a time, each on cores of its own; one that fails does not stop the rest.
+"""Runs a plan: one process per run, some at a time, each on its own cores; one that fails does not stop the rest.
 
-Processes are in sessions of their own, so that Ctrl-C at the terminal reaches this one alone, which hands it on once:
-a training process takes the second signal as the wish to end without saving.
+Each process has its own session, so Ctrl-C at the terminal reaches only this one, which passes it on once: a training
+process takes a second signal as the wish to end without saving.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Running:
 
 @dataclass
 class Runner:
-    """Trains what is not finished; `records` are those of results.jsonl, `report` gets each that changed."""
+    """Trains unfinished runs; `records` are those of results.jsonl, `report` gets each that changed."""
 
     plan: Plan
     report: Callable[[Record], None]
@@ -69,7 +69,7 @@ class Runner:
         return stop.signal
 
     def work(self, queue: deque[tuple[SizedCell, int]], stop: StopRequest) -> None:
-        """Keep every slot busy until the queue is empty; on a signal let the processes save."""
+        """Keep every slot busy until the queue is empty; on a signal, let the processes save."""
         while (queue or self.running) and stop.signal is None:
             free = sorted(set(range(self.plan.jobs)) - {running.slot for running in self.running})
             for slot in free[: len(queue)]:
@@ -84,7 +84,7 @@ class Runner:
             self.finish(running, stopped=True)
 
     def start(self, cell: SizedCell, seed: int, slot: int) -> Running:
-        """Start one run on the cores of `slot`; its log is that of the latest attempt."""
+        """Start one run on the cores of `slot`; its log holds only the latest attempt."""
         run = self.plan.run(cell, seed)
         cores = core_group(slot, self.plan.threads) if self.plan.jobs > 1 else []
         with run.with_suffix(".log").open("wb") as log, pinned(cores):
@@ -117,7 +117,7 @@ class Runner:
 
 
 def core_group(slot: int, size: int) -> list[int]:
-    """The cores of one of the runs that go on at a time; empty where the system cannot bind processes."""
+    """The cores of one of the concurrent runs; empty where the system cannot bind processes."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     return sorted(os.sched_getaffinity(0))[slot * size : (slot + 1) * size]
@@ -125,7 +125,7 @@ def core_group(slot: int, size: int) -> list[int]:
 
 @contextmanager
 def pinned(cores: Sequence[int]) -> Iterator[None]:
-    """Processes started inside inherit these cores; none: all."""
+    """Processes started inside inherit these cores; if none are given, all."""
     if not cores:
         yield
         return
@@ -138,6 +138,6 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that is not empty."""
     lines = log.read_text("utf-8", errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -1,6 +1,6 @@
 """One run of a comparison as a process: `python -m moestro.compare.worker CONFIG RUN`.
 
-As `moestro train --resume`, without progress and without a report. SIGTERM saves a checkpoint.
+Like `moestro train --resume`, without progress and without a report. SIGTERM saves a checkpoint.
 """
 
 from __future__ import annotations

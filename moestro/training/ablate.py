@@ -7,9 +7,9 @@
                 Its control masks as many experts at random
 
 A masked expert scores below all others before groups and experts are chosen, so the next best takes its place, and
-the weights are those of the experts chosen in the end. Nothing is retrained: the other experts never learnt to stand
-in, so a difference measures what the model relies on, not where its knowledge lies. Layers that route by a hash of the
-token have no next best and are left alone, as are MTP modules, which have no part in bits per byte.
+the weights are those of the experts finally chosen. Nothing is retrained: the other experts never learnt to stand in,
+so a difference measures what the model relies on, not where its knowledge lies. Layers that route by a hash of the
+token have no next best and are left alone. So are MTP modules, which do not affect bits per byte.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ EVERY = ("top1", "fraction:0.25", "shared", "shared+1", "domains")  # what is do
 
 
 class AblatedRouter(Router):
-    """A router on the parameters of another, some of whose experts are never chosen.
+    """A router on the parameters of another that never chooses some of the experts.
 
-    masked [E] bool: experts masked for every token; `top`: how many more are masked for each token, those that it
-    would choose first; `extra`: experts that a token uses beyond the other router's top_k. Raises ConfigError where
-    too few are left.
+    masked [E] bool: experts masked for every token; `top`: how many of each token's first choices are masked besides;
+    `extra`: experts that a token uses beyond the other router's top_k. Raises ConfigError if too few are left.
     """
 
     masked: Tensor
@@ -73,7 +72,7 @@ class AblatedRouter(Router):
 def first_choices(scores: Tensor, chosen: Tensor, count: int) -> Tensor:
     """scores [N, E], chosen [N, A] -> ids [N, count]: the chosen experts by score, then the others by score.
 
-    Without bias and groups, which DeepSeekMoE does not have, these are the experts of the highest scores.
+    Without bias and groups, as in DeepSeekMoE, these are the experts with the highest scores.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
@@ -95,7 +94,7 @@ def check_left(config: ModelConfig, masked: Tensor, *, top: int = 0, what: str) 
 
 @dataclass(frozen=True)
 class Cut:
-    """What one evaluation goes without; `masked` [L, E] over the main MoE layers, else as in `AblatedRouter`."""
+    """What one evaluation leaves out; `masked` [L, E] over the main MoE layers, else as in `AblatedRouter`."""
 
     masked: Tensor
     top: int = 0
@@ -105,7 +104,7 @@ class Cut:
 
 @contextmanager
 def apply_cut(model: Transformer, cut: Cut) -> Iterator[None]:
-    """The model with a cut, inside `with`; its routers and shared experts are put back whatever happens."""
+    """The model with a cut, inside `with`; its routers and shared experts are always put back."""
     layers = moe_layers(model)
     whole = [(moe, moe.router, moe.shared) for _, moe in layers]
     try:
@@ -139,7 +138,7 @@ class Ablation:
 
 
 class Planner:
-    """From names to ablations; every mistake in a name is found here, before anything is evaluated."""
+    """Turns names into ablations; every mistake in a name is found here, before anything is evaluated."""
 
     def __init__(self, model: Transformer, domains: Sequence[str], seeds: Sequence[int], count: int) -> None:
         """`seeds`: one random draw each; `count`: experts that are masked per layer for a domain."""
@@ -152,7 +151,7 @@ class Planner:
         self.nothing = torch.zeros(len(self.routers), self.config.num_experts, dtype=torch.bool)
 
     def plan(self, name: str) -> list[Ablation]:
-        """The ablations that a name stands for; raises ConfigError where it means nothing for this model."""
+        """The ablations that a name stands for; raises ConfigError if it means nothing for this model."""
         kind, _, value = name.partition(":")
         if name != "shared" and all(router.hashed for router in self.routers):
             raise ConfigError(f"every layer routes by a hash of the token: masking experts ({name}) does not apply")
@@ -223,7 +222,7 @@ def plural(count: int) -> str:
 
 
 def parse_float(text: str) -> float:
-    """The number, or NaN where the text is none."""
+    """The number, or NaN if the text is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -256,7 +255,7 @@ def ablate(
     """Evaluate the intact model, then each ablation in `names` (None: all of `EVERY` that the model allows).
 
     Random masks are drawn `draws` times, with seed, seed + 1, …; `experts_per_layer`, by default top_k, are masked
-    for a domain. `announce` hears what is evaluated next. In bits per byte, + is worse::
+    for a domain. `announce` is told what is evaluated next. In bits per byte, + is worse::
 
         {"intact": {"bits_per_byte", "domains": {name: {"bits_per_byte", …}}, …}, "tokens",
          "ablations": [{"name", "masked", "draws", "bits_per_byte", "difference", "spread",
@@ -297,7 +296,7 @@ def ablate(
 
 
 def plan_all(planner: Planner, names: Sequence[str] | None) -> tuple[list[Ablation], dict[str, str]]:
-    """The ablations of all names, each once; without names, those that apply, and why the others do not."""
+    """The ablations of all names, each once; without names, all that apply, and why the others do not."""
     planned: dict[str, Ablation] = {}
     left_out: dict[str, str] = {}
     for name in EVERY if names is None else names:

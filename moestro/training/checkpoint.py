@@ -6,8 +6,8 @@
 
 Written as `step-N.tmp`, synced file by file, then renamed: a killed process or a full disk leaves the previous
 checkpoint in force, and the newest directory is the newest checkpoint. Weights are the fp32 master weights, so a
-resume is exact. A checkpoint is verified against its manifest before it is used; a damaged one is passed over for the
-one before.
+resume is exact. A checkpoint is verified against its manifest before it is used; if it is damaged, the one before is
+used.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write_model_directory(
 ) -> None:
     """The Hugging Face half: weights in their stored precision, config, tokenizer, generation defaults.
 
-    `tensors`: the weights, where they are not simply the model's own.
+    `tensors`: the weights, if they are not simply the model's own.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, model_tensors(model) if tensors is None else tensors)
@@ -90,9 +90,9 @@ def save_checkpoint(
     keep: int,
     world: World = ONE,
 ) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`; returns its directory. One that is whole is kept.
+    """Write a checkpoint and drop all but the newest `keep`; returns its directory. A whole one is not written again.
 
-    Every process of the world calls this, and returns when the main one has written.
+    Every process of the world calls this and returns once the main one has written.
     """
     final = run / "checkpoints" / f"step-{state.step:08d}"
     tensors, moments = model_tensors(model), optimizers.state_tensors()
@@ -129,11 +129,11 @@ def _write_checkpoint(
         _write_json(partial / "manifest.json", manifest)
         sync_directory(partial)
         os.replace(partial, final)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write checkpoint {final}: {reason}; the previous one is intact") from error
-    sync(folder)  # the new name, before old checkpoints go
+    sync(folder)  # the new name, before old checkpoints are deleted
 
 
 def _drop_old(run: Path, final: Path, keep: int) -> None:
@@ -144,9 +144,9 @@ def _drop_old(run: Path, final: Path, keep: int) -> None:
 
 
 def latest_checkpoint(run: Path, log: Callable[[str], None] | None = None) -> Path | None:
-    """The newest checkpoint of a run that is whole, or None if it has none; CheckpointError if all are damaged.
+    """The newest whole checkpoint of a run, or None if it has none; CheckpointError if all are damaged.
 
-    `log` hears of those that are passed over.
+    `log` is told of skipped ones.
     """
     candidates = _checkpoints(run)
     broken = []

@@ -28,7 +28,7 @@ from moestro.model.transformer import Transformer
 from moestro.routing.balance import count_loads
 from moestro.training.loss import Counts, attention_batch, compute_loss
 
-Domains = Mapping[str, Callable[[], Iterator[Batch]]]  # name -> what makes its batches, from the start each time
+Domains = Mapping[str, Callable[[], Iterator[Batch]]]  # name -> a function that starts its batches anew
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def score_batches(model: Transformer, batches: Iterable[Batch], token_bytes: Ten
 
 @torch.inference_mode()
 def score_served(runtime: Runtime, batches: Iterable[Batch], token_bytes: Tensor) -> Score:
-    """The same by the model as it is served: packed weights, attention over pages. MTP modules do not take part."""
+    """The same with the served model: packed weights, attention over pages. MTP modules do not take part."""
     nll, tokens, text_bytes = 0.0, 0, 0
     config = runtime.config
     loads = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.int64)
@@ -86,7 +86,7 @@ def score_served(runtime: Runtime, batches: Iterable[Batch], token_bytes: Tensor
 
 
 def texts_of(batch: Batch) -> Texts:
-    """The documents of a batch as texts of their own."""
+    """The documents of a batch as separate texts."""
     starts = attention_batch(batch, mask_documents=True).starts.tolist()
     return Texts(batch.inputs.flatten(), starts, batch.targets(0).flatten())
 
@@ -122,9 +122,9 @@ def score_source(
     max_tokens: int | None,
     scratch: Path,
 ) -> dict[str, Any]:
-    """Evaluate on a source of text, or on what the run held out where `source` is None; see `open_domains`.
+    """Evaluate on a source of text, or on the run's held-out text if `source` is None; see `open_domains`.
 
-    By the served model where the language model's `weights` say how to pack it, else by the training forward pass.
+    Uses the served model if the language model's `weights` say how to pack it, else the training forward pass.
     """
     domains = open_domains(
         language_model, source, run=run, split=split, seq_len=seq_len, max_tokens=max_tokens, scratch=scratch
@@ -145,10 +145,10 @@ def open_domains(
     max_tokens: int | None,
     scratch: Path,
 ) -> Domains:
-    """The batches of each domain of a source of text, or of what the run held out where `source` is None.
+    """The batches of each domain of a source of text, or of the run's held-out text if `source` is None.
 
     `split` is "all", "valid" or "auto" (valid for the built-in corpus and a run's own data). Shards are made in
-    `scratch`. Raises DataError where there is nothing to evaluate on.
+    `scratch`. Raises DataError if there is nothing to evaluate on.
     """
     if source is None:
         shards = open_shards(find_run_shards(run))
@@ -176,12 +176,12 @@ def _chain_splits(
             shards, domain, split=split, batch_size=EVALUATION_ROWS, seq_len=seq_len, max_tokens=left
         ):
             yield batch
-            if left is not None:  # as of the next split
+            if left is not None:  # for the next split
                 left -= int((batch.targets() >= 0).sum())
 
 
 def find_run_shards(model: Path) -> Path:
-    """The shards of the run that `model` is, or is a checkpoint of."""
+    """The shards of a run; `model` is the run or one of its checkpoints."""
     for run in (model, model.resolve().parent.parent):
         if (run / "data" / "shards" / "index.json").exists():
             return run / "data" / "shards"

@@ -59,9 +59,9 @@ def train(
     quiet: bool = False,
     world: World = ONE,
 ) -> Outcome:
-    """Train `config` into the run directory `out`. Raises MoestroError for what the user can mend.
+    """Train `config` into the run directory `out`. Raises MoestroError for problems the user can fix.
 
-    Every process of a `world` calls this; the main one alone writes and speaks.
+    Every process of a `world` calls this; only the main one writes files and messages.
     """
     run, quiet = Path(out), quiet or not world.is_main
     try:
@@ -77,7 +77,7 @@ def train(
             hint="continue with --resume",
         ) from error
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch has no class of its own for it
+        if "allocate memory" not in str(error):  # torch has no exception class for this
             raise
         raise MoestroError(
             "there is not enough memory: lower the sizes of the model, train.batch_size or train.seq_len"
@@ -100,7 +100,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; handlers are put back afterwards."""
+    """Turn the first SIGINT or SIGTERM into a request; restores the handlers afterwards."""
     stop = StopRequest()
 
     def request(number: int, frame: FrameType | None) -> None:
@@ -316,7 +316,7 @@ class Loop:
 
 
 def open_mirror(session: Session) -> TensorBoardMirror | TrackioMirror | None:
-    """The tracker that `train.mirror` names."""
+    """The tracker named by `train.mirror`."""
     kinds: dict[str, type[TensorBoardMirror] | type[TrackioMirror]] = {
         "tensorboard": TensorBoardMirror,
         "trackio": TrackioMirror,

@@ -4,7 +4,7 @@
 
 Every term is divided by a count over the *global* batch, given from outside: the gradient of a step is the same
 however the batch is cut into micro-batches or dealt out to processes, and recompute cannot change it. A target's weight
-multiplies its loss; the count is of targets, whatever they weigh.
+multiplies its loss; the count is the number of targets, whatever their weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moestro.routing.router import Routes
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Shares of a step's losses, in nats per token: `total` has the gradient, the others are for the eye."""
+    """Shares of a step's losses, in nats per token: `total` has the gradient, the others are for display."""
 
     main: Tensor
     mtp: Tensor
@@ -36,7 +36,7 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a global batch is normalised by: targets per depth (0 is the next token), sequences, tokens."""
+    """The counts that normalise a global batch: targets per depth (0 is the next token), sequences, tokens."""
 
     targets: tuple[int, ...]
     sequences: int
@@ -44,7 +44,7 @@ class Counts:
 
     @staticmethod
     def of(batches: Sequence[Batch], depth: int, world: World = ONE) -> Counts:
-        """Counts over all micro-batches of a step, those of other processes included."""
+        """Counts over all micro-batches of a step, including those of other processes."""
         own = [sum(int((b.targets(k) >= 0).sum()) for b in batches) for k in range(depth + 1)]
         tokens = sum(int((b.segments[:, :-1] != PADDING).sum()) for b in batches)
         *targets, sequences, tokens = world.sum_numbers([*own, sum(len(b.tokens) for b in batches), tokens])
@@ -53,7 +53,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Routed:
-    """The routes of one router, its rows that count, and how many count in the global batch."""
+    """The routes of one router, which of its rows count, and how many count in the global batch."""
 
     routes: Routes
     valid: Tensor
@@ -62,9 +62,9 @@ class Routed:
 
 @dataclass(frozen=True)
 class ForwardResult:
-    """One micro-batch: its loss terms; loads [L, E] of every router, choices that found no room included, and their
-    number; nll [N] per token in nats, 0 where no target; how often MTP depth 1 and the main head name the same token,
-    of how many. All tensors: nothing is read back."""
+    """One micro-batch: its loss terms; loads [L, E] of every router, including choices that found no room, and the
+    number of those; nll [N] per token in nats, 0 without a target; how often MTP depth 1 and the main head name the
+    same token, of how many. All are tensors: nothing is read back."""
 
     terms: LossTerms
     loads: Tensor
@@ -83,7 +83,7 @@ def attention_batch(batch: Batch, *, mask_documents: bool) -> AttentionBatch:
 
 
 def tokens_ahead(batch: Batch, depth: int) -> Tensor:
-    """The tokens `depth` positions ahead of each input [N]; 0 past the end of a row, where no target is counted."""
+    """The tokens `depth` positions ahead of each input [N]; 0 past the end of a row, where targets do not count."""
     length = batch.inputs.shape[1]
     return F.pad(batch.tokens[:, depth : depth + length], (0, max(depth - 1, 0))).flatten()
 
@@ -100,9 +100,9 @@ def compute_loss(
     attention: AttentionBatch | None = None,
     replay: Sequence[Tensor] | None = None,
 ) -> ForwardResult:
-    """Forward one micro-batch and form its share of every loss term.
+    """Forward one micro-batch and compute its share of every loss term.
 
-    `attention`: which tokens attend to which, where that is known already. `replay`: see `Transformer.forward`.
+    `attention`: which tokens attend to which, if already known. `replay`: see `Transformer.forward`.
     """
     depth = len(model.mtp)
     if attention is None:

@@ -1,4 +1,4 @@
-"""The log of a run: what a run directory tells about the training, step by step.
+"""The log of a run: what a run directory records about the training, step by step.
 
     metrics.jsonl        one object a step: `STEP_KEYS` and what else the loop passes
     evals.jsonl          {step, tokens, seconds, loss, bits_per_byte, domains: {name: {...}}}
@@ -42,7 +42,7 @@ Record = dict[str, Any]
 class RunLog:
     """Writes the log of one run. Make one with `RunLog.open`; every method appends and flushes.
 
-    An `OSError` (disk full) passes through, after the partial record has been taken back.
+    An `OSError` (disk full) passes through, after the partial record has been removed.
     """
 
     def __init__(self, run: Path, layers: Sequence[str], num_experts: int) -> None:
@@ -244,7 +244,7 @@ def _open_append(path: Path) -> io.FileIO:
 
 
 def _append(file: io.FileIO, data: bytes) -> None:
-    """All of `data`, or nothing: what a full disk let through is cut off again."""
+    """Writes all of `data` or nothing: what a full disk let through is cut off again."""
     start = file.seek(0, os.SEEK_END)
     view = memoryview(data)
     try:

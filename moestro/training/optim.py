@@ -1,7 +1,7 @@
 """Optimizers and schedules: AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest.
 
 Muon (Keller Jordan 2024) replaces a matrix's momentum by the nearest orthogonal matrix, through five Newton–Schulz
-steps; experts are batches of matrices, gate and up matrices are orthogonalised apart. Its update is scaled by
+steps; experts are batches of matrices, gate and up matrices are orthogonalised separately. Its update is scaled by
 0.2·√max(rows, columns) (arXiv 2502.16982), which gives it AdamW's size, so both share one learning rate and decay.
 """
 
@@ -37,7 +37,7 @@ def mtp_weight(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def bias_speed(step: int, steps: int, speed: float, frozen_fraction: float) -> float:
-    """γ, and 0 for the last part of the run (V3 §4.2: the last 0.5T of 14.8T tokens)."""
+    """γ, or 0 in the last part of the run (V3 §4.2: the last 0.5T of 14.8T tokens)."""
     return 0.0 if step >= steps * (1 - frozen_fraction) else speed
 
 

@@ -1,7 +1,7 @@
-"""fp32 or bf16: the faster of the two for this model on this machine, by trying.
+"""fp32 or bf16: measures which is faster for this model on this machine.
 
 Instruction sets do not tell: there are CPUs with bf16 instructions whose large bf16 products run at half, the same or
-twice the rate of fp32, and small products differ again. So what a step spends most of its time in is timed in both, at
+twice the rate of fp32, and small products differ again. So the parts that take most of a step are timed in both, at
 the model's own shapes: the experts of one layer and the output head, forward and backward.
 """
 
@@ -18,11 +18,11 @@ from moestro.model.layers import MLP
 from moestro.ops.precision import Precision, compute_dtype
 
 ROUNDS = 2
-MAX_TOKENS = 4096  # enough to fill the experts as a step does, little enough to take a second or two
+MAX_TOKENS = 4096  # enough to fill the experts as a step does, few enough to take a second or two
 
 
 def resolve_dtype(config: Config) -> str:
-    """`bf16` or `fp32`: what `train.dtype` says, or under `auto` the one whose steps are measured to be shorter."""
+    """`bf16` or `fp32`: what `train.dtype` says, or under `auto` the one with the shorter measured steps."""
     if config.train.dtype != "auto":
         return config.train.dtype
     if not ops.multiplies_bf16():
@@ -46,7 +46,7 @@ def time_hot_path(config: ModelConfig, tokens: int, dtype: Precision) -> float:
     x, head = random(tokens, config.hidden_dim), random(config.vocab_size, config.hidden_dim)
     targets = torch.zeros(tokens, dtype=torch.int64)
     start = time.perf_counter()
-    ops.linear_cross_entropy(x, head, targets)  # forms the gradients, too
+    ops.linear_cross_entropy(x, head, targets)  # computes the gradients, too
     head_seconds = time.perf_counter() - start
     if config.num_experts:
         width = config.expert_dim

@@ -30,8 +30,8 @@ from moestro.training.metrics import write_atomic
 from moestro.training.optim import Optimizers
 from moestro.training.precision import resolve_dtype
 
-TOKENIZER_SAMPLE = 20_000  # documents of a domain that a tokenizer is trained on
-# changing these would make a resumed run another run
+TOKENIZER_SAMPLE = 20_000  # documents per domain to train a tokenizer on
+# a resumed run must not change these
 FIXED_TRAIN_KEYS = ("start_from", "seed", "seq_len", "batch_size", "accumulate", "optimizer", "dtype", "mask_documents")
 Log = Callable[[str], None]
 
@@ -103,7 +103,7 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
     )
     state = TrainState(0, config.train.steps, 0, 0.0, 0, packer.start().to_json())
     if world.is_main:
-        save_config(config, run)  # what cannot be trained leaves no run behind
+        save_config(config, run)  # only now, so a configuration that cannot be trained leaves no run behind
     world.wait()
     checkpoint = latest_checkpoint(run, log)
     if checkpoint is not None:
@@ -119,7 +119,7 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
 def build_model(config: Config) -> tuple[Transformer, Optimizers]:
     """A freshly initialised model with fp32 master weights, computing in `train.dtype`, and its optimizers.
 
-    In stages: shapes alone; memory, where and as it is to be; values, by name; optimizers.
+    In stages: shapes only; memory in its final place and form; values, by name; optimizers.
     """
     with torch.device("meta"):
         model = Transformer(config.model, "bf16" if config.train.dtype == "bf16" else "fp32")
@@ -129,7 +129,7 @@ def build_model(config: Config) -> tuple[Transformer, Optimizers]:
 
 
 def replan(state: TrainState, config: Config, then: Config | None) -> TrainState:
-    """The state with the steps that `config` asks for; those that were planned from `train.minutes` stay."""
+    """The state with the steps that `config` asks for; steps planned from `train.minutes` stay."""
     if then is not None and config.train.minutes == then.train.minutes > 0 and config.train.steps == then.train.steps:
         return state
     return replace(state, total_steps=max(config.train.steps, state.step))
@@ -165,8 +165,8 @@ def _refuse_foreign_directory(run: Path) -> None:
 def open_data(config: Config, run: Path, log: Log, *, fresh: bool) -> tuple[Tokenizer, ShardSet]:
     """The run's tokenizer and shards, made for a `fresh` run and opened on later calls.
 
-    What a failed attempt left is made again: its text and settings may have been others. A linked folder belongs to a
-    comparison.
+    What a failed attempt left is made again, because its text and settings may have differed. A linked folder belongs
+    to a comparison.
     """
     folder = run / "data"
     if (folder / "shards" / "index.json").exists() and (folder.is_symlink() or not fresh):
@@ -184,7 +184,7 @@ def open_data(config: Config, run: Path, log: Log, *, fresh: bool) -> tuple[Toke
 
 
 def sample_texts(documents: Iterable[Document], most: int) -> Iterator[str]:
-    """The first `most` texts of every domain: domains come one after another, and each needs words of its own."""
+    """The first `most` texts of every domain: domains come one after another, and each needs its own words."""
     seen: Counter[str] = Counter()
     for document in documents:
         seen[document.domain] += 1
@@ -193,7 +193,7 @@ def sample_texts(documents: Iterable[Document], most: int) -> Iterator[str]:
 
 
 def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
-    """What `data.tokenizer` names; `auto` is the shipped one for the built-in corpus, else one trained on the text."""
+    """The tokenizer that `data.tokenizer` names; `auto`: shipped for the built-in corpus, else trained on the text."""
     choice = config.data.tokenizer
     if choice == "auto":
         choice = "builtin" if config.data.source == "builtin" else "train"

@@ -2,11 +2,11 @@
 
 The panel's strip draws every MoE layer as one row and every expert as one block, as high as its load relative
 to the mean: a level row of half-height blocks is perfect balance, a red mark is an expert without a token.
-Loads are those of the latest step, not smoothed, so a little flicker is the truth.
+Loads are those of the latest step, not smoothed, so some flicker is real.
 
 Everything goes to standard error; standard output stays free for results. The panel is drawn when a step
 arrives, at most four times a second and without a thread of its own, so it never takes a core from the
-training. Lines are ASCII, without carriage returns, and come at most every `LINE_SECONDS`. NO_COLOR holds.
+training. Lines are ASCII, without carriage returns, and come at most every `LINE_SECONDS`. NO_COLOR is respected.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SPEED_WINDOW = 50
 PANEL_WIDTH = 96
 SPARK_WIDTH = 18
 TWO_COLUMNS = 76  # narrower than this, figures stand below each other
-OTHER_LINES = 12  # beside figures and load rows: frame, bar, headings, validation, prompt
+OTHER_LINES = 12  # besides figures and load rows: frame, bar, headings, validation, prompt
 
 # (key of the record, label in the panel, label in a line, format), in reading order. "bias" joins two keys.
 FIELDS = (
@@ -265,7 +265,7 @@ def draw_loads(loads: NDArray[np.float64], names: Sequence[str], width: int, row
 
 
 def draw_evaluation(evaluations: Sequence[Record], width: int) -> list[Text]:
-    """The last validation: overall, how that moved since the one before, and lines of domains."""
+    """The last validation: overall, its change since the one before, and lines of domains."""
     from rich.text import Text
 
     record = evaluations[-1]
@@ -316,7 +316,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _figures(record: Record) -> list[tuple[str, str, str, str]]:
-    """(key, panel label, line label, value) of what the record has; a loss_mtp of 0 means no MTP."""
+    """(key, panel label, line label, value) of the figures in the record; a loss_mtp of 0 means no MTP."""
     known = {key: value for key, value in record.items() if value is not None}
     if not known.get("loss_mtp"):
         known.pop("loss_mtp", None)

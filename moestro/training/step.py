@@ -51,11 +51,11 @@ def train_step(
     noise_seed: int = 0,
     world: World = ONE,
 ) -> StepResult:
-    """One step on the global batch, of which `batches` are this process's micro-batches. Every process gets the same.
+    """One step on the global batch; `batches` are this process's micro-batches. Every process gets the same result.
 
     Batches lie on the host; the model computes where its parameters are. `token_bytes` [V] is the text length of each
-    token id. Noise of the routers is drawn from `noise_seed` alone, so
-    that a resumed run draws the same, and differs for every micro-batch of every process.
+    token id. The routers' noise depends only on `noise_seed`, so a resumed run draws the same; it differs for every
+    micro-batch of every process.
     """
     model.train()
     optimizers.zero_grad()
@@ -94,7 +94,7 @@ def train_step(
 
 @dataclass(frozen=True)
 class Sums:
-    """What a step adds up over micro-batches and processes, as tensors where the model computes.
+    """What a step adds up over micro-batches and processes, as tensors on the model's device.
 
     losses [5] fp64: total, main, mtp, balance, nll; counts [3] int64: overflow, agreed, compared; loads [L, E] int64.
     """
@@ -105,7 +105,7 @@ class Sums:
 
     @staticmethod
     def of(result: ForwardResult) -> Sums:
-        """Those of one micro-batch."""
+        """The sums of one micro-batch."""
         terms = result.terms
         losses = [terms.total.detach(), terms.main, terms.mtp, terms.balance]
         nll = result.nll.sum(dtype=torch.float64)
@@ -119,7 +119,7 @@ class Sums:
         return Sums(self.losses + other.losses, self.counts + other.counts, self.loads + other.loads)
 
     def read(self, grad_norm: Tensor, applied: bool, text_bytes: int) -> StepResult:
-        """The numbers, read back once."""
+        """The sums as Python numbers, read back once."""
         if self.losses.is_meta:  # there are none
             return StepResult(0.0, 0.0, 0.0, 0.0, 0.0, self.loads, 0, 0.0, text_bytes, None, applied)
         loss, main, mtp, balance, nll = self.losses.tolist()
@@ -130,10 +130,10 @@ class Sums:
 
 
 def count_bytes(targets: Tensor, token_bytes: Tensor) -> int:
-    """Bytes of text that the targets stand for."""
+    """Bytes of text of the targets."""
     return int(token_bytes[targets[targets >= 0]].sum())
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether a number is finite; one on the meta device, which has no value, counts as such."""
+    """Whether a number is finite; one on the meta device has no value and counts as finite."""
     return value.is_meta or bool(value.isfinite())
