@@ -74,7 +74,9 @@ def work(dtype: str) -> None:
 def compare(trees: dict[str, Path], rounds: int, count: int) -> None:
     """Ask all modes in turn and print the table."""
     workers = {
-        (name, dtype): Worker(__file__, dtype, environment={"PYTHONPATH": str(tree.resolve())})
+        (name, dtype): Worker(
+            str(tree.resolve() / "bench" / "decode.py"), dtype, environment={"PYTHONPATH": str(tree.resolve())}
+        )
         for dtype in DTYPES
         for name, tree in trees.items()
     }
