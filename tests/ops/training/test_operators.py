@@ -146,6 +146,11 @@ def test_gradients_of_functions_are_those_of_backward() -> None:
         torch.testing.assert_close(found[name], parameter.grad)
 
 
+def test_mapping_over_an_operation_is_refused_by_name() -> None:
+    with pytest.raises(RuntimeError, match="vmap over LinearFunction"):
+        torch.vmap(lambda x: ops.linear(x, random(5, 6)))(random(3, 4, 6))
+
+
 def test_a_parameter_is_cast_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = nn.Parameter(random(5, 6)), random(40, 6, seed=1).bfloat16()
     first = forms.cast(weight, torch.bfloat16)
