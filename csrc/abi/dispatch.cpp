@@ -91,8 +91,12 @@ constexpr int64_t LARGEST = int64_t(1) << 40;  // elements of one operand: far b
 bool fits(int64_t a, int64_t b) { return a >= 0 && b >= 0 && (b == 0 || a <= LARGEST / b); }
 bool known(int type) { return type == MOESTRO_FLOAT32 || type == MOESTRO_BFLOAT16; }
 
-int check_experts(const int64_t *token, const int64_t *offsets, int64_t num_experts, int64_t num_tokens, int64_t hidden,
-                  int64_t width) {
+// Every expert with slots must have addresses; matrices without values need none.
+int check_experts(const void *const *gate_up, const void *const *down, const int64_t *token, const int64_t *offsets,
+                  int64_t num_experts, int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (threads < 1) return MOESTRO_BAD_SIZE;
     if (!fits(hidden, width) || !fits(hidden * width, 2) || !fits(num_experts, 2 * hidden * width) ||
         !fits(num_tokens, hidden) || offsets[0] != 0)
         return MOESTRO_BAD_SIZE;
@@ -102,26 +106,15 @@ int check_experts(const int64_t *token, const int64_t *offsets, int64_t num_expe
     if (!fits(slots, 2 * width) || !fits(slots, hidden)) return MOESTRO_BAD_SIZE;
     for (int64_t s = 0; s < slots; s++)
         if (token[s] < 0 || token[s] >= num_tokens) return MOESTRO_BAD_SIZE;
+    for (int64_t e = 0; hidden * width && e < num_experts; e++)
+        if (offsets[e] < offsets[e + 1] && (!gate_up[e] || !down[e])) return MOESTRO_NO_ADDRESS;
     return MOESTRO_OK;
 }
 
 bool known_kind(int kind) {
-    switch (kind) {
-        case MOESTRO_KIND_FP32:
-        case MOESTRO_KIND_BF16:
-        case MOESTRO_KIND_INT8:
-        case MOESTRO_KIND_INT4: return true;
-        default: return false;
-    }
+    return kind == MOESTRO_KIND_FP32 || kind == MOESTRO_KIND_BF16 || kind == MOESTRO_KIND_INT8 ||
+           kind == MOESTRO_KIND_INT4;
 }
-// Whether every expert with slots has addresses; empty matrices need none.
-bool have_addresses(const void *const *gate_up, const void *const *down, const int64_t *offsets, int64_t num_experts,
-                    int64_t values) {
-    for (int64_t e = 0; values && e < num_experts; e++)
-        if (offsets[e] < offsets[e + 1] && (!gate_up[e] || !down[e])) return false;
-    return true;
-}
-
 bool sane(int threads) { return threads >= 1 && threads <= 1024; }
 bool fits(int64_t a, int64_t b, int64_t c) { return fits(a, b) && fits(a * b, c); }
 // A packed matrix is padded to whole panels and blocks of 64.
@@ -243,11 +236,9 @@ int moestro_matmul(void *out, const void *a, const void *b, int64_t m, int64_t n
 int moestro_experts_forward(void *y, void *h, const void *x, const void *const *gate_up, const void *const *down,
                             const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
                             int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads) {
-    if (!chosen) return MOESTRO_NO_ISA;
-    if (!known(type)) return MOESTRO_BAD_TYPE;
-    if (threads < 1) return MOESTRO_BAD_SIZE;
-    if (const int error = check_experts(token, offsets, num_experts, num_tokens, hidden, width)) return error;
-    if (!have_addresses(gate_up, down, offsets, num_experts, hidden * width)) return MOESTRO_NO_ADDRESS;
+    if (const int error =
+            check_experts(gate_up, down, token, offsets, num_experts, num_tokens, hidden, width, type, threads))
+        return error;
     const std::lock_guard<std::mutex> lock(running);
     return chosen->kernels->experts_forward(
         {y, h, x, gate_up, down, token, weights, offsets, num_experts, hidden, width}, type, threads);
@@ -257,11 +248,9 @@ int moestro_experts_backward(void *dx, float *d_weights, void *const *d_gate_up,
                              const void *x, const void *h, const void *const *gate_up, const void *const *down,
                              const int64_t *token, const float *weights, const int64_t *offsets, int64_t num_experts,
                              int64_t num_tokens, int64_t hidden, int64_t width, int type, int threads) {
-    if (!chosen) return MOESTRO_NO_ISA;
-    if (!known(type)) return MOESTRO_BAD_TYPE;
-    if (threads < 1) return MOESTRO_BAD_SIZE;
-    if (const int error = check_experts(token, offsets, num_experts, num_tokens, hidden, width)) return error;
-    if (!have_addresses(gate_up, down, offsets, num_experts, hidden * width)) return MOESTRO_NO_ADDRESS;
+    if (const int error =
+            check_experts(gate_up, down, token, offsets, num_experts, num_tokens, hidden, width, type, threads))
+        return error;
     for (int64_t e = 0; hidden * width && e < num_experts; e++)
         if (!d_gate_up[e] || !d_down[e]) return MOESTRO_NO_ADDRESS;
     const std::lock_guard<std::mutex> lock(running);

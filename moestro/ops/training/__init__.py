@@ -21,7 +21,7 @@ from moestro import machine
 from moestro.ops import library
 from moestro.ops.precision import Precision, compute_dtype
 from moestro.ops.training import devices, operators, reference
-from moestro.ops.training.forms import forget
+from moestro.ops.training.forms import forget as forget
 
 Matrices = Tensor | Sequence[Tensor]
 
@@ -124,16 +124,3 @@ def _has_kernel(*tensors: Tensor) -> bool:
 def _is_elsewhere(x: Tensor) -> bool:
     """Whether x lies on another device and may not be read here."""
     return x.device.type != "cpu" and library.WISH != "reference"
-
-
-__all__ = [
-    "forget",
-    "grouped_experts",
-    "join_heads",
-    "linear",
-    "linear_cross_entropy",
-    "multiplies_bf16",
-    "packed_attention",
-    "rms_norm",
-    "swiglu",
-]

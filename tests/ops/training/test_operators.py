@@ -62,7 +62,7 @@ def test_fake_tensors_get_the_shapes_that_real_ones_have() -> None:
 def test_other_devices_compute_the_same(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """The form for GPUs, carried out on the CPU."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    close = {"rtol": 1e-5, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.05}
+    close = 1e-5 if precision == "fp32" else 4 * 2**-8  # of the norm; bf16 rounds in another order
     x, gate_up, down, ids, weights = expert_inputs()
     heads, starts = [random(40, 4, 8), random(40, 2, 8, seed=5), random(40, 2, 8, seed=6)], torch.tensor([0, 7, 7, 40])
     results = []
@@ -76,7 +76,7 @@ def test_other_devices_compute_the_same(monkeypatch: pytest.MonkeyPatch, precisi
         results.append([out, mixed, *(t.grad for t in (*leaves, factors, *inputs))])
     for exact, found in zip(*results, strict=True):
         assert exact is not None and found is not None
-        torch.testing.assert_close(found.float(), exact.float(), **close)
+        assert float((found.float() - exact.float()).norm()) <= close * float(exact.float().norm())
 
 
 def test_the_meta_device_tells_shapes() -> None:
@@ -129,7 +129,7 @@ def test_export_keeps_the_operators() -> None:
     module, x = Parts(), random(5, 6, seed=7)
     exported = torch.export.export(module, (x,))
     torch.testing.assert_close(exported.module()(x), module(x))
-    assert any("moestro" in str(node.target) for node in exported.graph.nodes) == library.is_available()
+    assert any("moestro.linear" in str(node.target) for node in exported.graph.nodes)
 
 
 def test_gradients_of_functions_are_those_of_backward() -> None:
@@ -143,12 +143,15 @@ def test_gradients_of_functions_are_those_of_backward() -> None:
     module(x).square().sum().backward()
     for name, parameter in parameters.items():
         assert parameter.grad is not None
-        torch.testing.assert_close(found[name], parameter.grad)
+        torch.testing.assert_close(
+            found[name], parameter.grad, rtol=1e-5, atol=1e-5 * float(parameter.grad.abs().max())
+        )
 
 
 def test_mapping_over_an_operation_is_refused_by_name() -> None:
+    weight = random(5, 6)
     with pytest.raises(RuntimeError, match="vmap over LinearFunction"):
-        torch.vmap(lambda x: ops.linear(x, random(5, 6)))(random(3, 4, 6))
+        torch.vmap(lambda x: ops.linear(x, weight))(random(3, 4, 6))
 
 
 def test_a_parameter_is_cast_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
