@@ -4,6 +4,7 @@ Training operations, with gradients, are in `training/`; `from moestro import op
 operations, on packed weights and without gradients, are in `serving/`.
 """
 
+from moestro.ops.fp8 import dequantize_fp8, quantize_fp8
 from moestro.ops.training import (
     forget,
     grouped_experts,
@@ -17,6 +18,7 @@ from moestro.ops.training import (
 )
 
 __all__ = [
+    "dequantize_fp8",
     "forget",
     "grouped_experts",
     "join_heads",
@@ -24,6 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "multiplies_bf16",
     "packed_attention",
+    "quantize_fp8",
     "rms_norm",
     "swiglu",
 ]
