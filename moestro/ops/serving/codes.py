@@ -1,4 +1,4 @@
-"""Quantised weights as checkpoints store them, on their way into panels of the same codes, without a second rounding."""
+"""Quantised weights as checkpoints store them, packed into panels of the same codes, without a second rounding."""
 
 from __future__ import annotations
 
