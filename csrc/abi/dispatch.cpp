@@ -111,15 +111,12 @@ int check_experts(const void *const *gate_up, const void *const *down, const int
     return MOESTRO_OK;
 }
 
-bool known_kind(int kind) {
-    return kind == MOESTRO_KIND_FP32 || kind == MOESTRO_KIND_BF16 || kind == MOESTRO_KIND_INT8 ||
-           kind == MOESTRO_KIND_INT4;
-}
+bool known_kind(int kind) { return kind >= MOESTRO_KIND_FP32 && kind <= MOESTRO_KIND_FP8_ROWS; }
 bool sane(int threads) { return threads >= 1 && threads <= 1024; }
 bool fits(int64_t a, int64_t b, int64_t c) { return fits(a, b) && fits(a * b, c); }
-// A packed matrix is padded to whole panels and blocks of 64.
+// A packed matrix is padded to whole panels of 64 and blocks of at most 128.
 bool fits_packed(int64_t groups, int64_t m, int64_t k) {
-    return m >= 0 && k >= 0 && m <= LARGEST && k <= LARGEST && fits(groups, m + 63, k + 63);
+    return m >= 0 && k >= 0 && m <= LARGEST && k <= LARGEST && fits(groups, m + 63, k + 127);
 }
 
 // A rotated part consists of pairs.
@@ -300,11 +297,18 @@ int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, in
     return chosen->kernels->pack(static_cast<char *>(panels), x, m, k, kind, type, threads);
 }
 
+int moestro_pack_codes(void *panels, const void *codes, const float *scales, int64_t m, int64_t k, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!fits_packed(1, m, k) || !sane(threads)) return MOESTRO_BAD_SIZE;
+    return chosen->kernels->pack_codes(static_cast<char *>(panels), static_cast<const uint8_t *>(codes), scales, m, k,
+                                       threads);
+}
+
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type) || !known_kind(kind)) return MOESTRO_BAD_TYPE;
-    if (!fits_packed(groups, m, k) || !fits(n, groups, m) || !fits(n, groups, k + 63) || !sane(threads))
+    if (!fits_packed(groups, m, k) || !fits(n, groups, m) || !fits(n, groups, k + 127) || !sane(threads))
         return MOESTRO_BAD_SIZE;
     if (n == 0 || m == 0 || groups == 0) return MOESTRO_OK;
     const std::lock_guard<std::mutex> lock(running);
@@ -317,8 +321,8 @@ int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const f
                            int64_t num_experts, int64_t hidden, int64_t width, int kind, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
     if (!known(type) || !known_kind(kind)) return MOESTRO_BAD_TYPE;
-    if (!fits(num_tokens, top_k) || !fits(num_tokens * top_k, hidden + 63) || !fits(num_tokens, hidden) ||
-        !fits(num_tokens * top_k, width + 63) || !sane(threads))
+    if (!fits(num_tokens, top_k) || !fits(num_tokens * top_k, hidden + 127) || !fits(num_tokens, hidden) ||
+        !fits(num_tokens * top_k, width + 127) || !sane(threads))
         return MOESTRO_BAD_SIZE;
     if (num_experts < 0 || num_experts > LARGEST || width > LARGEST / 4 ||
         !fits_packed(num_experts, 2 * width + 64, hidden) || !fits_packed(num_experts, hidden, width))

@@ -62,8 +62,12 @@ int moestro_cross_entropy(float *nll, int64_t *argmax, void *d_hidden, float *d_
 // Packs a matrix x [m, k] into panels as `kind` (docs/kernels.md has the layout).
 int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads);
 
+// Packs E4M3 codes [m, k] and fp32 scales [m, ⌈k / 128⌉], one for each row and 128 codes, into panels of kind fp8.
+int moestro_pack_codes(void *panels, const void *codes, const float *scales, int64_t m, int64_t k, int threads);
+
 // out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs).
-// Quantised kinds quantise the rows of x block by block too.
+// int8 and int4 quantise the rows of x block by block too; fp8 does not; fp8_rows multiplies the same panels by rows
+// that are rounded to E4M3 in tiles of 128.
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads);
 

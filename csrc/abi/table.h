@@ -143,6 +143,7 @@ struct Kernels {
     void (*combine)(void *out, const void *y, const int64_t *slot, int64_t num_tokens, int64_t top_k, int64_t num_slots,
                     int64_t hidden, int type, int threads);
     int (*pack)(char *panels, const void *x, int64_t m, int64_t k, int kind, int type, int threads);
+    int (*pack_codes)(char *panels, const uint8_t *codes, const float *scales, int64_t m, int64_t k, int threads);
     int (*packed_linear)(const PackedLinear &, int kind, int type, int threads);
     int (*packed_experts)(const PackedExperts &, int kind, int type, int threads);
     int (*paged_attention)(const PagedAttention &, int type, int threads);

@@ -11,7 +11,7 @@ struct Isa {
     static Vector load(const float *p) { return _mm256_load_ps(p); }
     static void store(float *p, Vector v) { _mm256_store_ps(p, v); }
     static Vector load_any(const void *p) { return _mm256_loadu_ps(static_cast<const float *>(p)); }
-    static void store_any(float *p, Vector v) { _mm256_storeu_ps(p, v); }
+    static void store_any(void *p, Vector v) { _mm256_storeu_ps(static_cast<float *>(p), v); }
     static Vector load_steps(const uint32_t *p) { return _mm256_load_ps(reinterpret_cast<const float *>(p)); }
     static Vector broadcast(const void *p) { return _mm256_set1_ps(step_as_float(p)); }
     static Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
@@ -51,6 +51,21 @@ struct Isa {
     static Vector load_widened(const char *p) {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+    // E4M3 codes of WIDTH outputs, in groups of four outputs [k, k + 1][4] and then [k + 2, k + 3][4] -> their pairs of
+    // bf16, WIDTH for k and WIDTH for k + 2.
+    static void widen_codes(Vector &first, Vector &second, const char *codes) {
+        const auto table = [](const uint8_t *t) { return _mm256_broadcastsi128_si256(code_table(t)); };
+        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes)), nibble = _mm256_set1_epi8(15);
+        const __m256i low = _mm256_and_si256(w, nibble), high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+        const __m256i few = _mm256_cmpeq_epi8(_mm256_and_si256(w, _mm256_set1_epi8(0x70)), _mm256_setzero_si256());
+        const __m256i upper = _mm256_or_si256(_mm256_shuffle_epi8(table(UPPER_OF_HIGH), high),
+                                              _mm256_and_si256(few, _mm256_shuffle_epi8(table(UPPER_OF_LOW), low)));
+        const __m256i lower =
+            _mm256_blendv_epi8(_mm256_and_si256(_mm256_slli_epi16(w, 4), _mm256_set1_epi8(char(0xf0))),
+                               _mm256_shuffle_epi8(table(LOWER_OF_LOW), low), few);
+        first = _mm256_castsi256_ps(_mm256_unpacklo_epi8(lower, upper));
+        second = _mm256_castsi256_ps(_mm256_unpackhi_epi8(lower, upper));
     }
     static void transpose8(uint32_t *to, int64_t stride, const void *const *from) { transpose8_avx2(to, stride, from); }
 };

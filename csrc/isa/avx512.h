@@ -12,7 +12,7 @@ struct Isa {
     static Vector load(const float *p) { return _mm512_load_ps(p); }
     static void store(float *p, Vector v) { _mm512_store_ps(p, v); }
     static Vector load_any(const void *p) { return _mm512_loadu_ps(p); }
-    static void store_any(float *p, Vector v) { _mm512_storeu_ps(p, v); }
+    static void store_any(void *p, Vector v) { _mm512_storeu_ps(p, v); }
     static Vector load_steps(const uint32_t *p) { return _mm512_load_ps(p); }
     static Vector broadcast(const void *p) { return _mm512_set1_ps(step_as_float(p)); }
     static Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
@@ -58,6 +58,21 @@ struct Isa {
     static Vector load_widened(const char *p) {  // WIDTH bf16
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    // E4M3 codes of WIDTH outputs, in groups of four outputs [k, k + 1][4] and then [k + 2, k + 3][4] -> their pairs of
+    // bf16, WIDTH for k and WIDTH for k + 2.
+    static void widen_codes(Vector &first, Vector &second, const char *codes) {
+        const auto table = [](const uint8_t *t) { return _mm512_broadcast_i32x4(code_table(t)); };
+        const __m512i w = _mm512_loadu_si512(codes);
+        const __m512i nibble = _mm512_set1_epi8(15);
+        const __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+        const __mmask64 few = _mm512_testn_epi8_mask(w, _mm512_set1_epi8(0x70));
+        const __m512i upper = _mm512_or_si512(_mm512_shuffle_epi8(table(UPPER_OF_HIGH), high),
+                                              _mm512_maskz_shuffle_epi8(few, table(UPPER_OF_LOW), low));
+        const __m512i lower = _mm512_mask_shuffle_epi8(
+            _mm512_and_si512(_mm512_slli_epi16(w, 4), _mm512_set1_epi8(char(0xf0))), few, table(LOWER_OF_LOW), low);
+        first = _mm512_castsi512_ps(_mm512_unpacklo_epi8(lower, upper));
+        second = _mm512_castsi512_ps(_mm512_unpackhi_epi8(lower, upper));
     }
     static void transpose8(uint32_t *to, int64_t stride, const void *const *from) { transpose8_avx2(to, stride, from); }
 };

@@ -44,6 +44,7 @@ extern const Kernels KERNELS = {
         return type == MOESTRO_FLOAT32 ? pack_panels(panels, static_cast<const float *>(x), m, k, kind, threads)
                                        : pack_panels(panels, static_cast<const uint16_t *>(x), m, k, kind, threads);
     },
+    pack_codes,
     [](const PackedLinear &p, int kind, int type, int threads) {
         return with_product(kind, type, [&](auto product, auto element) {
             return packed_linear<decltype(product), decltype(element)>(p, threads);

@@ -48,3 +48,13 @@ inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *const *
                          _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
     }
 }
+
+// E4M3 -> bf16, exact, by nibbles. For exponents 0 and 1 the low nibble decides both bytes of the result; for others
+// the high nibble decides the upper byte (sign, exponent + 120 over 2), and the lower byte is the low nibble · 16.
+alignas(16) constexpr uint8_t UPPER_OF_HIGH[16] = {0x00, 0x3d, 0x3e, 0x3f, 0x40, 0x41, 0x42, 0x43,
+                                                   0x80, 0xbd, 0xbe, 0xbf, 0xc0, 0xc1, 0xc2, 0xc3};
+alignas(16) constexpr uint8_t UPPER_OF_LOW[16] = {0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c,
+                                                  0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c};
+alignas(16) constexpr uint8_t LOWER_OF_LOW[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60,
+                                                  0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0};
+inline __m128i code_table(const uint8_t *table) { return _mm_load_si128(reinterpret_cast<const __m128i *>(table)); }

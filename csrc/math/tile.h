@@ -109,6 +109,14 @@ template <Mode MODE, int R, int V> void tile(float *c, int64_t c_stride, Rows ro
 
 constexpr int PANEL = 64;  // outputs of a packed panel, on every instruction set
 
+// Vectors of columns of a tile: few rows leave registers for more of them than NR has.
+constexpr int vectors_of(int rows) {
+    return std::min(std::max(rows == 1 ? 8 : rows == 2 ? 4 : 0, Isa::VECTORS), PANEL / Isa::WIDTH);
+}
+
+// Rows that lie a multiple of 2048 bytes apart would share few sets of the first-level cache.
+inline int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 64; }
+
 // Quantised blocks of a panel: codes [LENGTH / 4][PANEL][4] around ZERO, of 4 bits with steps s and s + LENGTH / 8 in
 // the low and high halves of a byte; then PANEL scales in bf16.
 template <int BITS> struct Block {

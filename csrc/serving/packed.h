@@ -8,6 +8,7 @@
 
 #include "abi/table.h"
 #include "math/tile.h"
+#include "serving/coded.h"
 
 namespace {
 
@@ -24,17 +25,10 @@ constexpr int64_t TOKENS_AT_ONCE = 1024;
 thread_local Scratch thread_sums;
 Scratch call_rows, call_gathered, call_middle, call_quantised, call_slots, call_results;  // of the running call
 
-// Vectors of columns of a tile: few rows leave registers for more of them than NR has.
-constexpr int vectors_of(int rows) {
-    return std::min(std::max(rows == 1 ? 8 : rows == 2 ? 4 : 0, Isa::VECTORS), PANEL / Isa::WIDTH);
-}
-
-// Rows that lie a multiple of 2048 bytes apart would share few sets of the first-level cache.
-inline int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 64; }
-
 // What a step of a panel is and how rows meet it. UNIT is the least number of k, BYTES its size in a panel, ROWS the
 // number of rows a tile takes without running out of registers.
 template <Mode MODE> struct FloatProduct {
+    static constexpr bool IN_BLOCKS = false, QUANTISED = false;
     static constexpr int64_t UNIT = MODE == Mode::FLOATS ? 1 : 2, BYTES = 4 * PANEL,
                              ROWS = MODE == Mode::WIDE_PANEL ? 5 : MR;
     static constexpr int64_t ROW_BYTES = MODE == Mode::WIDE_PANEL ? 8 : 4, STEP_BYTES = BYTES;
@@ -58,6 +52,7 @@ template <Mode MODE> struct FloatProduct {
 };
 
 template <int BITS> struct BlockProduct {
+    static constexpr bool IN_BLOCKS = false, QUANTISED = true;
     static constexpr int64_t UNIT = Block<BITS>::LENGTH, BYTES = Block<BITS>::BYTES, ROWS = 4,
                              STEP_BYTES = BYTES / Block<BITS>::LOADS;
     using Element = float;  // of rows before they are quantised
@@ -100,8 +95,7 @@ inline int64_t panels_of(int64_t m) { return (m + PANEL - 1) / PANEL; }
 // c [count][PANEL] = rows · panel, a piece of the panel at a time for all rows. While a piece is used, the tiles fetch
 // the next one from front to end, an equal share each. A lone tile, which takes all rows and columns, reads a panel
 // once from front to end: it fetches close ahead (FETCH_CLOSE) or leaves that to the processor.
-template <class P> void multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
-    if (units == 0) return std::fill(c, c + count * PANEL, 0.0f);
+template <class P> void multiply_pieces(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
     const int64_t piece = (count <= FEW_ROWS ? FEW_BYTES : MANY_BYTES) / P::BYTES;
     const int64_t groups = (count + P::ROWS - 1) / P::ROWS, rows_each = (count + groups - 1) / groups;
     for (int64_t unit = 0; unit < units; unit += piece) {
@@ -120,6 +114,16 @@ template <class P> void multiply(float *c, Rows rows, int64_t count, const char 
                 }
             });
     }
+}
+
+// The same for any product; false if there is no memory.
+template <class P> bool multiply(float *c, Rows rows, int64_t count, const char *panel, int64_t units) {
+    if (units == 0) std::fill(c, c + count * PANEL, 0.0f);
+    if constexpr (P::IN_BLOCKS)
+        return P::multiply_blocks(c, rows, count, panel, units);
+    else
+        multiply_pieces<P>(c, rows, count, panel, units);
+    return true;
 }
 
 // The number of rows per block for n rows, and the number of panels per task for so many block-panels.
@@ -167,7 +171,7 @@ template <class P, class T> int packed_linear(const PackedLinear &a, int threads
                 in_place ? Rows{reinterpret_cast<const char *>(x + row * stride + g * a.k), stride * int64_t(sizeof(T))}
                          : Rows{prepared + (g * a.n + row) * row_bytes, row_bytes, P::scales(a.k)};
             for (int64_t p = first; p < std::min(first + per_task, panels); p++) {
-                multiply<P>(c, rows, count, a.panels + (g * panels + p) * units * P::BYTES, units);
+                failed |= !multiply<P>(c, rows, count, a.panels + (g * panels + p) * units * P::BYTES, units);
                 const int64_t columns = std::min<int64_t>(PANEL, a.m - p * PANEL);
                 for (int64_t i = 0; i < count; i++) {
                     T *to = out + ((row + i) * a.groups + g) * a.m + p * PANEL;
@@ -238,7 +242,7 @@ template <class E> void activate_panel(E *to, const float *c, int64_t count) {
 
 // Parts times panels, the panels of a part together; `weights` are the addresses of the experts' panels.
 template <class P, class Use> void multiply_parts(const Slots &s, Rows rows, const void *const *weights, int64_t panels,
-                                                  int64_t units, float *c, int threads, Use use) {
+                                                  int64_t units, float *c, int &failed, int threads, Use use) {
     const int64_t per_task = panels_of_task(s.num_parts * panels, threads),
                   per_part = (panels + per_task - 1) / per_task;
 #pragma omp for schedule(dynamic)
@@ -249,7 +253,7 @@ template <class P, class Use> void multiply_parts(const Slots &s, Rows rows, con
         const Rows own = {rows.data + part.first * rows.bytes, rows.bytes, rows.scales};
         const char *own_weights = static_cast<const char *>(weights[part.expert]);
         for (int64_t p = first; p < std::min(first + per_task, panels); p++) {
-            multiply<P>(c, own, part.rows, own_weights + p * units * P::BYTES, units);
+            failed |= !multiply<P>(c, own, part.rows, own_weights + p * units * P::BYTES, units);
             for (int64_t i = 0; i < part.rows; i++) use(part.first + i, p, c + i * PANEL);
         }
     }
@@ -257,7 +261,7 @@ template <class P, class Use> void multiply_parts(const Slots &s, Rows rows, con
 
 template <class P, class T> int some_experts(const PackedExperts &a, int threads) {
     using E = typename P::Element;
-    constexpr bool QUANTISED = P::UNIT > 2;
+    constexpr bool QUANTISED = P::QUANTISED;
     constexpr int HALF = PANEL / 2;
     Slots s;
     if (!sort_slots(s, a.ids, a.num_tokens, a.top_k, a.num_experts)) return MOESTRO_NO_MEMORY;
@@ -290,17 +294,19 @@ template <class P, class T> int some_experts(const PackedExperts &a, int threads
         for (int64_t i = 0; i < s.num_slots; i++)
             memcpy(gathered + i * row_bytes, source + s.token[i] * source_bytes, source_bytes);
         multiply_parts<P>(s, {gathered, row_bytes, P::scales(a.hidden)}, a.gate_up, gate_panels, units_of<P>(a.hidden),
-                          c, threads, [&](int64_t i, int64_t p, const float *values) {
+                          c, failed, threads, [&](int64_t i, int64_t p, const float *values) {
                               E *to = act + i * middle + p * HALF;
                               activate_panel(to, values, std::min<int64_t>(HALF, a.width - p * HALF));
-                              if (P::UNIT == 2 && a.width % 2 && p == gate_panels - 1) act[i * middle + a.width] = 0;
+                              if (!QUANTISED && p == gate_panels - 1)
+                                  std::fill(act + i * middle + a.width, act + i * middle + round_up(a.width, P::UNIT),
+                                            E(0));
                           });
         if (QUANTISED) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < s.num_slots; i++) P::prepare(quantised + i * act_bytes, act + i * middle, a.width);
         }
         const char *rows = QUANTISED ? quantised : reinterpret_cast<const char *>(act);
-        multiply_parts<P>(s, {rows, act_bytes, P::scales(a.width)}, a.down, out_panels, units_of<P>(a.width), c,
+        multiply_parts<P>(s, {rows, act_bytes, P::scales(a.width)}, a.down, out_panels, units_of<P>(a.width), c, failed,
                           threads, [&](int64_t i, int64_t p, const float *values) {
                               memcpy(y + i * a.hidden + p * PANEL, values,
                                      sizeof(float) * std::min<int64_t>(PANEL, a.hidden - p * PANEL));
@@ -333,11 +339,14 @@ template <class F> int with_product(int kind, int type, F f) {
     const auto pick = [&](auto element) {
         using T = decltype(element);
         constexpr bool PAIRS = sizeof(T) == 2 && Isa::HAS_BF16;
+        constexpr Mode WIDE = Isa::HAS_BF16 ? Mode::PAIRS : Mode::WIDE_PANEL;  // codes of rows are bf16, too
         switch (kind) {
             case MOESTRO_KIND_FP32: return f(FloatProduct<Mode::FLOATS>(), element);
             case MOESTRO_KIND_BF16: return f(FloatProduct<PAIRS ? Mode::PAIRS : Mode::WIDE_PANEL>(), element);
             case MOESTRO_KIND_INT8: return f(BlockProduct<8>(), element);
             case MOESTRO_KIND_INT4: return f(BlockProduct<4>(), element);
+            case MOESTRO_KIND_FP8: return f(CodedProduct<PAIRS ? Mode::PAIRS : Mode::WIDE_PANEL, false>(), element);
+            case MOESTRO_KIND_FP8_ROWS: return f(CodedProduct<WIDE, true>(), element);
             default: return int(MOESTRO_BAD_TYPE);
         }
     };

@@ -19,7 +19,8 @@ from typing import Any
 REVISION = 1  # raise it when a function changes its meaning but not its parameters
 
 TYPES = {"float32": 0, "bfloat16": 1}
-KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}  # formats of packed weights
+# formats of packed weights; fp8_rows: weights as in fp8, by rows that are rounded to fp8
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp8": 4, "fp8_rows": 5}
 SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}  # score functions of routers
 ERRORS = {"ok": 0, "bad_type": 1, "bad_size": 2, "no_memory": 3, "no_isa": 4, "no_address": 5}
 ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
@@ -89,6 +90,7 @@ FUNCTIONS = {  # parameters by name; all return an error code, except those in R
         "const int64_t *targets; const float *row_weights; int64_t num_rows, vocabulary, width; int type, threads"
     ),
     "moestro_pack": "void *panels; const void *x; int64_t m, k; int kind, type, threads",
+    "moestro_pack_codes": "void *panels; const void *codes; const float *scales; int64_t m, k; int threads",
     "moestro_packed_linear": "void *out; const void *x, *panels; int64_t groups, n, m, k; int kind, type, threads",
     "moestro_packed_experts": (
         "void *out; const void *x; const int64_t *ids; const float *weights; const void *const *gate_up, "

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moestro.ops.fp8 import Block, spread_scales
+from moestro.ops.fp8 import SQUARE, Block, Scale, quantize_fp8, spread_scales
 
 INT4_ZERO = 8  # added to a code of 4 bits so that it is stored without a sign
 
@@ -32,3 +32,8 @@ class Codes:
         """code · scale [M, K], multiplied in fp32 and rounded once to `dtype`."""
         codes = self.codes.float() if self.format == "fp8" else self.codes.float() - INT4_ZERO
         return (codes * spread_scales(self.scales.float(), self.codes.shape, self.block)).to(dtype)
+
+
+def quantize_codes(weight: Tensor, scale: Scale = "fp32") -> Codes:
+    """weight [M, K] -> fp8 codes in blocks of 128 × 128."""
+    return Codes("fp8", *quantize_fp8(weight, SQUARE, scale), SQUARE)

@@ -9,8 +9,14 @@ panel is a row of blocks along k, so it is read once from front to end. The same
     int8              64   4224           8.25  uint8 [16][64][4], 128 + code, k = 4 i + j; then bf16 scale [64]
     int4              32   1152            4.5  nibbles [4][64][4], 8 + code, k = 4 i + j in the low and 16 + 4 i + j in
                                                 the high half of a byte; then bf16 scale [64]
+    fp8              128   8448           8.25  E4M3 codes [32][16][2][4][2], k = 4 i + 2 j + l of output 4 g + h at
+                                                [i][g][j][h][l]; then fp32 scale [64]
 
 `FORMATS` is this table as data: the packer, the packed directory and the kernels' codes come from it.
+
+fp8 has a scale for each output and 128 k, so it takes block scales as well as scales of rows or of whole matrices,
+and a panel may lie across blocks. Codes and scales of a checkpoint are kept bit for bit (`pack_codes`). Other matrices
+are quantised in blocks of 128 × 128. Rows of activations are not quantised, unless a product asks for it.
 
 value = scale · code. int8: scale = largest magnitude / 127. int4: the largest magnitude is code −8 and its sign goes
 into the scale, as in llama.cpp's Q4_0; then the scale is refitted to these codes, Σ w·code / Σ code². For products with
@@ -32,6 +38,8 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.abi import KINDS
+from moestro.ops.fp8 import E4M3, SQUARE, spread_scales
+from moestro.ops.serving.codes import Codes, quantize_codes
 
 PANEL = 64
 LEAST_SCALE = 1e-37  # its inverse is finite; blocks of smaller values become zeros
@@ -55,13 +63,13 @@ class WeightFormat:
     scale: torch.dtype | None = None
 
     @property
-    def quantised(self) -> bool:
-        """Whether the values are codes and scales."""
-        return self.scale is not None
+    def quantises_rows(self) -> bool:
+        """Whether products quantise the rows of activations, too, in blocks of `length`."""
+        return self.scale == torch.bfloat16
 
     @property
     def offset(self) -> int:
-        """Added to a code so that it is stored without a sign."""
+        """Added to an integer code so that it is stored without a sign."""
         return 1 << (self.bits - 1)
 
     @property
@@ -92,6 +100,7 @@ FORMATS = {
         WeightFormat("bf16", KINDS["bf16"], length=2, bits=16),
         WeightFormat("int8", KINDS["int8"], length=64, bits=8, scale=torch.bfloat16),
         WeightFormat("int4", KINDS["int4"], length=32, bits=4, scale=torch.bfloat16),
+        WeightFormat("fp8", KINDS["fp8"], length=128, bits=8, scale=torch.float32),
     )
 }
 
@@ -145,6 +154,8 @@ def pack_panels(weight: Tensor | RowSource, format: str, out: Tensor | None = No
     rows, columns = weight.shape
     if out is None:
         out = new_panels(panel_shape(rows, columns, format))
+    if format == "fp8":
+        return _quantize_panels(weight, out)
     is_native = library.serves(weight[:0])
     chunk = PLAIN_CHUNK if not is_native else CHUNK if isinstance(weight, RowSource) else rows * columns
     step = PANEL * max(1, -(-chunk // (PANEL * max(columns, 1))))
@@ -158,6 +169,54 @@ def pack_panels(weight: Tensor | RowSource, format: str, out: Tensor | None = No
         else:
             filled = F.pad(part, (0, -columns % FORMATS[format].length, 0, -len(part) % PANEL))
             panels.copy_(_pack(filled.unflatten(0, (-1, PANEL)), format))
+    return out
+
+
+def pack_codes(parts: Sequence[Codes], out: Tensor | None = None) -> Tensor:
+    """The rows of several matrices of codes of one format, one below the other -> panels as from `pack_panels`.
+
+    ValueError if their scales do not fit the blocks of the format.
+    """
+    return pack_rows(*join_codes(parts), parts[0].format, out)
+
+
+def join_codes(parts: Sequence[Codes]) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [M, K] and scales fp32 [M, blocks] of matrices one below the other, as `pack_rows` takes them."""
+    codes = torch.cat([part.codes.view(torch.uint8) for part in parts])
+    return codes, torch.cat([row_scales(part) for part in parts])
+
+
+def row_scales(part: Codes) -> Tensor:
+    """Scales [M, blocks of the format along k], fp32, one for every row. ValueError if they do not fit its blocks."""
+    (rows, columns), length = part.codes.shape, FORMATS[part.format].length
+    if part.block[1] % length and part.block[1] < columns:
+        raise ValueError(f"a scale for every {part.block[1]} values; {part.format} has one for every {length}")
+    blocks = torch.Size((rows, -(-columns // length)))
+    return spread_scales(part.scales.float(), blocks, (part.block[0], max(1, part.block[1] // length)))
+
+
+def pack_rows(codes: Tensor, scales: Tensor, format: str, out: Tensor | None = None) -> Tensor:
+    """codes uint8 [M, K] as in `Codes`, scales fp32 [M, blocks] -> uint8 [panels, bytes of a panel]."""
+    (rows, columns), length = codes.shape, FORMATS[format].length
+    if out is None:
+        out = new_panels(panel_shape(rows, columns, format))
+    if format == "fp8" and library.serves(scales[:0]):
+        sizes = (rows, columns, torch.get_num_threads())
+        library.call("moestro_pack_codes", out, codes.contiguous(), scales.contiguous(), *sizes)
+        return out
+    empty = 0 if format == "fp8" else FORMATS[format].offset  # the code of zero
+    filled = F.pad(codes, (0, -columns % length, 0, -rows % PANEL), value=empty).unflatten(0, (-1, PANEL))
+    of_panels = F.pad(scales, (0, 0, 0, -rows % PANEL)).unflatten(0, (-1, PANEL))
+    return out.copy_(_join(filled, of_panels, format))
+
+
+def _quantize_panels(weight: Tensor | RowSource, out: Tensor) -> Tensor:
+    """Quantise a matrix in blocks of 128 × 128 into fp8 panels."""
+    rows, columns = weight.shape
+    step = SQUARE[0] * max(1, PLAIN_CHUNK // max(1, SQUARE[0] * columns))
+    for first in range(0, rows if columns else 0, step):
+        part = quantize_codes(weight[first : first + step])
+        pack_codes([part], out[first // PANEL : -(-(first + len(part.codes)) // PANEL)])
     return out
 
 
@@ -176,6 +235,13 @@ def unpack_panels(panels: Tensor, format: str) -> Tensor:
             pass
         case "int4":
             codes = torch.cat([codes & 15, codes >> 4], -1)
+        case "fp8":
+            steps = (
+                codes.contiguous().view(E4M3).float().unflatten(-1, (-1, PANEL // 4, 2, 4, 2))
+            )  # [..., i, g, j, h, l]
+            turned = steps.movedim((-3, -1), (-4, -3))  # [..., i, j, l, g, h]
+            values = turned.flatten(-2).flatten(-4, -2)
+            return (values * scales.contiguous().view(spec.scale).unsqueeze(-2)).flatten(-3, -2)
         case _:
             raise _unknown(format)
     values = codes.unflatten(-1, (spec.length // 4, PANEL, 4)).float() - spec.offset
@@ -223,14 +289,24 @@ def _pack(panels: Tensor, format: str) -> Tensor:
             return panels.float().transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
         case "bf16":
             return _turn(panels.bfloat16().contiguous()).flatten(1)
-    spec = FORMATS[format]
     codes, scales = quantize(panels, format)
-    bits = (codes + spec.offset).to(torch.uint8)
-    if spec.bits == 4:
-        low, high = bits.unflatten(-1, (-1, 2, spec.length // 2)).unbind(-2)
-        bits = (low | high << 4).flatten(-2)
-    by_block = _turn(bits.contiguous()).unflatten(1, (scales.shape[-1], -1)).flatten(2)  # [p, B, bytes of codes]
-    return torch.cat([by_block, scales.transpose(1, 2).contiguous().view(torch.uint8)], -1).flatten(1)
+    return _join((codes + FORMATS[format].offset).to(torch.uint8), scales, format)
+
+
+def _join(codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    """codes uint8 [p, 64, K], K in whole blocks, and scales [p, 64, B] -> uint8 [p, bytes of a panel]."""
+    spec = FORMATS[format]
+    assert spec.scale is not None
+    if format == "fp8":
+        steps = codes.unflatten(-1, (-1, 2, 2)).unflatten(1, (-1, 4))  # [p, g, h, i, j, l]
+        turned = steps.permute(0, 3, 1, 4, 2, 5).flatten(1)
+    else:
+        if spec.bits == 4:
+            low, high = codes.unflatten(-1, (-1, 2, spec.length // 2)).unbind(-2)
+            codes = (low | high << 4).flatten(-2)
+        turned = _turn(codes.contiguous()).flatten(1)
+    by_block = turned.unflatten(1, (scales.shape[-1], -1))  # [p, B, bytes of codes]
+    return torch.cat([by_block, scales.to(spec.scale).transpose(1, 2).contiguous().view(torch.uint8)], -1).flatten(1)
 
 
 def _unknown(format: str) -> ValueError:

@@ -28,7 +28,6 @@ from moestro.ops import library
 from moestro.ops.abi import SCORES, Cache, Opcode, Step
 from moestro.ops.library import TYPES
 from moestro.ops.serving import attention, rows
-from moestro.ops.serving.formats import FORMATS
 from moestro.ops.serving.reference import PAGE
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
@@ -298,7 +297,7 @@ class Tape:
     def experts(self, index: int, weight: PackedExperts, x: Operand, weights: Operand) -> Operand:
         x, out = self._whole(x), self.value(weight.hidden_dim)
         self._check(x, weight.hidden_dim)
-        sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, FORMATS[weight.format].code, self._type)
+        sizes = (weight.num_experts, weight.hidden_dim, weight.expert_dim, weight.code, self._type)
         self._note(Opcode.EXPERTS, out.at, x.at, weights.at, index, *weight.tables, *sizes)
         return out
 
@@ -407,7 +406,7 @@ class Tape:
     def _multiply(self, weight: PackedLinear | PackedHeads, x: Operand, out: Operand, groups: int) -> Operand:
         x = self._whole(x)
         self._check(x, groups * weight.in_features)
-        sizes = (groups, weight.out_features, weight.in_features, FORMATS[weight.format].code, self._type_of(x))
+        sizes = (groups, weight.out_features, weight.in_features, weight.code, self._type_of(x))
         self._note(Opcode.LINEAR, out.at, x.at, weight.panels.data_ptr(), *sizes)
         return out
 

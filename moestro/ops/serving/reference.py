@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.ops.fp8 import LEAST_ACTIVATION, dequantize_fp8, quantize_fp8
 from moestro.ops.serving import formats
 from moestro.ops.serving.formats import PANEL
 from moestro.routing.selection import Selection, add_bias, choose, score_experts, weigh
@@ -61,12 +62,14 @@ def multiply(x: Tensor, tiles: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2).flatten(0, 1)[:n]
 
 
-def linear(x: Tensor, panels: Tensor, format: str) -> Tensor:
-    """x [N, K], packed panels -> [N, panels · 64] fp32."""
+def linear(x: Tensor, panels: Tensor, format: str, *, round_rows: bool = False) -> Tensor:
+    """x [N, K], packed panels -> [N, panels · 64] fp32; `round_rows`: rows are rounded to fp8 in tiles of 128."""
     length = formats.FORMATS[format].length
     rows = F.pad(x.float(), (0, -x.shape[1] % length))
-    if formats.FORMATS[format].quantised:
+    if formats.FORMATS[format].quantises_rows:
         rows = formats.round_rows(rows, format)
+    elif round_rows:
+        rows = dequantize_fp8(*quantize_fp8(rows, least=LEAST_ACTIVATION))
     rows = F.pad(rows, (0, -rows.shape[1] % TILE))
     parts = []
     for some in panels.split(PANELS_AT_ONCE):
@@ -77,18 +80,25 @@ def linear(x: Tensor, panels: Tensor, format: str) -> Tensor:
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Sequence[Tensor], down: Sequence[Tensor], format: str
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    format: str,
+    *,
+    round_rows: bool = False,
 ) -> Tensor:
     """x [N, D] through packed experts, gate_up and down E times [panels, bytes] -> [N, at least D] fp32."""
     slots = torch.zeros(*ids.shape, -(-x.shape[1] // PANEL) * PANEL)  # [N, A, D]
     for expert in ids[ids < len(down)].unique().tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
-        halves = linear(x[token], gate_up[expert], format).unflatten(1, (-1, 2, PANEL // 2))
+        halves = linear(x[token], gate_up[expert], format, round_rows=round_rows).unflatten(1, (-1, 2, PANEL // 2))
         gate, up = halves.unbind(2)
         act = (activate(F.silu, gate) * up).flatten(1)
-        if format == "bf16" and x.dtype == torch.bfloat16:
+        if format in ("bf16", "fp8") and x.dtype == torch.bfloat16 and not round_rows:
             act = act.bfloat16()
-        slots[token, choice] = linear(_cut(act, down[expert], format), down[expert], format)
+        slots[token, choice] = linear(_cut(act, down[expert], format), down[expert], format, round_rows=round_rows)
     out = torch.zeros(len(x), slots.shape[2])
     for choice in range(ids.shape[1]):
         out = out + slots[:, choice] * weights[:, choice, None].float()

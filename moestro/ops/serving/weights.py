@@ -10,14 +10,16 @@ No operation here has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from moestro.ops import library
+from moestro.ops.abi import KINDS
 from moestro.ops.serving import formats, reference
+from moestro.ops.serving.codes import Codes, quantize_codes
 from moestro.ops.serving.formats import FORMATS, PANEL, RowSource
 
 
@@ -36,7 +38,12 @@ class _Matrices:
         self.out_features, self.in_features = out_features, in_features
         self.sizes = (*panels.shape[: self.leading], out_features, in_features)
         self.nbytes = panels.nbytes
-        self._address, self._code = self.panels.data_ptr(), FORMATS[format].code
+        self._address, self.rounds_rows = self.panels.data_ptr(), False
+
+    @property
+    def code(self) -> int:
+        """The number of its products in the C interface."""
+        return _code_of(self.format, self.rounds_rows)
 
     @classmethod
     def empty(cls, format: str, *sizes: int) -> Self:
@@ -53,7 +60,8 @@ class _Matrices:
 
     def tensors(self) -> dict[str, Tensor]:
         """What to save: the panels, and the format with the sizes."""
-        return {"panels": self.panels, "sizes": torch.tensor([self._code, self.out_features, self.in_features])}
+        sizes = torch.tensor([FORMATS[self.format].code, self.out_features, self.in_features])
+        return {"panels": self.panels, "sizes": sizes}
 
 
 class PackedLinear(_Matrices):
@@ -63,7 +71,7 @@ class PackedLinear(_Matrices):
 
     @classmethod
     def pack(cls, weight: Tensor | RowSource, format: str) -> PackedLinear:
-        """weight [M, K] fp32 or bf16; format fp32, bf16, int8 or int4."""
+        """weight [M, K] fp32 or bf16; format: one of `FORMATS`."""
         packed = cls.empty(format, *weight.shape)
         packed.fill(weight)
         return packed
@@ -72,16 +80,21 @@ class PackedLinear(_Matrices):
         """Pack another matrix of the same shape into the same memory."""
         formats.pack_panels(weight, self.format, out=self.panels)
 
+    def fill_codes(self, parts: Sequence[Codes]) -> None:
+        """The same from codes of this format, matrices one below the other, without rounding them again."""
+        formats.pack_codes(parts, out=self.panels)
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, K] fp32 or bf16 -> [N, M] of its type."""
         n, k = x.shape
         if k != self.in_features:
             raise ValueError(f"rows of {k} values for a matrix of {self.in_features}")
         if not library.serves(x):
-            return reference.linear(x, self.panels, self.format)[:, : self.out_features].to(x.dtype)
+            full = reference.linear(x, self.panels, self.format, round_rows=self.rounds_rows)
+            return full[:, : self.out_features].to(x.dtype)
         x = x.contiguous()
         out = x.new_empty(n, self.out_features)
-        sizes = (1, n, self.out_features, k, self._code, library.TYPES[x.dtype], torch.get_num_threads())
+        sizes = (1, n, self.out_features, k, self.code, library.TYPES[x.dtype], torch.get_num_threads())
         library.call("moestro_packed_linear", out, x, self._address, *sizes)
         return out
 
@@ -112,7 +125,7 @@ class PackedHeads(_Matrices):
             return torch.stack(parts, 1)[..., : self.out_features].to(x.dtype)
         x = x.contiguous()
         out = x.new_empty(n, heads, self.out_features)
-        sizes = (heads, n, self.out_features, k, self._code, library.TYPES[x.dtype], torch.get_num_threads())
+        sizes = (heads, n, self.out_features, k, self.code, library.TYPES[x.dtype], torch.get_num_threads())
         library.call("moestro_packed_linear", out, x, self._address, *sizes)
         return out
 
@@ -137,14 +150,19 @@ class PackedExperts:
         self.num_experts, self.hidden_dim, self.expert_dim = len(gate_up), hidden_dim, expert_dim
         self.sizes = (len(gate_up), hidden_dim, expert_dim)
         self.nbytes = gate_up.nbytes + down.nbytes
-        self._code = FORMATS[format].code
+        self.rounds_rows = False
         self._places = [list(part.unbind()) for part in (self.gate_up, self.down)]  # where each expert's panels are
         self.addresses = torch.tensor([[panels.data_ptr() for panels in part] for part in self._places])
         self.tables = tuple(part.data_ptr() for part in self.addresses)  # where the two rows of `addresses` are
 
+    @property
+    def code(self) -> int:
+        """The number of its products in the C interface."""
+        return _code_of(self.format, self.rounds_rows)
+
     @classmethod
     def pack(cls, gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
-        """gate_up [E, 2F, D], gates first, and down [E, D, F], fp32 or bf16; format fp32, bf16, int8 or int4."""
+        """gate_up [E, 2F, D], gates first, and down [E, D, F], fp32 or bf16; format: one of `FORMATS`."""
         packed = cls.empty(format, *down.shape)
         packed.fill(gate_up, down)
         return packed
@@ -158,8 +176,21 @@ class PackedExperts:
 
     def fill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
         """Pack other experts of the same shapes into the current memory, one matrix at a time."""
+        if self.format == "fp8":  # gates and ups have blocks of their own
+            halves = (one.unflatten(0, (2, self.expert_dim)) for one in gate_up)
+            return self.fill_codes(
+                ([*map(quantize_codes, both)] for both in halves), ([quantize_codes(w)] for w in down)
+            )
         _pack_each((_mix(one, self.expert_dim) for one in gate_up), self.format, self._places[0])
         _pack_each(down, self.format, self._places[1])
+
+    def fill_codes(self, gate_up: Iterable[Sequence[Codes]], down: Iterable[Sequence[Codes]]) -> None:
+        """The same from codes of this format, without rounding them again; a matrix may come in several parts."""
+        for panels, parts in zip(self._places[0], gate_up, strict=True):
+            codes, scales = (_mix(rows, self.expert_dim) for rows in formats.join_codes(parts))
+            formats.pack_rows(codes, scales, self.format, out=panels)
+        for panels, parts in zip(self._places[1], down, strict=True):
+            formats.pack_codes(parts, out=panels)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PackedExperts:
@@ -169,7 +200,7 @@ class PackedExperts:
 
     def tensors(self) -> dict[str, Tensor]:
         """What to save: the panels in their original place, and the format with the sizes."""
-        sizes = torch.tensor([self._code, self.hidden_dim, self.expert_dim])
+        sizes = torch.tensor([FORMATS[self.format].code, self.hidden_dim, self.expert_dim])
         return {"gate_up": self.gate_up, "down": self.down, "sizes": sizes}
 
     def move(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
@@ -192,13 +223,21 @@ class PackedExperts:
             raise ValueError(f"x {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)} do not fit")
         if not library.serves(x):
             gate_up, down = self._places
-            return reference.experts(x, ids, weights, gate_up, down, self.format)[:, :hidden].to(x.dtype)
+            panels, round_rows = (gate_up, down, self.format), self.rounds_rows
+            return reference.experts(x, ids, weights, *panels, round_rows=round_rows)[:, :hidden].to(x.dtype)
         x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
         out = torch.empty_like(x)
         sizes = (n, ids.shape[1], self.num_experts, hidden, self.expert_dim)
-        kinds = (self._code, library.TYPES[x.dtype], torch.get_num_threads())
+        kinds = (self.code, library.TYPES[x.dtype], torch.get_num_threads())
         library.call("moestro_packed_experts", out, x, ids, weights, *self.tables, *sizes, *kinds)
         return out
+
+
+def _code_of(format: str, rounds_rows: bool) -> int:
+    """KINDS, by a weight's format and whether its products round rows to fp8; ValueError if they cannot."""
+    if rounds_rows and format != "fp8":
+        raise ValueError(f"rows meet {format} weights as they are, not rounded to fp8")
+    return KINDS["fp8_rows"] if rounds_rows else FORMATS[format].code
 
 
 def _expert_panels(format: str, hidden_dim: int, expert_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
