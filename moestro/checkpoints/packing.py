@@ -8,8 +8,9 @@ config.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -23,12 +24,12 @@ from moestro.config import ModelConfig
 from moestro.errors import CheckpointError, ConfigError
 from moestro.model.parts import PackedPart, Part, saved_tensors, served_parts
 from moestro.model.transformer import Transformer
+from moestro.ops.serving.codes import Codes
 from moestro.ops.serving.formats import FORMATS, RowSource, plain_format
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
 Source = Transformer | ModelFiles | PackedFiles
 Shapes = Mapping[str, Sequence[int]]
-Sizes = tuple[str, tuple[int, ...]]  # the format, and the dimensions of the matrices or the parameter
 PACKED: Mapping[str, type[PackedLinear] | type[PackedHeads] | type[PackedExperts]]
 PACKED = {"linear": PackedLinear, "heads": PackedHeads, "experts": PackedExperts}
 
@@ -38,8 +39,8 @@ class PackedModel:
     """The parts of a served model by name, in the order of `served_parts`.
 
     Matrices are packed as `format` (`Part.format` has the exceptions). Activations are computed in `dtype`, and weights
-    were rounded to it first. `mapped` is the directory whose files the parts are views of, None if the parts have their
-    own memory.
+    were rounded to it first, unless they were stored as codes, which are kept. `mapped` is the directory whose files
+    the parts are views of, None if the parts have their own memory.
     """
 
     config: ModelConfig
@@ -55,6 +56,12 @@ class Weights(Protocol):
     def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
         """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in."""
 
+    def stored_format(self, parameter: str) -> str | None:
+        """The format of the codes that a parameter is stored as; None if it is stored as numbers."""
+
+    def codes(self, parameter: str, expert: int | None = None) -> list[Codes] | None:
+        """The same rows as stored codes; None if they are stored as numbers."""
+
 
 class HeldWeights:
     """The weights of a model in memory, read in the same way as `ModelFiles` reads a directory."""
@@ -67,12 +74,21 @@ class HeldWeights:
         whole = self._tensors[parameter].detach()
         return [whole if expert is None else whole[expert]]
 
+    def stored_format(self, parameter: str) -> str | None:
+        """None: a model in memory has numbers."""
+        return None
+
+    def codes(self, parameter: str, expert: int | None = None) -> list[Codes] | None:
+        """None, as well."""
+        return None
+
 
 def pack_model(source: Source, format: str | None = None) -> PackedModel:
     """All parts of a model in memory, of a model's files, or of packed files, which stay mapped.
 
-    `format` is one of `FORMATS`, by default that of the packed files or the one that keeps weights as they are
-    computed with. ConfigError if the format is unknown or differs from that of packed files; CheckpointError if packed
+    `format` is one of `FORMATS`, by default that of the packed files, that of the codes in a model's files, or the one
+    that keeps weights as they are computed with. Codes of the same format are kept, and beside them all that is stored
+    as numbers. ConfigError if the format is unknown or differs from that of packed files; CheckpointError if packed
     files do not match config.json.
     """
     format = choose_format(source, format)
@@ -80,23 +96,21 @@ def pack_model(source: Source, format: str | None = None) -> PackedModel:
     parts: dict[str, PackedPart] = {}
     if isinstance(source, PackedFiles):
         for part in served_parts(config):
-            parts[part.name] = _map_part(part, source, _sizes(part, shapes, format, dtype))
+            parts[part.name] = _map_part(part, source, format, _dimensions(part, shapes))
         names = [name for part in parts.items() for name in saved_tensors(*part)]
         refuse_misfits({"unexpected tensors": source.tensors.keys() - set(names)})
         return PackedModel(config, dtype, format, parts, source.directory)
-    weights = _weights_of(source)
-    for part in served_parts(config):
-        parts[part.name] = _pack_part(part, weights, _sizes(part, shapes, format, dtype), dtype)
+    packer = _Packer(_weights_of(source), shapes, format, dtype)
+    parts = {part.name: packer.pack(part) for part in served_parts(config)}
     return PackedModel(config, dtype, format, parts)
 
 
 def write_parts(source: Transformer | ModelFiles, format: str, save: Save) -> int:
     """Pack one part after the other and give it to `save`, keeping none; returns their total bytes."""
-    weights, shapes = _weights_of(source), parameter_shapes(source.config)
+    packer = _Packer(_weights_of(source), parameter_shapes(source.config), format, source.dtype)
 
     def write(part: Part) -> int:
-        sizes = _sizes(part, shapes, format, source.dtype)
-        tensors = saved_tensors(part.name, _pack_part(part, weights, sizes, source.dtype))
+        tensors = saved_tensors(part.name, packer.pack(part))
         save(tensors)
         return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -124,7 +138,7 @@ def choose_format(source: Source, format: str | None) -> str:
     if format is not None and format not in FORMATS:
         raise ConfigError(f"weights must be one of {', '.join(FORMATS)}, not '{format}'")
     if not isinstance(source, PackedFiles):
-        return format or plain_format(source.dtype)
+        return format or _stored_format(_weights_of(source), source.config) or plain_format(source.dtype)
     if format not in (None, source.format):
         held = source.format
         raise ConfigError(f"{source.directory} holds {held} weights, not {format}: pack the original as {format}")
@@ -135,58 +149,100 @@ def _weights_of(source: Transformer | ModelFiles) -> Weights:
     return HeldWeights(source) if isinstance(source, Transformer) else source
 
 
-def _sizes(part: Part, shapes: Shapes, format: str, dtype: torch.dtype) -> Sizes:
-    """The format and dimensions that a part must have."""
+def _stored_format(weights: Weights, config: ModelConfig) -> str | None:
+    """The format of the first codes among the matrices of a model, None if there are none."""
+    names = (name for part in served_parts(config) if part.rule == "weights" for name in part.parameters)
+    return next(filter(None, map(weights.stored_format, names)), None)
+
+
+def _dimensions(part: Part, shapes: Shapes) -> tuple[int, ...]:
+    """The dimensions of the matrices of a part, or of its parameter."""
     first = shapes[part.parameters[0]]
     match part.form:
         case "plain":
-            sizes = tuple(first)
+            return tuple(first)
         case "linear":
-            sizes = (sum(shapes[parameter][0] for parameter in part.parameters), first[1])
+            return (sum(shapes[parameter][0] for parameter in part.parameters), first[1])
         case "heads":
             assert part.cut is not None
-            sizes = part.cut.shape(first[1])
+            return part.cut.shape(first[1])
         case "experts":
-            sizes = tuple(shapes[part.parameters[1]])
-    return part.format(format, dtype), sizes
+            return tuple(shapes[part.parameters[1]])
 
 
-def _pack_part(part: Part, weights: Weights, sizes: Sizes, dtype: torch.dtype) -> PackedPart:
-    format, numbers = sizes
-    packed: PackedPart
-    if part.form == "plain":
-        packed = torch.empty(numbers, dtype=DTYPES[format])
-    else:
-        packed = PACKED[part.form].empty(format, *numbers)
-    _fill_part(packed, part, weights, dtype)
-    return packed
+@dataclass(frozen=True)
+class _Packer:
+    """Packs the parts of one source as `format`, or keeps what it stores if it has codes of that format."""
+
+    weights: Weights
+    shapes: Shapes
+    format: str
+    dtype: torch.dtype
+
+    def pack(self, part: Part) -> PackedPart:
+        """A part in memory of its own."""
+        format, numbers = self._format_of(part), _dimensions(part, self.shapes)
+        packed: PackedPart
+        if part.form == "plain":
+            packed = torch.empty(numbers, dtype=DTYPES[format])
+        else:
+            packed = PACKED[part.form].empty(format, *numbers)
+        _fill_part(packed, part, self.weights, self.dtype)
+        return packed
+
+    def _format_of(self, part: Part) -> str:
+        if part.rule in ("weights", "head") and self._keeps:
+            stored = {self.weights.stored_format(name) for name in part.parameters}
+            return (stored.pop() if len(stored) == 1 else None) or plain_format(self.dtype)
+        return part.format(self.format, self.dtype)
+
+    @cached_property
+    def _keeps(self) -> bool:
+        return self.format in map(self.weights.stored_format, self.shapes)
 
 
 def _fill_part(packed: PackedPart, part: Part, weights: Weights, dtype: torch.dtype) -> None:
-    """Read the parameters of a part into its memory, large ones one matrix at a time."""
-    dtype, first = part.dtype(dtype), part.parameters[0]
+    """Read the parameters of a part into its memory, large ones one matrix at a time; codes of its format are kept."""
+    dtype, names = part.dtype(dtype), part.parameters
+    keeps = not isinstance(packed, Tensor) and all(weights.stored_format(name) == packed.format for name in names)
     match packed:
         case Tensor():
-            packed.copy_(weights.parts(first)[0])
+            packed.copy_(weights.parts(names[0])[0])
+        case PackedLinear() if keeps:
+            packed.fill_codes([rows for name in names for rows in _read_codes(weights, name)])
         case PackedLinear():
-            packed.fill(RowSource([rows for name in part.parameters for rows in weights.parts(name)], dtype))
+            packed.fill(RowSource([rows for name in names for rows in weights.parts(name)], dtype))
         case PackedHeads():
             assert part.cut is not None
-            packed.fill(part.cut.take(torch.cat(weights.parts(first)).to(dtype)))
+            packed.fill(part.cut.take(torch.cat(weights.parts(names[0])).to(dtype)))
         case PackedExperts():
-            gate_up, down = (_read_experts(weights, name, packed.num_experts, dtype) for name in part.parameters)
-            packed.fill(gate_up, down)
+            experts = range(packed.num_experts)
+            if keeps:
+                packed.fill_codes(*((_read_codes(weights, name, expert) for expert in experts) for name in names))
+            else:
+                packed.fill(*(_read_experts(weights, name, experts, dtype) for name in names))
             machine.return_freed_memory()  # what was read
 
 
-def _read_experts(weights: Weights, parameter: str, num_experts: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def _read_codes(weights: Weights, parameter: str, expert: int | None = None) -> list[Codes]:
+    """The codes of a parameter that is stored as codes, or of one expert's share of it."""
+    found = weights.codes(parameter, expert)
+    assert found is not None, parameter
+    return found
+
+
+def _read_experts(weights: Weights, parameter: str, experts: Iterable[int], dtype: torch.dtype) -> Iterator[Tensor]:
     """The matrices of a parameter, one expert at a time."""
-    for expert in range(num_experts):
+    for expert in experts:
         yield torch.cat(weights.parts(parameter, expert)).to(dtype)
 
 
-def _map_part(part: Part, files: PackedFiles, sizes: Sizes) -> PackedPart:
+def _map_part(part: Part, files: PackedFiles, format: str, numbers: tuple[int, ...]) -> PackedPart:
+    """A part of packed files; where the original had codes, it may be kept as numbers as well."""
     packed: PackedPart
+    formats = [part.format(format, files.dtype)]
+    if FORMATS[format].quantised and part.rule in ("weights", "head"):
+        formats.append(plain_format(files.dtype))
     if part.form == "plain":
         packed = files.tensor(part.name)
         found = _name_dtype(packed.dtype), tuple(packed.shape)
@@ -198,8 +254,8 @@ def _map_part(part: Part, files: PackedFiles, sizes: Sizes) -> PackedPart:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{files.directory}: {part.name} is damaged: {error}") from error
         found = packed.format, packed.sizes
-    if found != sizes:
-        ours, wanted = (" x ".join([format, *map(str, numbers)]) for format, numbers in (found, sizes))
+    if found not in [(one, numbers) for one in formats]:
+        ours, wanted = (" x ".join([one, *map(str, sizes)]) for one, sizes in (found, (formats[0], numbers)))
         raise CheckpointError(f"{files.directory}: {part.name} is {ours}; config.json asks for {wanted}")
     return packed
 

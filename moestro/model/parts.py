@@ -55,7 +55,7 @@ class Part:
 
     activations  the precision of activations: plain parameters and the matrices of heads
     weights      the format that the user chose
-    head         the same, but at least 8 bits
+    head         the same, but at least 8 bits; as it is beside fp8, as in DeepSeek's checkpoints
     router       fp32
     """
 
@@ -73,7 +73,7 @@ class Part:
         """The format of this part in a model packed as `weights`."""
         if self.rule == "weights":
             return weights
-        if self.rule == "head":
+        if self.rule == "head" and weights != "fp8":
             return weights if FORMATS[weights].bits >= LEAST_HEAD_BITS else "int8"
         return plain_format(self.dtype(activations))
 

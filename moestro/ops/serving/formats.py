@@ -63,6 +63,11 @@ class WeightFormat:
     scale: torch.dtype | None = None
 
     @property
+    def quantised(self) -> bool:
+        """Whether the values are codes and scales."""
+        return self.scale is not None
+
+    @property
     def quantises_rows(self) -> bool:
         """Whether products quantise the rows of activations, too, in blocks of `length`."""
         return self.scale == torch.bfloat16
