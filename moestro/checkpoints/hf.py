@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moestro.checkpoints.quantized import read_scheme
 from moestro.config import ModelConfig, build_config
 from moestro.errors import CheckpointError
 
@@ -125,6 +126,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any] | None:
 
 def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig from a config.json; raises CheckpointError naming a key that cannot be honoured."""
+    read_scheme(tree)  # refuses what `ModelFiles` could not read
     model_type = tree.get("model_type")
     if model_type == "moestro" and isinstance(tree.get("moestro"), dict):
         return build_config({"model": tree["moestro"]}).model
@@ -153,15 +155,9 @@ def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
 
 
 def _refuse_what_is_unsupported(tree: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "rope_scaling", "rope_parameters"):
+    for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(tree.get(key) or {}, Mapping):
             raise CheckpointError(f"config.json has {key}={tree[key]!r}, which is no object")
-    if tree.get("quantization_config"):
-        method = tree["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"the weights are quantised ({method}); fp8 and other quantised checkpoints are not supported yet: "
-            "convert them to bf16 first"
-        )
     for key, value in fixed.items():
         if tree.get(key, value) not in (value, None):
             raise CheckpointError(f"config.json has {key}={tree[key]!r}; supported is {value!r}")
