@@ -53,13 +53,12 @@ def convert(source: ModelFiles, out: Path, to: Precision, scale: Scale | None = 
             f"scales of fp8 weights are fp32 or ue8m0, not '{scale}'" if to == "fp8" else "bf16 has no scales"
         )
     with new_directory(out) as partial:
-        copy_files(source.directory, partial, [name for name in (*COPIED, *OTHER_FILES) if name != "config.json"])
-        converted = write_converted(source, partial, to, scale)
-    return converted
+        return write_converted(source, partial, to, scale)
 
 
 def write_converted(source: ModelFiles, folder: Path, to: Precision, scale: Scale | None = None) -> Converted:
-    """Write the weights and, last of all, config.json into a folder; see `convert`."""
+    """Write the tokenizer, the weights and, last of all, config.json into a folder; see `convert`."""
+    copy_files(source.directory, folder, [name for name in (*COPIED, *OTHER_FILES) if name != "config.json"])
     writer = _Writer(source, to, scale or (source.scheme.scale if source.scheme is not None else "fp32"))
     write_tensors(folder, writer.tensors(), SHARD_BYTES, indexed=to == "fp8")
     tree = convert_config(read_json(source.directory / "config.json"), to, writer.scale)
@@ -85,7 +84,7 @@ class _Writer:
         for name, slot in tensor_map(self.source.config).items():
             groups[slot.parameter, slot.expert].append((name, slot))
         for (parameter, expert), slots in groups.items():
-            parts = self.source.codes(parameter, expert) or self.source.parts(parameter, expert)
+            parts = self.source.rows(parameter, expert)
             for name, slot in slots:
                 shape = slot_shape(self.source.shapes[parameter], slot)
                 for written in self._convert(name, slot, cut_rows(parts, slot.start or 0, shape[0])):
@@ -102,10 +101,9 @@ class _Writer:
             yield from ((name, codes), (f"{name}_scale_inv", scales))
 
     def _quantise(self, name: str, rows: Tensor | Codes) -> tuple[Tensor, Tensor]:
-        if isinstance(rows, Codes) and rows.format == "fp8" and rows.block == SQUARE:
-            if self.scale == "fp32" or are_powers_of_two(rows.scales):
-                self.kept += 1
-                return rows.codes, rows.scales
+        if isinstance(rows, Codes) and keeps_codes(rows, self.scale):
+            self.kept += 1
+            return rows.codes, rows.scales
         codes, scales = quantize_fp8(as_values(rows, torch.float32), SQUARE, self.scale)
         if not scales.isfinite().all():
             raise CheckpointError(f"{self.source.directory}: {name} holds an infinity or a NaN")
@@ -119,9 +117,11 @@ def is_quantised(parameter: str) -> bool:
     return in_block and ".router." not in parameter and not parameter.endswith("_norm.weight")
 
 
-def are_powers_of_two(scales: Tensor) -> bool:
-    """Whether fp32 scales, all normal and above 0, have no fraction."""
-    return not bool((scales.view(torch.int32) & FRACTION_BITS).any())
+def keeps_codes(rows: Codes, scale: Scale) -> bool:
+    """Whether codes are already what would be written: FP8 in the same blocks; for ue8m0 no scale has a fraction."""
+    if rows.format != "fp8" or rows.block != SQUARE:
+        return False
+    return scale == "fp32" or not bool((rows.scales.view(torch.int32) & FRACTION_BITS).any())
 
 
 def as_values(rows: Tensor | Codes, dtype: torch.dtype) -> Tensor:
@@ -129,13 +129,13 @@ def as_values(rows: Tensor | Codes, dtype: torch.dtype) -> Tensor:
     return rows.values(dtype) if isinstance(rows, Codes) else rows.to(dtype)
 
 
-def cut_rows(parts: list[Tensor] | list[Codes], start: int, count: int) -> Tensor | Codes:
+def cut_rows(parts: list[Tensor | Codes], start: int, count: int) -> Tensor | Codes:
     """`count` rows from `start` on, of rows in several tensors; codes stay codes if the cut falls between blocks."""
     row = 0
     for part in parts:
         codes = part.codes if isinstance(part, Codes) else part
         offset, row = start - row, row + len(codes)
-        if 0 <= offset and start + count <= row:
+        if offset >= 0 and start + count <= row:
             return _slice_part(part, offset, count)
     return torch.cat([as_values(part, torch.float32) for part in parts])[start : start + count]
 

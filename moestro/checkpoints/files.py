@@ -125,10 +125,18 @@ class ModelFiles:
         Quantised rows are given as values, in the precision that the parameter has in the model. A router without a
         stored bias gets a bias of zeros.
         """
-        return self._values(parameter, expert, kept_dtype(parameter, self.dtype))
+        dtype = kept_dtype(parameter, self.dtype)
+        return [_as_values(rows, dtype) for rows in self.rows(parameter, expert)]
+
+    def rows(self, parameter: str, expert: int | None = None) -> list[Tensor | Codes]:
+        """The same rows as they are stored: as codes where they are quantised."""
+        if not self._stored[parameter]:
+            return [torch.zeros(self.shapes[parameter])]
+        pieces = self._pieces(parameter, expert)
+        return [self._read(piece.place, at) if piece.scale is None else self._codes(piece, at) for piece, at in pieces]
 
     def codes(self, parameter: str, expert: int | None = None) -> list[Codes] | None:
-        """The same rows as they are stored if all are quantised, else None."""
+        """The same rows if all are quantised, else None."""
         pieces = self._pieces(parameter, expert)
         if not pieces or any(stored.scale is None for stored, _ in pieces):
             return None
@@ -138,7 +146,8 @@ class ModelFiles:
         """Copy a parameter to a tensor of its shape, rounded once if it is quantised."""
         for expert in self._stored[parameter]:
             whole, row = target if expert is None else target[expert], 0
-            for part in self._values(parameter, expert, target.dtype):
+            for stored in self.rows(parameter, expert):
+                part = _as_values(stored, target.dtype)
                 whole[row : row + len(part)].copy_(part)
                 row += len(part)
 
@@ -168,14 +177,6 @@ class ModelFiles:
         if expert in stored:
             return [(part, None) for part in stored[expert]]
         return [(part, expert) for part in stored[None]] if stored else []
-
-    def _values(self, parameter: str, expert: int | None, dtype: torch.dtype) -> list[Tensor]:
-        if not self._stored[parameter]:
-            return [torch.zeros(self.shapes[parameter])]
-        return [
-            self._read(stored.place, index) if stored.scale is None else self._codes(stored, index).values(dtype)
-            for stored, index in self._pieces(parameter, expert)
-        ]
 
     def _codes(self, stored: Stored, expert: int | None) -> Codes:
         scheme, scale = self.scheme, stored.scale
@@ -227,16 +228,19 @@ class ModelFiles:
         return stored
 
 
+def _as_values(rows: Tensor | Codes, dtype: torch.dtype) -> Tensor:
+    return rows.values(dtype) if isinstance(rows, Codes) else rows
+
+
 def read_headers(paths: Collection[Path]) -> dict[str, Header]:
     """What the files say of their tensors, by name."""
     headers: dict[str, Header] = {}
     for path in sorted(paths):
         with open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in headers:
-                    raise CheckpointError(f"{path} and {headers[name].path} both have {name}")
-                tensor = file.get_tensor(name)  # mapped, not read
-                headers[name] = Header(path, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+            found = {name: Header.of(path, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # mapped only
+        if twice := found.keys() & headers.keys():
+            raise CheckpointError(f"{path} repeats {few(sorted(twice))}")
+        headers |= found
     return headers
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moestro.checkpoints.quantized import Scheme, code_dtype, code_shape, fits_as_scales
 from moestro.errors import CheckpointError
@@ -23,6 +24,11 @@ class Header:
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+
+    @classmethod
+    def of(cls, path: Path, tensor: Tensor) -> Header:
+        """That of a tensor which is mapped from a file; its bytes are not read."""
+        return cls(path, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
