@@ -8,9 +8,10 @@ runs code that a checkpoint names.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moestro.checkpoints.hf import Slot, duplicate_names, fused_slots, hf_to_config, tensor_map
+from moestro.checkpoints.quantized import read_codes, read_scales, read_scheme
+from moestro.checkpoints.stored import Header, Place, Stored, find_stored, label
 from moestro.config import ModelConfig
 from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
 from moestro.ops.precision import precision_of
+from moestro.ops.serving.codes import CodeFormat, Codes
 
 SHARD_BYTES = 5_000_000_000  # the Hugging Face default
 REMAP_BYTES = 1 << 26
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what users may choose
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -94,61 +97,105 @@ def kept_dtype(parameter: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".router." in parameter else dtype
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a file that holds the rows of a parameter from `start` on."""
-
-    name: str
-    path: Path
-    start: int
-
-
 class ModelFiles:
     """The weights of a model directory, checked against its config.json at once and read one parameter at a time.
 
     Tensors are views of memory-mapped files. Each file is reopened after `REMAP_BYTES`, which frees what was read.
-    `dtype` is what the model is computed in, by default the stored precision (fp32 for fp16).
+    `dtype` is what the model is computed in, by default the stored precision (fp32 for fp16, bf16 for codes).
+    `scheme` says how weights are quantised, None if all are plain. Codes and scales are checked when they are read.
     CheckpointError names every tensor that is missing, unexpected or misshapen.
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         self.directory = directory
-        config, sources = read_config(directory), tensor_files(directory)
+        tree, sources = read_json(directory / "config.json"), tensor_files(directory)
+        config, self.scheme = hf_to_config(tree), read_scheme(tree)
         self.config = drop_absent_mtp(config, sources, f"model.layers.{config.num_layers}.")
         self.shapes = parameter_shapes(self.config)
         self._files: dict[Path, Any] = {}
         self._bytes_read = 0
         self._stored = self._account(sources)
-        is_half = self.parts("embed.weight")[0].dtype == torch.bfloat16
-        self.dtype = dtype or (torch.bfloat16 if is_half else torch.float32)
+        embedding = self._all_stored("embed.weight")
+        is_wide = any(stored.format in ("fp32", "fp16") for stored in embedding)
+        self.dtype = dtype or (torch.float32 if is_wide else torch.bfloat16)
 
     def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
         """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in.
 
-        A router without a stored bias gets a bias of zeros.
+        Quantised rows are given as values, in the precision that the parameter has in the model. A router without a
+        stored bias gets a bias of zeros.
         """
-        stored = self._stored[parameter]
-        if not stored:
+        dtype = kept_dtype(parameter, self.dtype)
+        return [_as_values(rows, dtype) for rows in self.rows(parameter, expert)]
+
+    def rows(self, parameter: str, expert: int | None = None) -> list[Tensor | Codes]:
+        """The same rows as they are stored: as codes where they are quantised."""
+        if not self._stored[parameter]:
             return [torch.zeros(self.shapes[parameter])]
-        if expert in stored:
-            return [self._read(part) for part in stored[expert]]
-        return [self._read(part, expert) for part in stored[None]]
+        pieces = self._pieces(parameter, expert)
+        return [self._read(piece.place, at) if piece.scale is None else self._codes(piece, at) for piece, at in pieces]
+
+    def codes(self, parameter: str, expert: int | None = None) -> list[Codes] | None:
+        """The same rows if all are quantised, else None."""
+        pieces = self._pieces(parameter, expert)
+        if not pieces or any(stored.scale is None for stored, _ in pieces):
+            return None
+        return [self._codes(stored, index) for stored, index in pieces]
 
     def fill(self, parameter: str, target: Tensor) -> None:
-        """Copy a parameter to a tensor of its shape."""
+        """Copy a parameter to a tensor of its shape, rounded once if it is quantised."""
         for expert in self._stored[parameter]:
             whole, row = target if expert is None else target[expert], 0
-            for part in self.parts(parameter, expert):
+            for stored in self.rows(parameter, expert):
+                part = _as_values(stored, target.dtype)
                 whole[row : row + len(part)].copy_(part)
                 row += len(part)
 
-    def _read(self, stored: Stored, expert: int | None = None) -> Tensor:
+    def stored_format(self, parameter: str) -> CodeFormat | None:
+        """The format of a parameter's codes if all of it is stored in one, None if anything is stored as values."""
+        formats = {None if stored.scale is None else stored.format for stored in self._all_stored(parameter)}
+        return self.scheme.format if self.scheme is not None and formats == {self.scheme.format} else None
+
+    def stored_bytes(self, parameter: str) -> dict[str, int]:
+        """Bytes of a parameter in the files, scales included, by format: fp32, bf16, fp16, fp8, int4."""
+        counts: Counter[str] = Counter()
+        for stored in self._all_stored(parameter):
+            counts[stored.format] += stored.nbytes
+        return dict(counts)
+
+    @property
+    def stored_formats(self) -> dict[str, int]:
+        """Bytes of all parameters, as `stored_bytes`."""
+        return dict(sum((Counter(self.stored_bytes(name)) for name in self.shapes), Counter()))
+
+    def _all_stored(self, parameter: str) -> list[Stored]:
+        return [stored for parts in self._stored[parameter].values() for stored in parts]
+
+    def _pieces(self, parameter: str, expert: int | None) -> list[tuple[Stored, int | None]]:
+        """The tensors with the rows asked for, each with the index of the expert in it."""
+        stored = self._stored[parameter]
+        if expert in stored:
+            return [(part, None) for part in stored[expert]]
+        return [(part, expert) for part in stored[None]] if stored else []
+
+    def _codes(self, stored: Stored, expert: int | None) -> Codes:
+        scheme, scale = self.scheme, stored.scale
+        assert scheme is not None and scale is not None
+        if stored.sizes is not None and self._read(stored.sizes).tolist() != list(stored.shape):
+            raise CheckpointError(f"{label(stored.sizes)} is not {list(stored.shape)}")
+        shape = stored.shape if expert is None else stored.shape[1:]
+        codes = read_codes(scheme, self._read(stored.place, expert), shape, label(stored.place))
+        scales = read_scales(scheme, self._read(scale, expert), shape, label(scale))
+        return Codes(scheme.format, codes, scales, scheme.block_of(shape))
+
+    def _read(self, place: Place, expert: int | None = None) -> Tensor:
+        name, path = place
         if self._bytes_read > REMAP_BYTES:
             self._files.clear()
             self._bytes_read = 0
-        if stored.path not in self._files:
-            self._files[stored.path] = open_tensors(stored.path)
-        whole: Tensor = self._files[stored.path].get_tensor(stored.name)
+        if path not in self._files:
+            self._files[path] = open_tensors(path)
+        whole: Tensor = self._files[path].get_tensor(name)
         tensor = whole if expert is None else whole[expert]
         self._bytes_read += tensor.nbytes
         return tensor
@@ -156,25 +203,45 @@ class ModelFiles:
     def _account(self, sources: dict[str, Path]) -> dict[str, dict[int | None, list[Stored]]]:
         """Parameter -> expert (None: all of them) -> its tensors in row order."""
         slots = tensor_map(self.config) | fused_slots(self.config)
-        duplicates = set(duplicate_names(self.config)) - set(tensor_map(self.config))
         left = {slot.parameter: self.shapes[slot.parameter].numel() for slot in slots.values()}
         stored: dict[str, dict[int | None, list[Stored]]] = {name: {} for name in self.shapes}
-        for path in sorted(set(sources.values())):
-            with open_tensors(path) as file:
-                for name in (name for name in file.keys() if name in slots):  # noqa: SIM118
-                    slot, tensor = slots[name], file.get_tensor(name)
-                    _check(tensor, slot_shape(self.shapes[slot.parameter], slot), name)
-                    stored[slot.parameter].setdefault(slot.expert, []).append(Stored(name, path, slot.start or 0))
-                    left[slot.parameter] -= tensor.numel()
+        unused, headers = set(sources) - set(duplicate_names(self.config)), read_headers(set(sources.values()))
+        for name, slot in slots.items():
+            shape = slot_shape(self.shapes[slot.parameter], slot)
+            found = find_stored(name, shape, slot.start or 0, headers, self.scheme)
+            if found is not None:
+                stored[slot.parameter].setdefault(slot.expert, []).append(found)
+                left[slot.parameter] -= math.prod(shape)
+                unused -= found.names
         refuse_misfits(
             {
-                "unexpected tensors": [name for name in sources if name not in slots and name not in duplicates],
+                "unexpected tensors": unused,
                 "parameters not (or twice) filled": [name for name, count in left.items() if count],
             }
         )
-        for parts in (parts for experts in stored.values() for parts in experts.values()):
+        lists = [parts for experts in stored.values() for parts in experts.values()]
+        if self.scheme is not None and all(part.scale is None for parts in lists for part in parts):
+            announced = f"config.json announces {self.scheme}, but all tensors hold plain values"
+            raise CheckpointError(f"{self.directory}: {announced}: remove quantization_config if they were converted")
+        for parts in lists:
             parts.sort(key=lambda part: part.start)
         return stored
+
+
+def _as_values(rows: Tensor | Codes, dtype: torch.dtype) -> Tensor:
+    return rows.values(dtype) if isinstance(rows, Codes) else rows
+
+
+def read_headers(paths: Collection[Path]) -> dict[str, Header]:
+    """What the files say of their tensors, by name."""
+    headers: dict[str, Header] = {}
+    for path in sorted(paths):
+        with open_tensors(path) as file:
+            found = {name: Header.of(path, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # mapped only
+        if twice := found.keys() & headers.keys():
+            raise CheckpointError(f"{path} repeats {few(sorted(twice))}")
+        headers |= found
+    return headers
 
 
 def drop_absent_mtp(config: ModelConfig, names: Iterable[str], prefix: str) -> ModelConfig:
@@ -207,13 +274,6 @@ def few(names: Sequence[str]) -> str:
 def _slice(parameter: Tensor, slot: Slot) -> Tensor:
     whole = parameter if slot.expert is None else parameter[slot.expert]
     return whole if slot.stop is None else whole[slot.start : slot.stop]
-
-
-def _check(value: Tensor, shape: Sequence[int], name: str) -> None:
-    if tuple(value.shape) != tuple(shape):
-        raise CheckpointError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
-    if value.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"{name} is stored as {value.dtype}; fp8 and quantised weights are not supported yet")
 
 
 def open_tensors(path: Path) -> Any:
@@ -265,10 +325,13 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write `model*.safetensors` and, for several shards, the index; at most one shard is in memory.
+def write_tensors(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES, *, indexed: bool = False
+) -> None:
+    """Write `model*.safetensors` and, for several shards or if `indexed`, the index; at most one shard is in memory.
 
-    Shards are written under temporary names and named `model-00001-of-0000N` once N is known.
+    Shards are written under temporary names and named `model-00001-of-0000N` once N is known. A tensor whose name
+    begins with that of the one before, such as the scale of a matrix, is in the same file.
     """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
@@ -284,7 +347,7 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_
         pending.clear()
 
     for name, tensor in tensors:
-        if pending and size + tensor.nbytes > shard_bytes:
+        if pending and size + tensor.nbytes > shard_bytes and not name.startswith(next(reversed(pending))):
             flush()
             size = 0
         pending[name] = tensor
@@ -298,7 +361,7 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_
     )
     for i in range(len(shards)):
         os.replace(directory / f"shard-{i}.tmp", directory / name_shard(i))
-    if len(shards) > 1:
+    if len(shards) > 1 or indexed:
         weight_map = {name: name_shard(i) for i, names in enumerate(shards) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moestro.checkpoints.quantized import read_scheme
 from moestro.config import ModelConfig, build_config
 from moestro.errors import CheckpointError
 
@@ -40,6 +41,7 @@ PLAIN_KEYS = {
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
 }
+LARGEST_SIZE = 2**31 - 1
 # keys that must have this value if given: models with any other value are not supported
 COMMON_KEYS: dict[str, Any] = {
     "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "pretraining_tp": 1,
@@ -125,10 +127,11 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any] | None:
 
 def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig from a config.json; raises CheckpointError naming a key that cannot be honoured."""
-    model_type = tree.get("model_type")
+    read_scheme(tree)  # refuses what `ModelFiles` could not read
+    model_type = str(tree.get("model_type"))
     if model_type == "moestro" and isinstance(tree.get("moestro"), dict):
         return build_config({"model": tree["moestro"]}).model
-    family = SAME_AS.get(str(model_type), model_type)
+    family = SAME_AS.get(model_type, model_type)
     if family not in FIXED_KEYS:
         supported = ", ".join([*FIXED_KEYS, *SAME_AS])
         raise CheckpointError(f"config.json has model_type '{model_type}'; supported are {supported}")
@@ -137,7 +140,7 @@ def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
     model: dict[str, Any] = {ours: defaults[theirs] for ours, theirs in PLAIN_KEYS.items()}
     model["q_lora_rank"] = tree.get("q_lora_rank", 1536) or 0
     model["router"] = {"normalize": defaults["norm_topk_prob"], "scale": defaults["routed_scaling_factor"]}
-    model["rope"] = _rope_from_hf(tree, int(model["max_seq_len"]))
+    model["rope"] = _rope_from_hf(tree, model["max_seq_len"])
     if family == "deepseek_v2":
         model["router"] |= {"score": "softmax", "group_score": "max", "bias": "none"}
         match defaults["topk_method"]:
@@ -153,18 +156,15 @@ def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
 
 
 def _refuse_what_is_unsupported(tree: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    for key in ("quantization_config", "rope_scaling", "rope_parameters"):
+    for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(tree.get(key) or {}, Mapping):
             raise CheckpointError(f"config.json has {key}={tree[key]!r}, which is no object")
-    if tree.get("quantization_config"):
-        method = tree["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"the weights are quantised ({method}); fp8 and other quantised checkpoints are not supported yet: "
-            "convert them to bf16 first"
-        )
     for key, value in fixed.items():
         if tree.get(key, value) not in (value, None):
             raise CheckpointError(f"config.json has {key}={tree[key]!r}; supported is {value!r}")
+    for key in (*PLAIN_KEYS.values(), "q_lora_rank"):
+        if isinstance(tree.get(key), int) and tree[key] > LARGEST_SIZE:
+            raise CheckpointError(f"config.json has {key}={tree[key]}, which no model has")
     unknown = sorted(set(tree) - set(PLAIN_KEYS.values()) - set(fixed) - IGNORED_KEYS)
     if unknown:
         raise CheckpointError(f"config.json has keys that nothing here uses: {', '.join(unknown)}")
@@ -194,7 +194,7 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
+def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: Any) -> dict[str, Any]:
     """RoPE settings in either form: `rope_theta` + `rope_scaling`, or `rope_parameters` of transformers 5."""
     scaling = dict(tree.get("rope_parameters") or {}) | dict(tree.get("rope_scaling") or {})
     rope: dict[str, Any] = {"theta": scaling.get("rope_theta") or tree.get("rope_theta") or 10000.0}
@@ -207,6 +207,9 @@ def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
         if scaling.get(key, value) not in (value, None):
             raise CheckpointError(f"config.json has rope {key}={scaling[key]!r}, which is not supported")
     original = scaling.get("original_max_position_embeddings") or 4096
+    for length in (original, max_seq_len):
+        if not isinstance(length, int) or length < 1:
+            raise CheckpointError(f"config.json has a rotary embedding over {length!r} positions")
     rope |= {
         "factor": scaling.get("factor") or max_seq_len / original,
         "original_max_seq_len": original,

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moestro.checkpoints.files import (
@@ -99,25 +100,41 @@ def write_packed(out: Path, source: Path, format: str, dtype: torch.dtype) -> It
     Parts are written when they fill a shard, so that memory holds one shard and the part being packed. `out` appears
     only when everything is on disk. ConfigError if `out` already exists, CheckpointError if the disk is full.
     """
-    claim(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     info = {"format": FORMAT, "version": VERSION, "weights": format, "dtype": dtype_name(dtype)}
-    try:
-        partial.mkdir()
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
+    with new_directory(out) as partial:
+        copy_files(source, partial, COPIED)
         shards = _Shards(partial)
         yield shards.add
         files = shards.finish()
         (partial / INFO_NAME).write_text(json.dumps(info | {"files": files}, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Give a folder that becomes `out` when all is written and on disk; nothing is left of it if anything fails.
+
+    ConfigError if `out` already exists, CheckpointError if the disk is full.
+    """
+    claim(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir()
+        yield partial
         sync_directory(partial)
         os.rename(partial, out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error.strerror or error}; nothing is left of it") from error
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {out}: {reason}; nothing is left of it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # already gone if all went well
     sync(out.parent)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that are there."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def claim(out: Path) -> None:

@@ -6,8 +6,8 @@
 
 Written as `step-N.tmp`, synced file by file, then renamed: a killed process or a full disk leaves the previous
 checkpoint in force, and the newest directory is the newest checkpoint. Weights are the fp32 master weights, so a
-resume is exact. A checkpoint is verified against its manifest before it is used; if it is damaged, the one before is
-used.
+resume is exact. Where they are saved in bf16 or FP8, the fp32 ones are a model directory `train_state/master/`. A
+checkpoint is verified against its manifest before it is used; if it is damaged, the one before is used.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moestro.checkpoints.convert import Precision, write_converted
 from moestro.checkpoints.files import (
     ModelFiles,
     fill_model,
@@ -40,6 +42,8 @@ from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
 from moestro.parallel.world import ONE, World
 from moestro.training.optim import Optimizers
+
+SaveDtype = Literal["fp32"] | Precision
 
 
 @dataclass(frozen=True)
@@ -88,17 +92,22 @@ def save_checkpoint(
     state: TrainState,
     *,
     keep: int,
+    dtype: SaveDtype = "fp32",
     world: World = ONE,
 ) -> Path:
     """Write a checkpoint and drop all but the newest `keep`; returns its directory. A whole one is not written again.
 
+    `dtype` is that of the model directory: fp32, bf16 or fp8.
     Every process of the world calls this and returns once the main one has written.
     """
     final = run / "checkpoints" / f"step-{state.step:08d}"
     tensors, moments = model_tensors(model), optimizers.state_tensors()
     if world.is_main:
         if not final.exists() or find_fault(final) is not None:
-            _write_checkpoint(final, model, tokenizer, tensors, moments, state)
+            with _new_checkpoint(final) as partial:
+                _write_model(partial, model, tokenizer, tensors, dtype)
+                save_file(moments, partial / "train_state" / "optimizer.safetensors")
+                _write_json(partial / "train_state" / "state.json", asdict(state))
             _drop_old(run, final, keep)
     else:
         for _ in tensors:  # shards are gathered as they are asked for
@@ -107,32 +116,37 @@ def save_checkpoint(
     return final
 
 
-def _write_checkpoint(
-    final: Path,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    tensors: Iterator[tuple[str, Tensor]],
-    moments: dict[str, Tensor],
-    state: TrainState,
+def _write_model(
+    directory: Path, model: Transformer, tokenizer: Tokenizer, tensors: Iterator[tuple[str, Tensor]], dtype: SaveDtype
 ) -> None:
+    """The model directory of a checkpoint in `dtype`, beside the master weights if these are of another."""
+    state = directory / "train_state"
+    state.mkdir(parents=True)
+    master = directory if dtype == "fp32" else state / "master"
+    write_model_directory(master, model, tokenizer, tensors)
+    if dtype != "fp32":
+        write_converted(ModelFiles(master), directory, dtype)
+
+
+@contextmanager
+def _new_checkpoint(final: Path) -> Iterator[Path]:
+    """Give a folder that becomes the checkpoint `final`, with a manifest, when all is written and on disk."""
     folder, partial = final.parent, final.with_suffix(".tmp")
     if final.exists():
         shutil.rmtree(final)
     for stale in folder.glob("*.tmp"):
         shutil.rmtree(stale)
     try:
-        write_model_directory(partial, model, tokenizer, tensors)
-        (partial / "train_state").mkdir()
-        save_file(moments, partial / "train_state" / "optimizer.safetensors")
-        _write_json(partial / "train_state" / "state.json", asdict(state))
+        yield partial
         manifest = {name: _fingerprint(partial / name) for name in _file_names(partial)}
         _write_json(partial / "manifest.json", manifest)
         sync_directory(partial)
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
-        shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write checkpoint {final}: {reason}; the previous one is intact") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # already gone if all went well
     sync(folder)  # the new name, before old checkpoints are deleted
 
 
@@ -182,7 +196,8 @@ def find_fault(directory: Path) -> str | None:
 
 def load_checkpoint(directory: Path, model: Transformer, optimizers: Optimizers) -> TrainState:
     """Fill model and optimizers from a checkpoint and return where it stood."""
-    fill_model(model, ModelFiles(directory))
+    master = directory / "train_state" / "master"
+    fill_model(model, ModelFiles(master if master.is_dir() else directory))
     optimizers.load_state_tensors(load_file(directory / "train_state" / "optimizer.safetensors"))
     tree = read_json(directory / "train_state" / "state.json")
     try:

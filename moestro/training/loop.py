@@ -280,6 +280,7 @@ class Loop:
             session.optimizers,
             session.state,
             keep=session.config.train.keep_checkpoints,
+            dtype=session.config.train.save_dtype,
             world=session.world,
         )
 

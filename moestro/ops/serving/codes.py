@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moestro.ops.fp8 import SQUARE, Block, Scale, quantize_fp8, spread_scales
 
+CodeFormat = Literal["fp8", "int4"]
 INT4_ZERO = 8  # added to a code of 4 bits so that it is stored without a sign
 
 
@@ -23,7 +24,7 @@ class Codes:
     A scale for each row has block (1, K); one for the whole matrix has block (M, K).
     """
 
-    format: Literal["fp8", "int4"]
+    format: CodeFormat
     codes: Tensor
     scales: Tensor
     block: Block

@@ -1,0 +1,103 @@
+"""Which tensors of a directory hold a matrix: its values, or codes with their scales. Judged from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moestro.checkpoints.quantized import Scheme, code_dtype, code_shape, fits_as_scales
+from moestro.errors import CheckpointError
+
+FLOAT_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+Place = tuple[str, Path]  # the name of a tensor, and the file that has it
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of a tensor before its bytes."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, path: Path, tensor: Tensor) -> Header:
+        """That of a tensor which is mapped from a file; its bytes are not read."""
+        return cls(path, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor that holds the rows of a parameter from `start` on, with its scales if these are codes.
+
+    `format` is fp32, bf16, fp16, fp8 or int4; `shape` is that of the values; `nbytes` counts codes and scales.
+    `sizes` is a tensor that repeats the shape.
+    """
+
+    place: Place
+    start: int
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    scale: Place | None = None
+    sizes: Place | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all its tensors, and of the scale of activations that may come with codes and is not used."""
+        module = self.place[0].rpartition(".")[0]
+        return {place[0] for place in (self.place, self.scale, self.sizes) if place} | {f"{module}.input_scale"}
+
+
+def find_stored(
+    name: str, shape: Sequence[int], start: int, headers: Mapping[str, Header], scheme: Scheme | None
+) -> Stored | None:
+    """The tensor `name` of values of `shape`, in whichever form it is stored; None if it is in none.
+
+    CheckpointError if it has another type or shape, is FP8 without a scale, or has a scale that is not its own.
+    """
+    scale = f"{name}{scheme.suffix}" if scheme is not None else ""
+    coded = f"{name}_packed" if scheme is not None and scheme.format == "int4" else name
+    header = headers.get(coded) or headers.get(name)
+    if header is None:
+        if scale in headers:
+            raise CheckpointError(f"{headers[scale].path} has the scale {scale}, but no file has {coded}")
+        return None
+    if header.dtype in FLOAT_FORMATS and name in headers:
+        _check_shape(name, header, shape)
+        if scale in headers:
+            raise CheckpointError(f"{header.path}: {name} is stored as {header.dtype}, but has the scale {scale}")
+        return Stored((name, header.path), start, tuple(shape), FLOAT_FORMATS[header.dtype], header.nbytes)
+    if scheme is None or header.dtype != code_dtype(scheme) or len(shape) < 2:
+        wanted = "config.json has no quantization_config" if scheme is None else f"config.json announces {scheme}"
+        raise CheckpointError(f"{header.path}: {coded} is stored as {header.dtype}, and {wanted}")
+    _check_shape(coded, header, code_shape(scheme, shape))
+    if scale not in headers:
+        raise CheckpointError(f"{header.path}: {coded} is quantised, but no file has its scale {scale}")
+    factors = headers[scale]
+    if not fits_as_scales(scheme, factors.dtype, factors.shape, shape):
+        found, wanted = (
+            f"{list(factors.shape)} of {factors.dtype}",
+            f"{list(scheme.grid(shape))} for {list(shape)} values",
+        )
+        raise CheckpointError(f"{factors.path}: {scale} is {found}, expected {wanted} in {scheme}")
+    sizes = f"{name}_shape" if f"{name}_shape" in headers and scheme.format == "int4" else None
+    return Stored(
+        (coded, header.path), start, tuple(shape), scheme.format, header.nbytes + factors.nbytes,
+        (scale, factors.path), (sizes, headers[sizes].path) if sizes else None,
+    )  # fmt: skip
+
+
+def _check_shape(name: str, header: Header, shape: Sequence[int]) -> None:
+    if header.shape != tuple(shape):
+        raise CheckpointError(f"{header.path}: {name} has shape {list(header.shape)}, expected {list(shape)}")
+
+
+def label(place: Place) -> str:
+    """A tensor and its file, for messages."""
+    return f"{place[1]}: {place[0]}"
