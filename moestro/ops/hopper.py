@@ -28,6 +28,7 @@ LEAST_POWER = 2.0**-6  # of a code; also the power of subnormal ones
 TILE_ROWS, TILE_COLUMNS = 64, 64  # of sums computed together: temporary tensors stay in the cache
 
 
+@torch.no_grad()
 def block_products(a: Tensor, b: Tensor, promote: int = PROMOTE) -> Tensor:
     """Accumulators after every `promote` values of K, each started at 0: [K / promote, M, N] fp32.
 
