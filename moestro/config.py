@@ -202,6 +202,9 @@ class ModelConfig(Frozen):
         return len(self.moe_layers) + (self.mtp_depth if self.num_experts else 0)
 
 
+SLOWEST_BF16_BETA = 1 - 2**-8  # neighbours among bf16 values are up to 2⁻⁷ apart, so less than half of that is lost
+
+
 class TrainConfig(Frozen):
     """The run: length, schedule, optimizer, precision, and what is written when."""
 
@@ -213,6 +216,7 @@ class TrainConfig(Frozen):
     batch_size: int = Field(16, gt=0, description="sequences per forward pass")
     accumulate: int = Field(1, gt=0, description="forward passes per step")
     optimizer: Literal["adamw", "muon"] = "adamw"
+    moments: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: fp32")
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     decay_fraction: float = Field(0.3, ge=0, le=1)
@@ -235,6 +239,21 @@ class TrainConfig(Frozen):
     eval_tokens: int = Field(65536, gt=0, description="validation tokens per domain while training")
     threads: int = Field(0, ge=0, le=1024, description="set by commands; 0: every core they may use")
     mirror: Literal["none", "tensorboard", "trackio"] = "none"
+
+    @property
+    def moments_are_bf16(self) -> bool:
+        """Whether the optimizers keep their moments in bf16."""
+        return self.moments == "bf16"
+
+    @model_validator(mode="after")
+    def check_moments(self) -> Self:
+        """Refuse averages so slow that bf16 rounds their decay away: a moment would never shrink again."""
+        if self.moments_are_bf16 and max(self.betas) > SLOWEST_BF16_BETA:
+            raise ValueError(
+                f"moments in bf16 need betas of at most {SLOWEST_BF16_BETA}, not {list(self.betas)}: beyond that, "
+                "rounding undoes the decay (set train.moments=fp32)"
+            )
+        return self
 
 
 class DataConfig(Frozen):

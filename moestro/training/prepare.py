@@ -32,7 +32,9 @@ from moestro.training.precision import resolve_dtype
 
 TOKENIZER_SAMPLE = 20_000  # documents per domain to train a tokenizer on
 # a resumed run must not change these
-FIXED_TRAIN_KEYS = ("start_from", "seed", "seq_len", "batch_size", "accumulate", "optimizer", "dtype", "mask_documents")
+FIXED_TRAIN_KEYS = (
+    "start_from", "seed", "seq_len", "batch_size", "accumulate", "optimizer", "moments", "dtype", "mask_documents",
+)  # fmt: skip
 Log = Callable[[str], None]
 
 

@@ -146,8 +146,11 @@ def test_a_write_that_the_kernel_refuses_is_one_clear_error(save: Saver, tmp_pat
     assert latest_checkpoint(tmp_path) == before
 
 
-def test_everything_comes_back(make_config: Callable[..., Config], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    config = make_config()
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_everything_comes_back(
+    make_config: Callable[..., Config], tokenizer: Tokenizer, tmp_path: Path, moments: str
+) -> None:
+    config = make_config(f"train.moments={moments}")
     model, optimizers = build_model(config)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -155,12 +158,12 @@ def test_everything_comes_back(make_config: Callable[..., Config], tokenizer: To
     for _, router in model.routers():
         router.bias.normal_()
     path = save_checkpoint(tmp_path, model, tokenizer, optimizers, STATE, keep=1)
-    other, other_optimizers = build_model(make_config("train.seed=5"))
+    other, other_optimizers = build_model(make_config("train.seed=5", f"train.moments={moments}"))
     assert load_checkpoint(path, other, other_optimizers) == STATE
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
     ours, theirs = optimizers.state_tensors(), other_optimizers.state_tensors()
     assert ours.keys() == theirs.keys() and len(ours) > 10
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert all(torch.equal(value, theirs[name]) and value.dtype == theirs[name].dtype for name, value in ours.items())
 
 
 def test_a_state_of_another_version_is_named(save: Saver, make_config: Callable[..., Config]) -> None:

@@ -91,6 +91,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(run, tiny_run)
 
 
+def test_moments_in_bf16_are_resumed_to_the_bit(make_config: Make, tiny_run: Path, tmp_path: Path) -> None:
+    settings = ("train.moments=bf16", "train.eval_every=100")
+    train(make_config(*settings), tmp_path / "whole", quiet=True)
+    train(make_config(*settings, "train.steps=12"), tmp_path / "cut", quiet=True)
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000012")
+    train(make_config(*settings), tmp_path / "cut", resume=True, quiet=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    losses = [read_metrics(run)[-1]["loss"] for run in (tmp_path / "whole", tiny_run)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_a_crash_between_checkpoints_goes_back_and_repeats(
     make_config: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +217,8 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(
 @pytest.mark.parametrize(
     ("override", "named"),
     [("model.top_k=3", "model"), ("train.seed=4", "train.seed"), ("train.seq_len=16", "train.seq_len"),
-     ("data.valid_fraction=0.2", "data"), ("train.optimizer=muon", "train.optimizer")],
+     ("data.valid_fraction=0.2", "data"), ("train.optimizer=muon", "train.optimizer"),
+     ("train.moments=bf16", "train.moments")],
 )  # fmt: skip
 def test_resuming_with_another_configuration_is_refused(
     make_config: Make, tiny_run: Path, override: str, named: str

@@ -1,4 +1,4 @@
-"""Schedules at their corners; AdamW against its formula; Muon's orthogonal updates; state by name."""
+"""Schedules at their corners; AdamW against its formula, moments in bf16; Muon's orthogonal updates; state by name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from moestro.config import Config, TrainConfig
-from moestro.errors import CheckpointError
+from moestro.config import SLOWEST_BF16_BETA, Config, TrainConfig, build_config
+from moestro.errors import CheckpointError, ConfigError
 from moestro.model.transformer import Transformer, init_weights
-from moestro.training.optim import Muon, Optimizers, bias_speed, lr_factor, mtp_weight, orthogonalize
+from moestro.training import optim
+from moestro.training.optim import Bf16AdamW, Muon, Optimizers, bias_speed, lr_factor, mtp_weight, orthogonalize
 
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:
@@ -54,8 +58,9 @@ def set_gradients(model: Transformer) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_adamw_follows_its_formula_and_spares_norms_the_decay(make_config: Callable[..., Config]) -> None:
-    config = make_config("train.weight_decay=0.1")
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_adamw_follows_its_formula_and_spares_norms_the_decay(make_config: Callable[..., Config], moments: str) -> None:
+    config = make_config("train.weight_decay=0.1", f"train.moments={moments}")
     model, optimizers = build(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     set_gradients(model)
@@ -65,6 +70,95 @@ def test_adamw_follows_its_formula_and_spares_norms_the_decay(make_config: Calla
         decay = 0.1 if parameter.dim() > 1 else 0.0
         expected = before[name] * (1 - 0.01 * decay) - 0.01 * parameter.grad / (parameter.grad.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_moments_in_bf16_are_torchs_rounded_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "PIECE", 64)
+    shapes, settings = [(7, 33), (5,), (2, 3, 64), (64, 2)], {"lr": 0.01, "betas": (0.9, 0.95)}
+    ours, theirs, exact = ([torch.nn.Parameter(noise(shape, 0)) for shape in shapes] for _ in range(3))
+    groups = [{"params": ours[:2], "weight_decay": 0.1}, {"params": ours[2:]}]
+    first = Bf16AdamW(groups, **settings)  # type: ignore[arg-type]
+    others = []
+    for parameters in (theirs, exact):
+        pair = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
+        others.append(torch.optim.AdamW(pair, fused=True, **settings))  # type: ignore[arg-type]
+    for step in range(20):
+        for same in zip(ours, theirs, exact, strict=True):
+            for parameter in same:
+                parameter.grad = noise(tuple(parameter.shape), 1 + step)
+        ours[3].grad = noise((2, 64), 1 + step).T  # not contiguous
+        theirs[3].grad = exact[3].grad = noise((2, 64), 1 + step).T.contiguous()
+        for optimizer in (first, *others):
+            optimizer.step()
+        for state in others[0].state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key].copy_(state[key].bfloat16())
+    for one, two, three in zip(ours, theirs, exact, strict=True):
+        assert torch.equal(one, two)
+        # 20 steps of 0.01, each with moments within 2⁻⁸: the root of one and the other
+        torch.testing.assert_close(one, three, rtol=0, atol=20 * 0.01 * 2**-8)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert first.state[one][key].dtype == torch.bfloat16
+            assert torch.equal(first.state[one][key].float(), others[0].state[two][key])
+        assert first.state[one]["step"] == 20
+
+
+@pytest.mark.parametrize("beta", [0.95, SLOWEST_BF16_BETA])
+def test_moments_in_bf16_shrink_after_the_last_gradient(beta: float) -> None:
+    """From every significand, to 0 or what is next to it; with a slower average, they would never move again."""
+    start = torch.arange(128, 256).float() * 2**-20
+    parameter = torch.nn.Parameter(torch.zeros(128))
+    optimizer = Bf16AdamW([{"params": [parameter]}], lr=0.0, betas=(beta, beta))
+    parameter.grad = torch.zeros(128)
+    optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[parameter][key].copy_(start)
+    optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert bool((optimizer.state[parameter][key].float() < start).all())
+    assert torch.equal((start * 0.999).bfloat16().float()[1:], start[1:])
+
+
+def test_averages_too_slow_for_bf16_are_refused() -> None:
+    for betas in ("[0.9, 0.999]", "[0.999, 0.95]"):
+        overrides = ["train.moments=bf16", f"train.betas={betas}"]
+        with pytest.raises(ConfigError, match=r"moments in bf16 need betas of at most 0\.996.*train\.moments=fp32"):
+            build_config({}, overrides)
+        build_config({}, overrides[1:])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_in_bf16_take_half_the_memory(make_config: Callable[..., Config], kind: str) -> None:
+    sizes = {}
+    for moments, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model, optimizers = build(make_config(f"train.optimizer={kind}", f"train.moments={moments}"))
+        set_gradients(model)
+        optimizers.step(0.01)
+        kept = {name: value for name, value in optimizers.state_tensors().items() if not name.endswith("/step")}
+        assert {value.dtype for value in kept.values()} == {dtype}
+        sizes[moments] = sum(value.nbytes for value in kept.values())
+    assert sizes["bf16"] * 2 == sizes["fp32"] > 0
+
+
+def test_sharded_parameters_have_sharded_moments() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole = torch.nn.Parameter(noise((6, 4), 0))
+        parts = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
+        optimizer = Bf16AdamW([{"params": [whole, parts]}], lr=0.1, betas=(0.9, 0.95))
+        for step in range(3):
+            whole.grad = noise((6, 4), 1 + step)
+            parts.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+            optimizer.step()
+        assert torch.equal(parts.full_tensor(), whole)  # type: ignore[attr-defined]
+        assert torch.equal(optimizer.state[parts]["exp_avg"].full_tensor(), optimizer.state[whole]["exp_avg"])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_muon_moves_matrices_of_blocks_by_rms_of_adamw(make_config: Callable[..., Config]) -> None:
@@ -102,9 +196,24 @@ def test_muon_on_stacks_is_torchs_on_each_matrix(halves: bool) -> None:
     torch.testing.assert_close(stack.detach(), expected, atol=4e-3, rtol=0)  # three updates of 0.1, each within bf16
 
 
+def test_muon_with_momentum_in_bf16_is_its_own_with_momentum_rounded() -> None:
+    ours, theirs = (torch.nn.Parameter(noise((8, 12), 0)) for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.1, "dtype": torch.float32}
+    first = Muon([{"params": [ours]}], moments=torch.bfloat16, **settings)  # type: ignore[arg-type]
+    second = Muon([{"params": [theirs]}], **settings)  # type: ignore[arg-type]
+    for step in range(5):
+        ours.grad = theirs.grad = noise((8, 12), 1 + step)
+        first.step()
+        second.step()
+        second.state[theirs]["momentum"].copy_(second.state[theirs]["momentum"].bfloat16())
+    assert torch.equal(ours, theirs)
+    assert torch.equal(first.state[ours]["momentum"].float(), second.state[theirs]["momentum"])
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_state_goes_out_and_back_exactly(make_config: Callable[..., Config], kind: str) -> None:
-    config = make_config(f"train.optimizer={kind}")
+def test_state_goes_out_and_back_exactly(make_config: Callable[..., Config], kind: str, moments: str) -> None:
+    config = make_config(f"train.optimizer={kind}", f"train.moments={moments}")
     (one, first), (two, second) = build(config), build(config)
     set_gradients(one)
     first.step(0.01)
