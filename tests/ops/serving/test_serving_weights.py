@@ -22,7 +22,7 @@ from moestro.ops.training import reference
 
 pytestmark = pytest.mark.usefixtures("path")
 DTYPES = [torch.float32, torch.bfloat16]
-FORMATS = ["fp32", "bf16", "int8", "int4"]
+FORMATS = ["fp32", "bf16", "int8", "int4", "fp8"]
 SLICES = (slice(0, 1), slice(5, 7), slice(3, 19), slice(40, 129))
 
 
@@ -87,6 +87,57 @@ def test_heads_are_a_linear_each(shape: tuple[int, int, int], dtype: torch.dtype
     for h in range(heads):
         assert torch.equal(whole[:, h], PackedLinear.pack(weight[h], packed.format)(x[:, h]))
     assert torch.equal(packed(x[4:5]), whole[4:5])
+
+
+def in_tiles(x: Tensor) -> Tensor:
+    """x in E4M3 with a scale for every 128 values of a row, fp64, by DeepSeek's act_quant."""
+    out = torch.empty_like(x, dtype=torch.float64)
+    for first in range(0, x.shape[1], 128):
+        tile = x[:, first : first + 128].float()
+        scale = tile.abs().amax(1, keepdim=True).clamp(min=1e-4) / 448
+        out[:, first : first + 128] = (tile / scale).to(torch.float8_e4m3fn).double() * scale.double()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_may_be_rounded_to_fp8(dtype: torch.dtype) -> None:
+    packed, x = PackedLinear.pack(random(130, 300, seed=1), "fp8"), random(20, 300).to(dtype)
+    x[3], x[4, :128], x[5] = 0, 1e-6, 1e30
+    packed.rounds_rows = True
+    out, rows, weight = packed(x), in_tiles(x), values_of(packed.panels, "fp8", 130, 300)
+    bound = 400 * 2.0**-24 * (rows.abs() @ weight.abs().T)
+    if dtype == torch.bfloat16:
+        bound += 2.0**-8 * (rows @ weight.T).abs()
+    assert ((out.double() - rows @ weight.T).abs() <= bound + 1e-30).all()
+    for rows_alone in (slice(0, 1), slice(5, 7), slice(3, 19)):
+        assert torch.equal(packed(x[rows_alone]), out[rows_alone])
+    x[6, 7], x[7, 299] = torch.inf, torch.nan
+    assert not packed(x)[6:8].isfinite().any() and torch.equal(packed(x)[:6], out[:6])
+
+
+def test_only_fp8_weights_meet_rows_in_fp8() -> None:
+    packed = PackedLinear.pack(random(3, 4), "int8")
+    packed.rounds_rows = True
+    with pytest.raises(ValueError, match="rows meet int8 weights as they are"):
+        packed.code  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_experts_may_be_rounded_to_fp8(dtype: torch.dtype) -> None:
+    x, gate_up, down, ids, weights = expert_inputs(37, [1.0, 1, 1, 1, 0], 64, 32, dtype)
+    packed = PackedExperts.pack(gate_up, down, "fp8")
+    halves = values_of(packed.gate_up, "fp8", 64, 64)
+    exact_down, rows = values_of(packed.down, "fp8", 64, 32), in_tiles(x)
+    exact = torch.zeros(len(x), 64, dtype=torch.float64)
+    for n in range(len(x)):
+        for expert, weight in zip(ids[n].tolist(), weights[n].double().tolist(), strict=True):
+            gate, up = (rows[n] @ halves[expert].T).chunk(2)
+            exact[n] += weight * (in_tiles((F.silu(gate) * up)[None])[0] @ exact_down[expert].T)
+    packed.rounds_rows = True
+    out = packed(x, ids, weights)
+    # a sum in another order may round a code the other way, which differs by up to 1 / 16
+    assert (out.double() - exact).norm() <= 0.01 * exact.norm()
+    assert torch.equal(packed(x[5:7], ids[5:7], weights[5:7]), out[5:7])
 
 
 def expert_inputs(n: int, loads: list[float], hidden: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
