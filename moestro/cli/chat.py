@@ -19,6 +19,7 @@ def chat(
     seed: int = 0,
     dtype: str = "auto",
     weights: str | None = None,
+    cache: str = "auto",
     threads: Threads = 0,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
@@ -41,6 +42,8 @@ def chat(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    cache
+        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     """
     from moestro.engine.conversation import Conversation
     from moestro.engine.language_model import load
@@ -48,7 +51,7 @@ def chat(
     use_threads(threads)
     beginning = [{"role": "system", "content": system}] if system else []
     conversation = Conversation(
-        load(model, dtype, weights=weights), max_tokens, temperature, top_p, seed, list(beginning)
+        load(model, dtype, weights=weights, cache=cache), max_tokens, temperature, top_p, seed, list(beginning)
     )
     if sys.stdin.isatty():
         print_note("An empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.")

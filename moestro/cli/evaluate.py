@@ -22,6 +22,7 @@ def evaluate(
     seq_len: int = 512,
     dtype: str = "auto",
     weights: str | None = None,
+    cache: str = "auto",
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -44,6 +45,8 @@ def evaluate(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    cache
+        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     json_output
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """
@@ -56,7 +59,7 @@ def evaluate(
         if number is not None and number < least:
             raise ConfigError(f"{name} must be at least {least}, not {number}")
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights)
+    language_model = load(model, dtype, weights=weights, cache=cache)
     seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(

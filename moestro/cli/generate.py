@@ -23,6 +23,7 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
     weights: str | None = None,
+    cache: str = "auto",
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -46,6 +47,8 @@ def generate(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    cache
+        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     json_output
         Print one JSON object: text, tokens, finish_reason, tokens_per_second.
     """
@@ -54,7 +57,7 @@ def generate(
     if prompt == "-":
         prompt = read_input(sys.stdin.read)
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights)
+    language_model = load(model, dtype, weights=weights, cache=cache)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     seconds = time.perf_counter() - start

@@ -29,6 +29,7 @@ def serve(
     drain_seconds: float = 30.0,
     dtype: str = "auto",
     weights: str | None = None,
+    cache: str = "auto",
     threads: Threads = 0,
 ) -> int:
     """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
@@ -59,6 +60,8 @@ def serve(
         auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
+    cache
+        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     """
     from moestro.engine.language_model import load
 
@@ -72,7 +75,7 @@ def serve(
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
-        language_model = load(model, dtype, weights=weights)
+        language_model = load(model, dtype, weights=weights, cache=cache)
         service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 
