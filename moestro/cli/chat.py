@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from moestro.cli.output import print_note, read_input
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Cache, Dtype, Threads, use_threads
 
 
 def chat(
@@ -17,9 +17,9 @@ def chat(
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int = 0,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     weights: str | None = None,
-    cache: str = "auto",
+    cache: Cache = "auto",
     threads: Threads = 0,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
@@ -38,12 +38,8 @@ def chat(
         Sample from the smallest set of tokens with this much probability.
     seed
         The same seed and messages give the same replies.
-    dtype
-        auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
-    cache
-        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     """
     from moestro.engine.conversation import Conversation
     from moestro.engine.language_model import load

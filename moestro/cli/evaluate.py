@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Cache, Dtype, Threads, use_threads
 from moestro.errors import ConfigError, DataError
 
 
@@ -20,9 +20,9 @@ def evaluate(
     split: str = "auto",
     max_tokens: int | None = None,
     seq_len: int = 512,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     weights: str | None = None,
-    cache: str = "auto",
+    cache: Cache = "auto",
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -41,12 +41,8 @@ def evaluate(
         Most tokens to evaluate per domain.
     seq_len
         Context length: every token is predicted from at most this much of its document.
-    dtype
-        auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
-    cache
-        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     json_output
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, read_input
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Cache, Dtype, Threads, use_threads
 
 
 def generate(
@@ -21,9 +21,9 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     weights: str | None = None,
-    cache: str = "auto",
+    cache: Cache = "auto",
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -43,12 +43,8 @@ def generate(
         Sample from the smallest set of tokens with this much probability.
     seed
         The same seed gives the same text.
-    dtype
-        auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
-    cache
-        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     json_output
         Print one JSON object: text, tokens, finish_reason, tokens_per_second.
     """

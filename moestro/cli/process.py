@@ -10,6 +10,8 @@ from moestro.errors import ConfigError
 
 MAX_THREADS = 1024
 Threads = Annotated[int, Parameter(help="Threads to compute with; every core this process may use without it.")]
+Dtype = Annotated[str, Parameter(help="auto (as stored), fp32 or bf16.")]
+Cache = Annotated[str, Parameter(help="How latents are cached: auto (in the type of activations) or fp8.")]
 
 
 def use_threads(threads: int) -> None:

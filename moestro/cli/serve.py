@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Cache, Dtype, Threads, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     weights: str | None = None,
-    cache: str = "auto",
+    cache: Cache = "auto",
     threads: Threads = 0,
 ) -> int:
     """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
@@ -56,12 +56,8 @@ def serve(
         Tokens that the model's MTP modules draft a step; 0 for none, by default one if the model has such modules.
     drain_seconds
         How long running requests may take to finish after SIGTERM.
-    dtype
-        auto (as stored), fp32 or bf16.
     weights
         Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
-    cache
-        auto (cached latents have the type of activations) or fp8 (codes of one byte with scales).
     """
     from moestro.engine.language_model import load
 

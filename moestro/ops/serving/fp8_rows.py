@@ -33,8 +33,8 @@ def pack_rows(x: Tensor, coded: int) -> Tensor:
 def unpack_rows(rows: Tensor, coded: int, width: int, dtype: torch.dtype) -> Tensor:
     """uint8 [N, row_bytes(coded, width)] -> values [N, width] of `dtype`."""
     codes, scales, rest = rows.split([coded, 4 * -(-coded // TILE[1]), 2 * (width - coded)], 1)
-    values = dequantize_fp8(codes.contiguous().view(E4M3), scales.contiguous().view(torch.float32), TILE, dtype)
-    return torch.cat([values, rest.contiguous().view(torch.bfloat16).to(dtype)], 1)
+    values = dequantize_fp8(_read(codes, E4M3), _read(scales, torch.float32), TILE, dtype)
+    return torch.cat([values, _read(rest, torch.bfloat16).to(dtype)], 1)
 
 
 def store_rows(pages: Tensor, slots: Tensor, x: Tensor, coded: int) -> None:
@@ -46,3 +46,10 @@ def store_rows(pages: Tensor, slots: Tensor, x: Tensor, coded: int) -> None:
         raise ValueError("store_rows: pages must be contiguous, slots int64, one for each row")
     sizes = (len(x), len(pages), pages.shape[2], x.shape[1], coded, library.TYPES[x.dtype], torch.get_num_threads())
     library.call("moestro_store_fp8_rows", pages, x.contiguous(), slots.contiguous(), *sizes)
+
+
+def _read(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [N, n] at any address, as numbers."""
+    out = torch.empty(len(raw), raw.shape[1] // dtype.itemsize, dtype=dtype)
+    out.view(torch.uint8).copy_(raw)
+    return out

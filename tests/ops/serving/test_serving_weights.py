@@ -406,6 +406,6 @@ def test_hostile_pages_are_refused(path: str, change: dict[str, object]) -> None
     table = torch.tensor(lists["table"], dtype=torch.int32)
     starts, first = torch.tensor(lists["starts"]), torch.tensor(lists["first"])
     where = [t.data_ptr() for t in (out, q, pages, table, starts, first)]
-    found = kernels.moestro_paged_attention(*where, *(numbers[name] for name in sizes), None, 0, 1.0, 0, 1)
+    found = kernels.moestro_paged_attention(*where, *(numbers[name] for name in sizes), None, 0, 1.0, 0, 0, 1)
     assert found == 2
     assert (out == 5).all()
