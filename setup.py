@@ -35,7 +35,7 @@ COMMON = [
     "-ffp-contract=fast",
     "-g0",
 ]
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 ALWAYS = {
     "csrc/abi/dispatch.cpp": [],

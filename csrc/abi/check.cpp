@@ -173,7 +173,7 @@ template <class T> int check_attention(std::vector<int64_t> lengths, int64_t row
     const auto run = [&](std::vector<T> &to, const int32_t *selection, int64_t count) {
         return moestro_paged_attention(to.data(), q.data(), pages.data(), tables.data(), starts.data(), first.data(),
                                        num_rows, num_pages, int64_t(lengths.size()), max_pages, heads, key, value,
-                                       page_width, groups, key, selection, count, 0.1f, TYPE<T>, 2);
+                                       page_width, groups, key, selection, count, 0.1f, TYPE<T>, TYPE<T>, 2);
     };
     int bad = run(out, nullptr, 0);
     if (num_rows == 0) return bad;
@@ -189,6 +189,37 @@ template <class T> int check_attention(std::vector<int64_t> lengths, int64_t row
     bad |= run(selected, last.data(), 1);
     last.back()++;
     return bad | (run(selected, last.data(), 1) != MOESTRO_BAD_SIZE);
+}
+
+// Rows go to the last slots of an FP8 cache; what queries see there is the same with a selection of all positions.
+template <class T> int check_fp8_rows(int64_t rows, int64_t coded, int64_t rest) {
+    const int64_t width = coded + rest, row_bytes = coded + (coded + 127) / 128 * 4 + 2 * rest, heads = 3,
+                  num_pages = (rows + 63) / 64;
+    auto x = random_vector<T>(rows * width);
+    const auto q = random_vector<T>(heads * width);
+    std::vector<char> pages(num_pages * 64 * row_bytes);
+    std::vector<int64_t> slots(rows);
+    std::vector<int32_t> tables(num_pages), all(rows);
+    for (int64_t i = 0; i < rows; i++) all[i] = int32_t(i), slots[i] = (num_pages - 1 - i / 64) * 64 + i % 64;
+    for (int64_t p = 0; p < num_pages; p++) tables[p] = int32_t(num_pages - 1 - p);
+    const auto store = [&] {
+        return moestro_store_fp8_rows(pages.data(), x.data(), slots.data(), rows, num_pages, row_bytes, width, coded,
+                                      TYPE<T>, 2);
+    };
+    int bad = store();
+    if (rows == 0) return bad;
+    const int64_t starts[] = {0, 1}, first[] = {rows - 1};
+    std::vector<T> out(heads * coded), selected(out.size());
+    const auto run = [&](std::vector<T> &to, const int32_t *selection, int64_t count, int64_t bytes) {
+        return moestro_paged_attention(to.data(), q.data(), pages.data(), tables.data(), starts, first, 1, num_pages, 1,
+                                       num_pages, heads, width, coded, bytes, 1, 0, selection, count, 0.1f,
+                                       MOESTRO_FP8_ROWS, TYPE<T>, 2);
+    };
+    bad |= run(out, nullptr, 0, row_bytes) | run(selected, all.data(), rows, row_bytes);
+    bad |= run(selected, nullptr, 0, row_bytes + 1) != MOESTRO_BAD_SIZE;
+    for (int64_t i = 0; i < heads * coded; i++) bad |= out[i] != selected[i];
+    slots[rows - 1] = num_pages * 64;
+    return bad | (store() != MOESTRO_BAD_SIZE);
 }
 
 template <class T> int check_rows(int64_t rows, int64_t width) {
@@ -338,6 +369,7 @@ inline int check_run(int64_t rows) {
         1,
         256,
         8,
+        0,
         0,  // store eight
         5,
         0,
@@ -399,6 +431,9 @@ template <class T> int check_serving() {
     bad |= check_attention<T>({300, 20}, 90, 6, 2, 24, 17) |
            check_attention<T>({257, 1, 256, 3, 9, 513, 7, 8, 10}, 2, 4, 4, 7, 5) |
            check_attention<T>({}, 1, 2, 1, 4, 4);
+    for (int64_t rows : {0, 1, 64, 300})
+        bad |= check_fp8_rows<T>(rows, 1, 0) | check_fp8_rows<T>(rows, 13, 4) | check_fp8_rows<T>(rows, 130, 2) |
+               check_fp8_rows<T>(rows, 512, 64);
     for (int64_t width : {1, 16, 37}) bad |= check_rows<T>(0, width) | check_rows<T>(3, width);
     return bad | check_rows<T>(2000, 64) | check_rows<T>(4, 0);
 }

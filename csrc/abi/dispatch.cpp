@@ -39,7 +39,8 @@ uint64_t saved_state() {
 
 bool runs_avx2() {
     const Registers one = cpuid(1, 0), seven = cpuid(7, 0);
-    return (saved_state() & 0x6) == 0x6 && bit(one.ecx, 12) && bit(one.ecx, 28) && bit(seven.ebx, 5);
+    return (saved_state() & 0x6) == 0x6 && bit(one.ecx, 12) && bit(one.ecx, 28) && bit(one.ecx, 29) &&
+           bit(seven.ebx, 5);
 }
 
 #if MOESTRO_EMULATED  // by tests, in AVX2 (tests/ops/emulated.h)
@@ -111,7 +112,7 @@ int check_experts(const void *const *gate_up, const void *const *down, const int
     return MOESTRO_OK;
 }
 
-bool known_kind(int kind) { return kind >= MOESTRO_KIND_FP32 && kind <= MOESTRO_KIND_FP8_ROWS; }
+bool known_kind(int kind) { return kind >= MOESTRO_KIND_FP32 && kind <= MOESTRO_KIND_FP8_BOTH; }
 bool sane(int threads) { return threads >= 1 && threads <= 1024; }
 bool fits(int64_t a, int64_t b, int64_t c) { return fits(a, b) && fits(a * b, c); }
 // A packed matrix is padded to whole panels of 64 and blocks of at most 128.
@@ -340,16 +341,34 @@ int moestro_paged_attention(void *out, const void *q, const void *pages, const i
                             const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
                             int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
                             int64_t page_width, int64_t groups, int64_t value_offset, const int32_t *selection,
-                            int64_t selected, float scale, int type, int threads) {
+                            int64_t selected, float scale, int page_type, int type, int threads) {
     if (!chosen) return MOESTRO_NO_ISA;
-    if (!known(type)) return MOESTRO_BAD_TYPE;
-    const PagedAttention arguments = {out,       q,         pages,     tables,      starts,     first,  num_sequences,
-                                      max_pages, num_heads, key_width, value_width, page_width, groups, value_offset,
-                                      selection, selected,  scale};
+    const bool fp8 = page_type == MOESTRO_FP8_ROWS;
+    if (!known(type) || (!fp8 && page_type != type)) return MOESTRO_BAD_TYPE;
+    const int64_t values = fp8 ? key_width : page_width;
+    const PagedAttention arguments = {out,       q,         pages,     tables,      starts, first,  num_sequences,
+                                      max_pages, num_heads, key_width, value_width, values, groups, value_offset,
+                                      selection, selected,  scale,     fp8};
     if (num_sequences < 0 || !sane(threads)) return MOESTRO_BAD_SIZE;
     if (const int error = check_attention(arguments, num_rows, num_pages)) return error;
+    if (fp8 && (groups != 1 || value_offset != 0 || key_width > LARGEST ||
+                page_width != fp8_row_bytes(value_width, key_width)))
+        return MOESTRO_BAD_SIZE;
     const std::lock_guard<std::mutex> lock(running);
     return chosen->kernels->paged_attention(arguments, type, threads);
+}
+
+int moestro_store_fp8_rows(void *pages, const void *x, const int64_t *slots, int64_t num_rows, int64_t num_pages,
+                           int64_t row_bytes, int64_t width, int64_t coded, int type, int threads) {
+    if (!chosen) return MOESTRO_NO_ISA;
+    if (!known(type)) return MOESTRO_BAD_TYPE;
+    if (!fits(num_rows, width) || !fits(num_pages, 64, row_bytes) || coded < 0 || coded > width || width > LARGEST ||
+        row_bytes != fp8_row_bytes(coded, width) || !sane(threads))
+        return MOESTRO_BAD_SIZE;
+    for (int64_t i = 0; i < num_rows; i++)
+        if (slots[i] < 0 || slots[i] / 64 >= num_pages) return MOESTRO_BAD_SIZE;
+    chosen->kernels->store_fp8_rows({static_cast<char *>(pages), x, slots, num_rows, width, coded}, type, threads);
+    return MOESTRO_OK;
 }
 
 int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,

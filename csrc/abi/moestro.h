@@ -66,7 +66,7 @@ int moestro_pack(void *panels, const void *x, int64_t m, int64_t k, int kind, in
 int moestro_pack_codes(void *panels, const void *codes, const float *scales, int64_t m, int64_t k, int threads);
 
 // out [n, G, m] = x [n, G, k] times G matrices [m, k], packed as `kind` (docs/kernels.md: panels of 64 outputs).
-// int8 and int4 quantise the rows of x block by block too; fp8 does not; fp8_rows multiplies the same panels by rows
+// int8 and int4 quantise the rows of x block by block too; fp8 does not; fp8_both multiplies the same panels by rows
 // that are rounded to E4M3 in tiles of 128.
 int moestro_packed_linear(void *out, const void *x, const void *panels, int64_t groups, int64_t n, int64_t m, int64_t k,
                           int kind, int type, int threads);
@@ -83,11 +83,19 @@ int moestro_packed_experts(void *out, const void *x, const int64_t *ids, const f
 // · w values, group g's key from g · w on, its value from g · w + value_offset on. Head h uses group h · groups / H.
 // pages [P, 64, page_width]; tables [S, max_pages]; starts [S + 1]; first [S]. If `selection` [N, selected] is not
 // null, a row sees these positions instead: ascending, at least one, none beyond its own, padded with -1.
+// page_type is `type`, or FP8_ROWS: rows of bytes as moestro_store_fp8_rows writes them, of value_width codes, widened
+// to `type` first. There is then one group, value_offset is 0, and page_width counts bytes.
 int moestro_paged_attention(void *out, const void *q, const void *pages, const int32_t *tables, const int64_t *starts,
                             const int64_t *first, int64_t num_rows, int64_t num_pages, int64_t num_sequences,
                             int64_t max_pages, int64_t num_heads, int64_t key_width, int64_t value_width,
                             int64_t page_width, int64_t groups, int64_t value_offset, const int32_t *selection,
-                            int64_t selected, float scale, int type, int threads);
+                            int64_t selected, float scale, int page_type, int type, int threads);
+
+// Rows x [num_rows, width] to slots, page · 64 + place, of pages [num_pages, 64, row_bytes]. The first `coded` values
+// become E4M3 codes, one byte each; then come the fp32 scales of every 128 codes, amax / 448 with 1e-4 as the least
+// amax; then the other values as bf16. A tile with an infinity or a NaN is read as NaN.
+int moestro_store_fp8_rows(void *pages, const void *x, const int64_t *slots, int64_t num_rows, int64_t num_pages,
+                           int64_t row_bytes, int64_t width, int64_t coded, int type, int threads);
 
 // out = x / rms(x) · weight, rows of x [rows, width]; weight [width] of weight_type.
 int moestro_rms_norm(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
@@ -115,8 +123,8 @@ int moestro_route(int64_t *ids, float *weights, const float *logits, const float
 int moestro_add(void *out, const void *a, const void *b, int64_t rows, int64_t width, int type, int threads);
 
 // Runs a program (csrc/abi/run.cpp) on a step: `memory` of num_rows · row_bytes; ids [num_routers, num_rows, top_k];
-// the caches, each with pages [num_pages, 64, width] of its type, any number per layer; the rest as for attention and
-// rotation. slots [num_rows]: where the tokens' rows go, page · 64 + place.
+// the caches, each with pages [num_pages, 64, width] of its type (bytes for FP8_ROWS), any number per layer; the rest
+// as for attention and rotation. slots [num_rows]: where the tokens' rows go, page · 64 + place.
 int moestro_run(const int64_t *program, int64_t length, const MoestroStep *step);
 
 // Attention of whole documents, for training: out [N, H, W] of q [N, H, K], k [N, G, K], v [N, G, W]; query head h uses

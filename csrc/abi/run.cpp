@@ -96,12 +96,12 @@ int Program::attention() {
     const int64_t selection = number(), selected = number();  // selection = -1: none
     void *to = value(out, heads, value_width, size_of(type)), *from = value(q, heads, key_width, size_of(type));
     const void *positions = selection == -1 ? nullptr : value(selection, 1, selected, 4);
-    if (!error && rows.type != type) error = MOESTRO_BAD_TYPE;
     return error ? error
-                 : moestro_paged_attention(
-                       to, from, rows.pages, step.tables, step.starts, step.first, step.num_rows, step.num_pages,
-                       step.num_sequences, step.max_pages, heads, key_width, value_width, rows.width, groups,
-                       value_offset, static_cast<const int32_t *>(positions), selected, scale, type, step.threads);
+                 : moestro_paged_attention(to, from, rows.pages, step.tables, step.starts, step.first, step.num_rows,
+                                           step.num_pages, step.num_sequences, step.max_pages, heads, key_width,
+                                           value_width, rows.width, groups, value_offset,
+                                           static_cast<const int32_t *>(positions), selected, scale, rows.type, type,
+                                           step.threads);
 }
 
 int Program::norm() {
@@ -169,9 +169,13 @@ int Program::copy() {
 // Writes the tokens' rows to their slots in a cache.
 int Program::store() {
     const MoestroCache to = cache(number());
-    const int64_t x = number(), width = number(), bytes = to.width * size_of(to.type);
+    const int64_t x = number(), width = number(), coded = number();
     const int type = small();
-    const char *from = value(x, 1, bytes, 1);
+    const char *from = value(x, 1, width, size_of(type));
+    const int64_t bytes = error ? 0 : width * size_of(type);
+    if (!error && to.type == MOESTRO_FP8_ROWS)
+        return moestro_store_fp8_rows(to.pages, from, step.slots, step.num_rows, step.num_pages, to.width, width, coded,
+                                      type, step.threads);
     if (!error && type != to.type) error = MOESTRO_BAD_TYPE;
     if (!error && width != to.width) error = MOESTRO_BAD_SIZE;
     char *rows = static_cast<char *>(to.pages);
@@ -235,7 +239,8 @@ extern "C" int moestro_run(const int64_t *program, int64_t length, const Moestro
         return MOESTRO_BAD_SIZE;
     for (int64_t i = 0; i < s.num_caches; i++) {
         const MoestroCache &cache = s.caches[i];
-        if (cache.type != MOESTRO_FLOAT32 && cache.type != MOESTRO_BFLOAT16) return MOESTRO_BAD_TYPE;
+        if (cache.type != MOESTRO_FLOAT32 && cache.type != MOESTRO_BFLOAT16 && cache.type != MOESTRO_FP8_ROWS)
+            return MOESTRO_BAD_TYPE;
         if (!sane(cache.width) || !fits(64 * s.num_pages, cache.width)) return MOESTRO_BAD_SIZE;
     }
     Program p = {program, program + length, s};

@@ -67,6 +67,10 @@ struct Isa {
         first = _mm256_castsi256_ps(_mm256_unpacklo_epi8(lower, upper));
         second = _mm256_castsi256_ps(_mm256_unpackhi_epi8(lower, upper));
     }
+    static Vector load_fp8(const char *p) { return halves_of_fp8(p); }
+    static void store_bf16(uint16_t *p, Vector v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(p), round_to_bf16(v));
+    }
     static void transpose8(uint32_t *to, int64_t stride, const void *const *from) { transpose8_avx2(to, stride, from); }
 };
 }  // namespace

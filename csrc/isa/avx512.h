@@ -74,6 +74,20 @@ struct Isa {
         first = _mm512_castsi512_ps(_mm512_unpacklo_epi8(lower, upper));
         second = _mm512_castsi512_ps(_mm512_unpackhi_epi8(lower, upper));
     }
+    static Vector load_fp8(const char *p) {  // times 2⁻⁸
+        const __m256i shifted =
+            _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 7);
+        return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(short(0xbf80))));
+    }
+    // Not for subnormal numbers, which the instruction takes for 0.
+    static void store_bf16(uint16_t *p, Vector v) {
+#if MOESTRO_HAS_BF16 && !MOESTRO_EMULATED
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), (__m256i)_mm512_cvtneps_pbh(v));
+#else
+        const __m256 low = _mm512_castps512_ps256(v), high = _mm512_extractf32x8_ps(v, 1);
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_set_m128i(round_to_bf16(high), round_to_bf16(low)));
+#endif
+    }
     static void transpose8(uint32_t *to, int64_t stride, const void *const *from) { transpose8_avx2(to, stride, from); }
 };
 }  // namespace

@@ -1,6 +1,7 @@
 // Everything of one instruction set; included by each kernels_*.cpp after it has defined `Isa` and named `KERNELS`.
 #pragma once
 #include "serving/attention.h"
+#include "serving/fp8_rows.h"
 #include "training/experts.h"
 #include "training/head.h"
 #include "training/flash_backward.h"
@@ -57,6 +58,9 @@ extern const Kernels KERNELS = {
     },
     [](const PagedAttention &p, int type, int threads) {
         return type == MOESTRO_FLOAT32 ? paged_attention<float>(p, threads) : paged_attention<uint16_t>(p, threads);
+    },
+    [](const Fp8Rows &p, int type, int threads) {
+        type == MOESTRO_FLOAT32 ? store_fp8_rows<float>(p, threads) : store_fp8_rows<uint16_t>(p, threads);
     },
     [](void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type,
        int threads) {

@@ -28,6 +28,22 @@ inline __m256i pair8(const uint16_t *p, const uint16_t *q) {
     return _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
 }
 
+// Eight E4M3 codes as floats times 2⁻⁸: sign, exponent and fraction are put where fp16 has them. NaN is not known.
+inline __m256 halves_of_fp8(const char *p) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+    const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(short(0xbf80))));
+}
+
+// To the nearest bf16, ties to even; a NaN must have its last bits zero.
+inline __m128i round_to_bf16(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i high = _mm256_srli_epi32(up, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
 // to[j · to_stride + i] = from[i][j] for i, j in 0 … 7.
 inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *const *from) {
     __m256 r[8], t[8];

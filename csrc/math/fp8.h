@@ -1,10 +1,10 @@
 // E4M3 numbers, as moestro/ops/fp8.py specifies them.
 #pragma once
+#include "abi/table.h"
 #include "math/gemm.h"
 
 namespace {
 
-constexpr int64_t FP8_TILE = 128;              // values of a row that share a scale
 constexpr float FP8_LARGEST = 448.0f;          // of a code
 constexpr float FP8_LEAST_ACTIVATION = 1e-4f;  // DeepSeek's floor under the largest magnitude of a tile in inference
 constexpr float FP8_LEAST_NORMAL = 1.17549435e-38f;  // of a scale; below, the block counts as zeros
@@ -26,6 +26,21 @@ inline float round_e4m3(float x) {
     float value;
     memcpy(&value, &result, 4);
     return value;
+}
+
+// To the nearest E4M3, ties to even; beyond its range and NaN: NaN.
+inline uint8_t to_e4m3(float v) {
+    uint32_t bits, small;
+    memcpy(&bits, &v, 4);
+    const uint32_t sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
+    float f;
+    memcpy(&f, &size, 4);
+    f += 16384.0f;  // whose last place is the least subnormal
+    memcpy(&small, &f, 4);
+    small -= 0x46800000;
+    const uint32_t normal = (size + 0x7ffff + (size >> 20 & 1) - (120u << 23)) >> 20;
+    const uint32_t code = size < 121u << 23 ? small : size < 0x43f00000 ? normal : 0x7f;
+    return uint8_t(code | sign);
 }
 
 // The scale of a block whose largest magnitude is `largest`.

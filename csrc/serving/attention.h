@@ -7,6 +7,8 @@
 //
 //   values    weights, transposed into rows, times values, read in place or, with bf16 products, packed into panels
 //
+// Pages of an FP8 cache are widened first, a split at a time, to rows of the type of the queries; the rest is the same.
+//
 // Splits are merged in order by the usual rescaling, whether one thread or several computed them, so a column's result
 // depends only on its query, its position and its cached rows. A row that sees only a selection is its own sequence,
 // whose cached rows are the selected ones.
@@ -15,6 +17,7 @@
 
 #include "abi/table.h"
 #include "math/tile.h"
+#include "serving/fp8_rows.h"
 
 namespace {
 
@@ -24,7 +27,7 @@ constexpr int64_t MOST_GATHERED = int64_t(1) << 25;  // values of selected rows 
 constexpr int SCORE_ROWS = Isa::WIDTH;  // SCORE_ROWS / V rows times V vectors: as many sums as registers allow
 
 thread_local Scratch query_panel, score_floats, weight_panel, weight_rows, value_panel, row_copies, own_state,
-    own_partial;
+    own_partial, wide_rows;
 Scratch call_units, call_partial, call_pages, call_places;
 
 struct Unit {
@@ -103,9 +106,27 @@ void score_page(float *scores, int width, Rows rows, int64_t count, const Step *
         score_page<MODE, Isa::VECTORS>(scores, rows, count, panel, steps);
 }
 
+// Where the rows of a split lie, page by page.
+template <class T> struct Pages {
+    const T *at[SPLIT / PAGE];
+};
+
+template <class T>
+bool find_pages(Pages<T> &pages, const Query<T> &q, const PagedAttention &a, int64_t first, int64_t keys) {
+    T *wide = a.fp8 ? wide_rows.get<T>(SPLIT * a.page_width) : nullptr;
+    if (a.fp8 && !wide) return false;
+    for (int64_t j = 0; j < keys; j += PAGE) {
+        const int64_t page = q.table[(first + j) / PAGE];
+        pages.at[j / PAGE] = a.fp8 ? wide + j * a.page_width : q.rows + page * PAGE * a.page_width;
+        for (int64_t i = 0; a.fp8 && i < std::min(PAGE, keys - j); i++)
+            widen_row(wide + (j + i) * a.page_width, a, page * PAGE + i);
+    }
+    return true;
+}
+
 // scores [keys][width] of one split.
 template <class T>
-bool score_split(float *scores, const Query<T> &q, const PagedAttention &a, int64_t first, int64_t keys) {
+bool score_split(float *scores, const Query<T> &q, const PagedAttention &a, const Pages<T> &pages, int64_t keys) {
     const int64_t steps = steps_of<T>(a.key_width);
     const bool in_place = sizeof(T) == 4 || a.key_width % 2 == 0;
     Step *panel = query_panel.get<Step>(steps * NR), *copies = in_place ? nullptr : row_copies.get<Step>(PAGE * steps);
@@ -113,7 +134,7 @@ bool score_split(float *scores, const Query<T> &q, const PagedAttention &a, int6
     pack_columns(panel, q.width, q.columns, q.count, a.key_width);
     for (int64_t j = 0; j < keys; j += PAGE) {
         const int64_t count = std::min(PAGE, keys - j);
-        const T *page = q.rows + int64_t(q.table[(first + j) / PAGE]) * PAGE * a.page_width;
+        const T *page = pages.at[j / PAGE];
         const Rows rows = {reinterpret_cast<const char *>(page), a.page_width * int64_t(sizeof(T))};
         if (!in_place) {
             for (int64_t i = 0; i < count; i++) copy_steps(copies + i * steps, page + i * a.page_width, a.key_width);
@@ -183,13 +204,13 @@ template <Mode MODE> void add_panel(float *to, int64_t stride, Rows weights, int
 
 // Σ over the keys of one split of weight · value: to [count][stride].
 template <class T> bool add_values(float *to, int64_t stride, const Query<T> &q, const PagedAttention &a,
-                                   const Step *weights, int64_t row_steps, int64_t first, int64_t keys) {
+                                   const Pages<T> &pages, const Step *weights, int64_t row_steps, int64_t keys) {
     constexpr int PER = Layout<T>::PER_STEP;
     Step *panel = value_panel.get<Step>(steps_of<T>(PAGE) * NR);
     if (!panel) return false;
     for (int64_t j = 0; j < keys; j += PAGE) {
         const int64_t count = std::min(PAGE, keys - j);
-        const T *page = q.rows + int64_t(q.table[(first + j) / PAGE]) * PAGE * a.page_width + a.value_offset;
+        const T *page = pages.at[j / PAGE] + a.value_offset;
         const Rows rows = {reinterpret_cast<const char *>(weights + j / PER), row_steps * 4};
         for (int64_t v = 0; v < a.value_width; v += NR) {
             const int64_t columns = std::min<int64_t>(NR, a.value_width - v);
@@ -212,7 +233,9 @@ bool attend_split(Softmax to, int64_t stride, const Query<T> &q, const PagedAtte
     const int64_t first = split * SPLIT, keys = std::min(SPLIT, q.num_keys - first);
     float *scores = score_floats.get<float>(SPLIT * NR);
     Step *panel = weight_panel.get<Step>(STEPS * NR), *rows = weight_rows.get<Step>(STEPS * NR);
-    if (!scores || !panel || !rows || !score_split(scores, q, a, first, keys)) return false;
+    Pages<T> pages;
+    if (!scores || !panel || !rows || !find_pages(pages, q, a, first, keys)) return false;
+    if (!score_split(scores, q, a, pages, keys)) return false;
     int32_t seen[NR];
     for (int c = 0; c < NR; c++) seen[c] = int32_t(std::min(SPLIT, std::max<int64_t>(0, q.seen[c] - first)));
     for (int c = 0; c < q.width; c += Isa::WIDTH)
@@ -223,7 +246,7 @@ bool attend_split(Softmax to, int64_t stride, const Query<T> &q, const PagedAtte
             for (int i = 0; i < 8; i++) from[i] = panel + (s + i) * q.width + c;
             Isa::transpose8(rows + c * STEPS + s, STEPS, from);
         }
-    return add_values(to.values, stride, q, a, rows, STEPS, first, keys);
+    return add_values(to.values, stride, q, a, pages, rows, STEPS, keys);
 }
 
 template <class T> void merge(Softmax to, Softmax from, int64_t stride, const Query<T> &q, int64_t split) {
@@ -329,8 +352,11 @@ template <class T> int64_t gather_rows(T *pages, const PagedAttention &a, int64_
     int64_t count = 0;
     for (; count < a.selected && positions[count] >= 0; count++) {
         const int64_t slot = table[positions[count] / PAGE] * PAGE + positions[count] % PAGE;
-        memcpy(pages + count * a.page_width, static_cast<const T *>(a.pages) + slot * a.page_width,
-               sizeof(T) * a.page_width);
+        T *to = pages + count * a.page_width;
+        if (a.fp8)
+            widen_row(to, a, slot);
+        else
+            memcpy(to, static_cast<const T *>(a.pages) + slot * a.page_width, sizeof(T) * a.page_width);
     }
     return count;
 }
@@ -347,7 +373,8 @@ template <class T> int attend_selected(PagedAttention a, int threads) {
     for (int64_t i = 0; i <= most; i++) starts[i] = i;
     for (int64_t i = 0; i < most * pages; i++) tables[i] = int32_t(i);
     PagedAttention own = a;
-    own.pages = gathered, own.tables = tables, own.starts = starts, own.first = first, own.max_pages = pages;
+    own.pages = gathered, own.fp8 = false, own.tables = tables, own.starts = starts, own.first = first,
+    own.max_pages = pages;
     for (int64_t row = 0; row < num_rows; row += most) {
         own.num_sequences = std::min(most, num_rows - row);
         own.q = static_cast<const T *>(a.q) + row * a.num_heads * a.key_width;

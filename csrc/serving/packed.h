@@ -346,7 +346,7 @@ template <class F> int with_product(int kind, int type, F f) {
             case MOESTRO_KIND_INT8: return f(BlockProduct<8>(), element);
             case MOESTRO_KIND_INT4: return f(BlockProduct<4>(), element);
             case MOESTRO_KIND_FP8: return f(CodedProduct<PAIRS ? Mode::PAIRS : Mode::WIDE_PANEL, false>(), element);
-            case MOESTRO_KIND_FP8_ROWS: return f(CodedProduct<WIDE, true>(), element);
+            case MOESTRO_KIND_FP8_BOTH: return f(CodedProduct<WIDE, true>(), element);
             default: return int(MOESTRO_BAD_TYPE);
         }
     };

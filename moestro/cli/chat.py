@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from moestro.cli.output import print_note, read_input
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 
 
 def chat(
@@ -17,8 +17,10 @@ def chat(
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int = 0,
-    dtype: str = "auto",
-    weights: str | None = None,
+    dtype: Dtype = "auto",
+    weights: Weights = None,
+    cache: Cache = "auto",
+    activations: Activations = "auto",
     threads: Threads = 0,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
@@ -37,10 +39,6 @@ def chat(
         Sample from the smallest set of tokens with this much probability.
     seed
         The same seed and messages give the same replies.
-    dtype
-        auto (as stored), fp32 or bf16.
-    weights
-        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     """
     from moestro.engine.conversation import Conversation
     from moestro.engine.language_model import load
@@ -48,7 +46,12 @@ def chat(
     use_threads(threads)
     beginning = [{"role": "system", "content": system}] if system else []
     conversation = Conversation(
-        load(model, dtype, weights=weights), max_tokens, temperature, top_p, seed, list(beginning)
+        load(model, dtype, weights=weights, cache=cache, activations=activations),
+        max_tokens,
+        temperature,
+        top_p,
+        seed,
+        list(beginning),
     )
     if sys.stdin.isatty():
         print_note("An empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.")

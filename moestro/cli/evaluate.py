@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 from moestro.errors import ConfigError, DataError
 
 
@@ -20,8 +20,10 @@ def evaluate(
     split: str = "auto",
     max_tokens: int | None = None,
     seq_len: int = 512,
-    dtype: str = "auto",
-    weights: str | None = None,
+    dtype: Dtype = "auto",
+    weights: Weights = None,
+    cache: Cache = "auto",
+    activations: Activations = "auto",
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -40,10 +42,6 @@ def evaluate(
         Most tokens to evaluate per domain.
     seq_len
         Context length: every token is predicted from at most this much of its document.
-    dtype
-        auto (as stored), fp32 or bf16.
-    weights
-        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     json_output
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """
@@ -56,7 +54,7 @@ def evaluate(
         if number is not None and number < least:
             raise ConfigError(f"{name} must be at least {least}, not {number}")
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights)
+    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
     seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, read_input
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 
 
 def generate(
@@ -21,8 +21,10 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dtype: str = "auto",
-    weights: str | None = None,
+    dtype: Dtype = "auto",
+    weights: Weights = None,
+    cache: Cache = "auto",
+    activations: Activations = "auto",
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -42,10 +44,6 @@ def generate(
         Sample from the smallest set of tokens with this much probability.
     seed
         The same seed gives the same text.
-    dtype
-        auto (as stored), fp32 or bf16.
-    weights
-        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     json_output
         Print one JSON object: text, tokens, finish_reason, tokens_per_second.
     """
@@ -54,7 +52,7 @@ def generate(
     if prompt == "-":
         prompt = read_input(sys.stdin.read)
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights)
+    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     seconds = time.perf_counter() - start

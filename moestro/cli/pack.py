@@ -8,14 +8,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Threads, Weights, use_threads
 
 
 def pack(
     model: Path,
     *,
     out: Path,
-    weights: str | None = None,
+    weights: Weights = None,
     dtype: str = "auto",
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -28,8 +28,6 @@ def pack(
         A run, a checkpoint or a Hugging Face deepseek_v3 or deepseek_v2 directory.
     out
         The directory; it must not exist.
-    weights
-        How matrices are kept: int8 or int4 quantise them, bf16 or fp32 convert them. As stored without it.
     dtype
         What activations are computed in: auto (as stored), fp32 or bf16.
     json_output

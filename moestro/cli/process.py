@@ -10,6 +10,17 @@ from moestro.errors import ConfigError
 
 MAX_THREADS = 1024
 Threads = Annotated[int, Parameter(help="Threads to compute with; every core this process may use without it.")]
+Dtype = Annotated[str, Parameter(help="auto (as stored), fp32 or bf16.")]
+Weights = Annotated[
+    str | None,
+    Parameter(
+        help="How matrices are kept: fp8, int8 or int4 quantise them, bf16 or fp32 convert them. As stored without it."
+    ),
+]
+Activations = Annotated[
+    str, Parameter(help="What meets fp8 weights: auto (activations as they are) or fp8 (rounded in tiles of 128).")
+]
+Cache = Annotated[str, Parameter(help="How latents are cached: auto (in the type of activations) or fp8.")]
 
 
 def use_threads(threads: int) -> None:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
-    dtype: str = "auto",
-    weights: str | None = None,
+    dtype: Dtype = "auto",
+    weights: Weights = None,
+    cache: Cache = "auto",
+    activations: Activations = "auto",
     threads: Threads = 0,
 ) -> int:
     """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
@@ -55,10 +57,6 @@ def serve(
         Tokens that the model's MTP modules draft a step; 0 for none, by default one if the model has such modules.
     drain_seconds
         How long running requests may take to finish after SIGTERM.
-    dtype
-        auto (as stored), fp32 or bf16.
-    weights
-        Quantise the matrices when loading: int8 or int4; bf16 or fp32 convert them. As stored without it.
     """
     from moestro.engine.language_model import load
 
@@ -72,7 +70,7 @@ def serve(
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
-        language_model = load(model, dtype, weights=weights)
+        language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
         service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 

@@ -67,13 +67,13 @@ class Computed:
 class Engine:
     """Serves the requests of one model; `stop_ids` end every text. Drive it by `run`, `stream`, or `add` and `step`.
 
-    The cache takes `memory_bytes`, by default half of the free memory.
+    The cache takes `memory_bytes`, by default half of the free memory; `cache` is auto or fp8 (None: the runtime's).
     A step computes at most `token_budget` tokens of at most `max_running` sequences; `max_waiting` more may queue.
     `draft_tokens`: how many tokens the model's MTP modules draft a step for each sequence, 0 for none; None: one, if
     the model has MTP modules. A sequence whose drafts do not pay stops drafting; `draft_cost` is what a draft costs,
     in steps without drafts (None: `speculative.estimate_cost`).
 
-    ConfigError if the cache is too small, or for drafts without MTP modules.
+    ConfigError if the cache is too small or fp8 without latents, or for drafts without MTP modules.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Engine:
         stop_ids: frozenset[int],
         *,
         memory_bytes: int | None = None,
+        cache: str | None = None,
         token_budget: int = 512,
         max_running: int = 64,
         max_waiting: int = 1024,
@@ -93,8 +94,9 @@ class Engine:
         config = runtime.config
         self.draft_tokens = min(1, config.mtp_depth) if draft_tokens is None else draft_tokens
         check_model(config, self.draft_tokens)
-        num_pages = count_pages(config, runtime.dtype, max_running, memory_bytes)
-        self.cache = PagedCache(config, num_pages, runtime.dtype)
+        kind = runtime.cache if cache is None else cache
+        num_pages = count_pages(config, runtime.dtype, max_running, memory_bytes, kind)
+        self.cache = PagedCache(config, num_pages, runtime.dtype, kind)
         self.drafter: Drafter | None = None
         if self.draft_tokens:
             cost = estimate_cost(config) if draft_cost is None else draft_cost

@@ -20,6 +20,7 @@ from moestro.engine.engine import Engine
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
+from moestro.model.attention import check_cache
 from moestro.model.transformer import Transformer
 
 
@@ -36,16 +37,27 @@ class LanguageModel:
     """Model, tokenizer, and the ids that end a text.
 
     `source` is a model or a directory's files; `runtime` and `model` each read what they need from them when first
-    used. `weights` is how matrices are packed for serving (None: as they are computed with).
+    used. `weights` is how matrices are packed for serving (None: as they are stored as codes, else as they are computed
+    with), `cache` how latents are cached (auto: in the type of activations; fp8), `activations` what meets fp8 weights
+    (auto: rows as they are; fp8: see `Runtime`).
     """
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, stop_ids: frozenset[int], *, weights: str | None = None
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        stop_ids: frozenset[int],
+        *,
+        weights: str | None = None,
+        cache: str = "auto",
+        activations: str = "auto",
     ) -> None:
+        check_cache(source.config, cache)
         self.source, self.config = source, source.config
         self.tokenizer = tokenizer
-        self.stop_ids = stop_ids
-        self.weights = choose_format(source, weights) if weights or isinstance(source, PackedFiles) else None
+        self.stop_ids, self.cache, self.activations = stop_ids, cache, activations
+        has_format = isinstance(source, PackedFiles) or (isinstance(source, ModelFiles) and source.scheme is not None)
+        self.weights = choose_format(source, weights) if weights or has_format else None
 
     @cached_property
     def model(self) -> Transformer:
@@ -59,7 +71,7 @@ class LanguageModel:
     @cached_property
     def runtime(self) -> Runtime:
         """The model packed for serving."""
-        return Runtime(pack_model(self.source, self.weights))
+        return Runtime(pack_model(self.source, self.weights), self.cache, self.activations)
 
     @cached_property
     def engine(self) -> Engine:
@@ -121,14 +133,22 @@ def find_model_directory(path: Path) -> Path:
     raise CheckpointError(f"{path} is neither a run with a checkpoint nor a model directory (no config.json)")
 
 
-def load(path: str | Path, dtype: str = "auto", *, weights: str | None = None) -> LanguageModel:
+def load(
+    path: str | Path,
+    dtype: str = "auto",
+    *,
+    weights: str | None = None,
+    cache: str = "auto",
+    activations: str = "auto",
+) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
-    `dtype` is auto (as stored), fp32 or bf16; `weights`: see `LanguageModel`.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`.
     """
     source = open_source(Path(path), dtype)
     tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
-    return LanguageModel(source, tokenizer, _stop_ids(source.directory, tokenizer), weights=weights)
+    stop_ids = _stop_ids(source.directory, tokenizer)
+    return LanguageModel(source, tokenizer, stop_ids, weights=weights, cache=cache, activations=activations)
 
 
 def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:

@@ -1,6 +1,7 @@
 """The cache of many sequences: tensors [P, 64, W] by layer and name, and the routes of the tokens in the same pages.
 
-Each layer says what it caches (`CacheSpec` in model/attention.py): names, each with a width and a type.
+Each layer says what it caches (`CacheSpec` in model/attention.py): names, each with a width and a type. With `cache`
+"fp8" latents are codes with scales (`ops/serving/fp8_rows.py`); "auto" is the type of the activations.
 
 Rows are written to slots, page · 64 + place in the page; attention reads a sequence through its list of pages. MTP
 modules have their own layers, after the main ones. Routes are always kept (2 bytes a choice, a few thousandths of a
@@ -39,19 +40,21 @@ def count_moe_layers(config: ModelConfig) -> int:
     return len(config.moe_layers)
 
 
-def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def page_bytes(config: ModelConfig, dtype: torch.dtype, cache: str = "auto") -> int:
     """Bytes of one page over all layers, including its routes."""
-    rows = sum(spec.count_bytes(dtype) for specs in list_caches(config) for spec in specs)
+    rows = sum(spec.count_bytes(dtype) for specs in list_caches(config, cache) for spec in specs)
     return PAGE_SIZE * (rows + count_moe_layers(config) * config.top_k * torch.int16.itemsize)
 
 
-def count_pages(config: ModelConfig, dtype: torch.dtype, max_sequences: int, num_bytes: int | None = None) -> int:
+def count_pages(
+    config: ModelConfig, dtype: torch.dtype, max_sequences: int, num_bytes: int | None = None, cache: str = "auto"
+) -> int:
     """Pages that fit `num_bytes`, or half of the free memory; at most what `max_sequences` of full length could use.
 
     ConfigError if not even one sequence of full length fits.
     """
     one = pages_for(config.max_seq_len)
-    size = page_bytes(config, dtype)
+    size = page_bytes(config, dtype, cache)
     if num_bytes is None:
         num_bytes = int(machine.describe_machine().available_gib * machine.GIB * FREE_SHARE)
     count = min(num_bytes // size, one * max_sequences)
@@ -71,9 +74,9 @@ def make_caches(specs: Sequence[CacheSpec], num_pages: int, dtype: torch.dtype) 
 class PagedCache:
     """The tensors. `angles` are computed once, so that a position has the same angle in every batch."""
 
-    def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype, cache: str = "auto") -> None:
         shape = (num_pages, PAGE_SIZE)
-        self.layers = [make_caches(specs, num_pages, dtype) for specs in list_caches(config)]
+        self.layers = [make_caches(specs, num_pages, dtype) for specs in list_caches(config, cache)]
         self.routes = torch.empty(*shape, count_moe_layers(config), config.top_k, dtype=torch.int16)
         self._routes_by_slot = self.routes.flatten(0, 1)
         self.angles = torch.stack(rope_tables(config, torch.arange(config.max_seq_len)))  # cos and sin

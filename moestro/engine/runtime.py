@@ -18,6 +18,8 @@ from torch import Tensor
 from moestro.checkpoints.packing import PackedModel, refill
 from moestro.engine.paged_cache import PagedCache, StepInput
 from moestro.engine.scheduler import pages_for
+from moestro.errors import ConfigError
+from moestro.model.attention import check_cache
 from moestro.model.parts import Parts, count_bytes, saved_tensors
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
 from moestro.model.transformer import Transformer
@@ -117,13 +119,19 @@ class Pass:
 class Runtime:
     """A model that computes with packed parts; `format` says how its matrices are kept (fp32, bf16, int8, int4).
 
+    `cache` says how its rows are cached, in an engine and in `score`: auto (in the type of activations) or fp8.
+    ConfigError for a cache that the model cannot have. `activations` fp8 rounds rows to E4M3 in tiles of 128 before
+    they meet fp8 weights, as DeepSeek's inference does (auto: rows stay as they are); ConfigError if there are none.
+
     Embeddings, norms and biases stay as they are, routers stay in fp32, and the head has at least 8 bits.
     `routed_bytes` is the size of the main model's packed routed experts, `other_bytes` that of the packed matrices
     every token reads. `num_updates` tells which weights something was computed with.
     """
 
-    def __init__(self, packed: PackedModel) -> None:
-        self.packed, self.num_updates = packed, 0
+    def __init__(self, packed: PackedModel, cache: str = "auto", activations: str = "auto") -> None:
+        check_cache(packed.config, cache)
+        _round_rows(packed, activations)
+        self.packed, self.num_updates, self.cache = packed, 0, cache
         self.config, self.dtype, self.format = packed.config, packed.dtype, packed.format
         config, parts = packed.config, Parts(packed.parts)
         self.embedding, self.head = parts.plain("embed.weight"), parts.linear("head")
@@ -188,7 +196,7 @@ class Runtime:
                 parts.append((texts.tokens[first:last].tolist(), 0, pages))
             if cache is None or len(cache.routes) < num_pages:
                 cache = None  # frees it before the next one is made
-                cache = PagedCache(self.config, num_pages, self.dtype)
+                cache = PagedCache(self.config, num_pages, self.dtype, self.cache)
             output = self.forward(cache.prepare(parts), cache, texts.ids)
             yield self._score(output, texts.targets)
 
@@ -215,3 +223,15 @@ def check_routes(ids: Tensor, shape: tuple[int, ...], num_experts: int) -> None:
     chosen = ids == CHOOSE
     if (((ids < 0) | (ids >= num_experts)) & ~chosen).any() or (chosen.any(-1) != chosen.all(-1)).any():
         raise ValueError(f"expert ids must lie between 0 and {num_experts - 1}, or be {CHOOSE} for all of a token")
+
+
+def _round_rows(packed: PackedModel, activations: str) -> None:
+    """Say to the products with fp8 weights whether they round rows to fp8."""
+    if activations not in ("auto", "fp8"):
+        raise ConfigError(f"activations must be auto or fp8, not '{activations}'")
+    matrices = [part for part in packed.parts.values() if isinstance(part, (PackedLinear, PackedExperts))]
+    coded = [matrix for matrix in matrices if matrix.format == "fp8"]
+    if activations == "fp8" and not coded:
+        raise ConfigError(f"activations in fp8 need weights in fp8, and these are {packed.format}")
+    for matrix in coded:
+        matrix.rounds_rows = activations == "fp8"

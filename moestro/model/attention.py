@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from moestro import ops
 from moestro.config import ModelConfig
+from moestro.errors import ConfigError
 from moestro.model.layers import Linear, RMSNorm
 from moestro.model.rope import softmax_scale
 from moestro.ops.precision import Precision
+from moestro.ops.serving.fp8_rows import row_bytes
 
 RopeTables = tuple[Tensor, Tensor]
+CACHES = ("auto", "fp8")  # in the type of the activations; latents as FP8 codes
 LATENT_EPS = 1e-6  # for the norms of latents, whatever `norm_eps` is
 
 
@@ -83,10 +86,19 @@ class CacheSpec:
         return self.width * (self.dtype or dtype).itemsize
 
 
-def list_caches(config: ModelConfig) -> list[tuple[CacheSpec, ...]]:
-    """What each layer caches, MTP modules last."""
-    attention = LatentAttention if config.attention == "mla" else HeadAttention
-    return [attention.caches(config)] * (config.num_layers + config.mtp_depth)
+def check_cache(config: ModelConfig, cache: str) -> None:
+    """Raise ConfigError unless `cache` is one of `CACHES` that this model can have."""
+    if cache not in CACHES:
+        raise ConfigError(f"cache must be auto or fp8, not '{cache}'")
+    if cache == "fp8" and config.attention != "mla":
+        raise ConfigError(f"only latents are cached in fp8, and this model's attention is {config.attention}")
+
+
+def list_caches(config: ModelConfig, cache: str = "auto") -> list[tuple[CacheSpec, ...]]:
+    """What each layer caches, MTP modules last. ConfigError for a `cache` that the model cannot have."""
+    check_cache(config, cache)
+    specs = LatentAttention.caches(config, cache) if config.attention == "mla" else HeadAttention.caches(config)
+    return [specs] * (config.num_layers + config.mtp_depth)
 
 
 def cache_width(config: ModelConfig) -> int:
@@ -103,9 +115,12 @@ class LatentAttention(nn.Module):
     """MLA. x [N, D] -> [N, D]."""
 
     @staticmethod
-    def caches(config: ModelConfig) -> tuple[CacheSpec, ...]:
-        """The latent and the rotated key that all heads share."""
-        return (CacheSpec("latent", config.kv_lora_rank + config.rope_dim),)
+    def caches(config: ModelConfig, cache: str = "auto") -> tuple[CacheSpec, ...]:
+        """The latent and the rotated key that all heads share; in an FP8 cache, their bytes."""
+        coded, width = config.kv_lora_rank, config.kv_lora_rank + config.rope_dim
+        if cache == "fp8":
+            return (CacheSpec("latent", row_bytes(coded, width), torch.uint8),)
+        return (CacheSpec("latent", width),)
 
     def __init__(self, config: ModelConfig, precision: Precision) -> None:
         super().__init__()

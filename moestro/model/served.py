@@ -58,7 +58,8 @@ class ServedLatentAttention:
         q, latent, k_rope = rows.split(rows.linear(self.down, x), widths)
         if config.q_lora_rank:
             q = rows.linear(self.q_up, self.q_norm(rows, q))
-        rows.store(layer, self.cache.name, rows.join([self.kv_norm(rows, latent), rows.rope(k_rope)]))
+        latent, k_rope = self.kv_norm(rows, latent), rows.rope(k_rope)
+        rows.store(layer, self.cache.name, rows.join([latent, k_rope]), latent_dim)
         q_nope, q_rope = rows.split(rows.group(q, heads), (config.nope_dim, config.rope_dim))
         queries = rows.join([rows.heads(self.absorb, q_nope), rows.rope(q_rope)])
         mixed = rows.attend(layer, self.cache.name, queries, Heads(1, 0, latent_dim, self.scale))

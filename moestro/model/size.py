@@ -77,9 +77,15 @@ def training_flops(config: ModelConfig, seq_len: int) -> int:
 
 def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
     """Bytes per cached token over all layers, per precision."""
-    specs = [spec for layer in list_caches(config)[: config.num_layers] for spec in layer]
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return {name: sum(spec.count_bytes(dtype) for spec in specs) for name, dtype in dtypes.items()}
+    kinds = {"fp32": (torch.float32, "auto"), "bf16": (torch.bfloat16, "auto")}
+    if config.attention == "mla":
+        kinds["fp8"] = (torch.bfloat16, "fp8")
+    return {
+        name: sum(
+            spec.count_bytes(dtype) for specs in list_caches(config, cache)[: config.num_layers] for spec in specs
+        )
+        for name, (dtype, cache) in kinds.items()
+    }
 
 
 def describe_size(config: ModelConfig) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from typing import Any
 
 REVISION = 1  # raise it when a function changes its meaning but not its parameters
 
-TYPES = {"float32": 0, "bfloat16": 1}
-# formats of packed weights; fp8_rows: weights as in fp8, by rows that are rounded to fp8
-KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp8": 4, "fp8_rows": 5}
+TYPES = {"float32": 0, "bfloat16": 1, "fp8_rows": 2}  # the last of caches only: ops/serving/fp8_rows.py
+# formats of packed weights; fp8_both: weights as in fp8, by rows that are rounded to fp8
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp8": 4, "fp8_both": 5}
 SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}  # score functions of routers
 ERRORS = {"ok": 0, "bad_type": 1, "bad_size": 2, "no_memory": 3, "no_isa": 4, "no_address": 5}
 ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
@@ -44,7 +44,7 @@ class Opcode(IntEnum):
     ADD = 5, "out a b width type"
     ROPE = 6, "out x x_row offset groups x_group width type"
     COPY = 7, "out out_row out_offset out_group x x_row x_offset x_group groups width"
-    STORE = 8, "cache x width type"
+    STORE = 8, "cache x width coded type"
     WIDEN = 9, "out x width"
     ROUTE = (
         10,
@@ -99,7 +99,11 @@ FUNCTIONS = {  # parameters by name; all return an error code, except those in R
     "moestro_paged_attention": (
         "void *out; const void *q, *pages; const int32_t *tables; const int64_t *starts, *first; int64_t num_rows, "
         "num_pages, num_sequences, max_pages, num_heads, key_width, value_width, page_width, groups, value_offset; "
-        "const int32_t *selection; int64_t selected; float scale; int type, threads"
+        "const int32_t *selection; int64_t selected; float scale; int page_type, type, threads"
+    ),
+    "moestro_store_fp8_rows": (
+        "void *pages; const void *x; const int64_t *slots; int64_t num_rows, num_pages, row_bytes, width, coded; "
+        "int type, threads"
     ),
     "moestro_rms_norm": (
         "void *out; const void *x, *weight; int64_t rows, width; float eps; int type, weight_type, threads"

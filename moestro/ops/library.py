@@ -23,6 +23,7 @@ from moestro.ops import abi
 from moestro.ops.abi import ISAS
 
 TYPES = {torch.float32: abi.TYPES["float32"], torch.bfloat16: abi.TYPES["bfloat16"]}
+CACHE_TYPES = TYPES | {torch.uint8: abi.TYPES["fp8_rows"]}
 MESSAGES = {
     abi.ERRORS["bad_type"]: "unsupported type",
     abi.ERRORS["bad_size"]: "impossible size",

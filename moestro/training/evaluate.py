@@ -124,12 +124,14 @@ def score_source(
 ) -> dict[str, Any]:
     """Evaluate on a source of text, or on the run's held-out text if `source` is None; see `open_domains`.
 
-    Uses the served model if the language model's `weights` say how to pack it, else the training forward pass.
+    Uses the served model if the language model's `weights` say how to pack it, or its cache is not in the type of
+    activations, else the training forward pass.
     """
     domains = open_domains(
         language_model, source, run=run, split=split, seq_len=seq_len, max_tokens=max_tokens, scratch=scratch
     )
-    model = language_model.runtime if language_model.weights else language_model.model
+    as_served = language_model.weights or language_model.cache != "auto"
+    model = language_model.runtime if as_served else language_model.model
     token_bytes = pad_token_bytes(language_model.tokenizer.token_bytes, model.config.vocab_size)
     record, _ = score_domains(model, domains, token_bytes)
     return record

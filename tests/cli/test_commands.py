@@ -89,6 +89,19 @@ def test_init_makes_a_model_that_writes(call: Call, tmp_path: Path) -> None:
     assert call(*arguments)[0] == 2
 
 
+def test_latents_cached_in_fp8(call: Call, tiny_run: Path) -> None:
+    """The text may well be the same; the scores are not quite."""
+    scores = [
+        last_json(call("eval", tiny_run, *cache, "--json")) for cache in ((), ("--cache", "auto"), ("--cache", "fp8"))
+    ]
+    plain, same, coded = (score["bits_per_byte"] for score in scores)
+    assert plain == same != coded == pytest.approx(plain, rel=0.02)
+    written = last_json(call("generate", tiny_run, "--prompt", "the", "--max-tokens", 5, "--cache", "fp8", "--json"))
+    assert 1 <= written["tokens"] <= 5
+    cached = last_json(call("inspect", tiny_run, "--json"))["cache_bytes_per_token"]
+    assert cached["fp8"] == 2 * (16 + 4 + 2 * 4) and f"{cached['fp8']} B fp8" in call("inspect", tiny_run)[1]
+
+
 def test_packed_weights_answer_as_what_they_were_packed_from(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     tree = last_json(call("pack", tiny_run, "--weights", "int8", "--out", packed, "--json"))
@@ -183,6 +196,9 @@ MISTAKES = [
     ("generate", "{run}", "--prompt", "x", "--temperature", "-1"),
     ("generate", "{run}", "--prompt", "x", "--top-p", "2"),
     ("generate", "{run}", "--prompt", "x", "--dtype", "fp4"),
+    ("generate", "{run}", "--prompt", "x", "--cache", "bf16"),
+    ("chat", "{run}", "--cache", "int8"),
+    ("eval", "{run}", "--cache", ""),
     ("generate", "{run}", "--prompt", "x", "--max-tokens", "2", "--seed", "99999999999999999999"),
     ("init", "--preset", "demo", "--out", "{tmp}/x", "--seed", "99999999999999999999"),
     ("eval", "{run}", "--data", "/nowhere"),

@@ -40,7 +40,7 @@ def test_a_cache_for_every_layer_and_module(make_config: Make, attention: str, n
 def test_layers_may_differ_in_what_they_cache(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config().model
     assert len(list_caches(config)) == config.num_layers + config.mtp_depth
-    monkeypatch.setattr(paged_cache, "list_caches", lambda _: DIFFERENT)
+    monkeypatch.setattr(paged_cache, "list_caches", lambda *_: DIFFERENT)
     cache = PagedCache(config, 2, torch.bfloat16)
     found = [{name: (pages.shape[2], pages.dtype) for name, pages in layer.items()} for layer in cache.layers]
     assert found == [

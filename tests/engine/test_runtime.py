@@ -254,9 +254,9 @@ def test_scores_are_those_of_the_trained_model(make_config: Make, monkeypatch: p
     made: list[int] = []
 
     class Counted(PagedCache):
-        def __init__(self, config: Any, num_pages: int, dtype: torch.dtype) -> None:
+        def __init__(self, config: Any, num_pages: int, dtype: torch.dtype, cache: str) -> None:
             made.append(num_pages)
-            super().__init__(config, num_pages, dtype)
+            super().__init__(config, num_pages, dtype, cache)
 
     monkeypatch.setattr(runtime_module, "PagedCache", Counted)
     monkeypatch.setattr(runtime_module, "SCORED_ROWS", 7)

@@ -31,7 +31,8 @@ def test_v2_parameters(name: str, total: float, active: float | None) -> None:
 
 
 def test_cache_bytes() -> None:
-    assert cache_bytes_per_token(preset("deepseek-v3")) == {"bf16": 70_272, "fp32": 140_544}
+    assert cache_bytes_per_token(preset("deepseek-v3")) == {"bf16": 70_272, "fp32": 140_544, "fp8": 61 * 656}
+    assert "fp8" not in cache_bytes_per_token(preset("deepseek-v3").model_copy(update={"attention": "mha"}))
 
 
 @pytest.mark.parametrize(("name", "gflops"), [("deepseek-v3", 250), ("deepseek-v2", 155)])

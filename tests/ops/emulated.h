@@ -21,10 +21,21 @@ inline __m512i emulated_widen(__m256i v) {
     to.m256i[1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(v, 1));
     return simde__m512i_from_private(to);
 }
+inline __m512 emulated_halves(__m256i v) {
+    simde__m512_private to;
+    to.m256[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+    to.m256[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+    return simde__m512_from_private(to);
+}
+inline __m256 emulated_half(__m512 v, int which) { return simde__m512_to_private(v).m256[which]; }
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16 emulated_madd
 #undef _mm512_cvtepi32_ps
 #define _mm512_cvtepi32_ps emulated_to_float
 #undef _mm512_cvtepu16_epi32
 #define _mm512_cvtepu16_epi32 emulated_widen
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps emulated_halves
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps emulated_half
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32

@@ -14,7 +14,7 @@ from kernel_build import COMPILER, ROOT, build_settings, compile_all
 from moestro.ops import library
 
 COMMON = ["-Icsrc", "-std=c++17", "-O1", "-DMOESTRO_EMULATED=1", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
-EMULATED = ["-include", "tests/ops/emulated.h", "-Wno-psabi", "-mavx2", "-mfma"]
+EMULATED = ["-include", "tests/ops/emulated.h", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c"]
 
 MISSING = [isa for isa in library.ISAS if isa not in runnable()]
 # paths with VNNI alone differ from those without in products of codes only

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.ops import library
-from moestro.ops.serving import reference
+from moestro.ops.serving import fp8_rows, reference
 
 
 def paged_attention(
@@ -35,8 +35,10 @@ def paged_attention(
     p sees the cached rows 0 … p. Row i is at pages[page_tables[s, i // 64], i % 64]. In its W = groups · w values, the
     key of group g starts at g · w and its value at g · w + value_offset; head h uses group h · groups // H.
 
-    pages [P, 64, W] of q's type, page_tables [S, max_pages] int32, starts [S + 1] and first [S] int64. With `selection`
-    [N, M] int32 a row sees only these positions: ascending, at least one, none beyond its own, padded with −1.
+    pages [P, 64, W] of q's type, page_tables [S, max_pages] int32, starts [S + 1] and first [S] int64. Pages of uint8
+    are an FP8 cache's (`fp8_rows.py`) of `value_width` codes a row: the result is bit for bit that over pages of its
+    rows widened to q's type. With `selection` [N, M] int32 a row sees only these positions: ascending, at least one,
+    none beyond its own, padded with −1.
     ValueError or RuntimeError if they are not. Selecting all positions gives the same bits as no selection.
     """
     rows, heads, width = q.shape
@@ -49,15 +51,21 @@ def paged_attention(
             pages, page_tables, starts, first = _gather(pages, page_tables, starts, first, selection)
         numbers = (groups, value_offset, value_width, scale)
         return _attend(q, pages, page_tables, starts, first, numbers)
-    if pages.dtype != q.dtype or page_tables.dtype != torch.int32 or {starts.dtype, first.dtype} != {torch.int64}:
-        raise ValueError("paged_attention: pages must have the type of q, tables int32, starts and first int64")
+    if (
+        pages.dtype not in (q.dtype, torch.uint8)
+        or page_tables.dtype != torch.int32
+        or {starts.dtype, first.dtype} != {torch.int64}
+    ):
+        raise ValueError(
+            "paged_attention: pages must have the type of q or uint8, tables int32, starts and first int64"
+        )
     q, page_tables, starts, first = q.contiguous(), page_tables.contiguous(), starts.contiguous(), first.contiguous()
     if not pages.is_contiguous() or len(starts) != len(first) + 1 or len(page_tables) != len(first):
         raise ValueError("paged_attention: pages must be contiguous, with one table, start and first for each sequence")
     out = q.new_empty(rows, heads, value_width)
     sizes = (rows, len(pages), *page_tables.shape, heads, width, value_width, pages.shape[2], groups, value_offset)
     chosen = (None, 0) if selection is None else (selection.contiguous(), selection.shape[1])
-    kinds = (scale, library.TYPES[q.dtype], torch.get_num_threads())
+    kinds = (scale, library.CACHE_TYPES[pages.dtype], library.TYPES[q.dtype], torch.get_num_threads())
     library.call("moestro_paged_attention", out, q, pages, page_tables, starts, first, *sizes, *chosen, *kinds)
     return out
 
@@ -72,7 +80,10 @@ def _attend(
     for s, (begin, end) in enumerate(pairwise(bounds)):
         seen = first[s] + 1 + torch.arange(end - begin).repeat_interleave(heads)
         used = -(-int(seen[-1]) // reference.PAGE) if end > begin else 0
-        rows = pages[tables[s, :used].long()].flatten(0, 1).unflatten(-1, (groups, -1))
+        rows = pages[tables[s, :used].long()].flatten(0, 1)
+        if rows.dtype == torch.uint8:
+            rows = fp8_rows.unpack_rows(rows, value_width, q.shape[2], q.dtype)
+        rows = rows.unflatten(-1, (groups, -1))
         for g in range(groups):
             own = slice(g * heads, (g + 1) * heads)
             mixed = reference.attend(

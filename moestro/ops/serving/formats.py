@@ -197,7 +197,7 @@ def row_scales(part: Codes) -> Tensor:
     if part.block[1] % length and part.block[1] < columns:
         raise ValueError(f"a scale for every {part.block[1]} values; {part.format} has one for every {length}")
     blocks = torch.Size((rows, -(-columns // length)))
-    return spread_scales(part.scales.float(), blocks, (part.block[0], max(1, part.block[1] // length)))
+    return spread_scales(part.scales.float(), blocks, (part.block[0], -(-part.block[1] // length)))
 
 
 def pack_rows(codes: Tensor, scales: Tensor, format: str, out: Tensor | None = None) -> Tensor:

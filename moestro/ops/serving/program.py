@@ -26,8 +26,8 @@ from torch import Tensor
 
 from moestro.ops import library
 from moestro.ops.abi import SCORES, Cache, Opcode, Step
-from moestro.ops.library import TYPES
-from moestro.ops.serving import attention, rows
+from moestro.ops.library import CACHE_TYPES, TYPES
+from moestro.ops.serving import attention, fp8_rows, rows
 from moestro.ops.serving.reference import PAGE
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
@@ -101,8 +101,8 @@ class Operations(Protocol[Value]):
     def widen(self, x: Value) -> Value:
         """x in fp32."""
 
-    def store(self, layer: int, name: str, x: Value) -> None:
-        """Write rows into one of a layer's caches."""
+    def store(self, layer: int, name: str, x: Value, coded: int = 0) -> None:
+        """Write rows into one of a layer's caches; an FP8 cache keeps the first `coded` values of a row as codes."""
 
     def attend(self, layer: int, name: str, q: Value, heads: Heads, selection: Value | None = None) -> Value:
         """[N, H, K] -> [N, H, V], over the rows of one of a layer's caches: all, or selected positions [N, 1, M] int32.
@@ -156,8 +156,12 @@ class Eager:
     def widen(self, x: Tensor) -> Tensor:
         return x.float()
 
-    def store(self, layer: int, name: str, x: Tensor) -> None:
-        self.layers[layer][name].flatten(0, 1)[self.layout.slots] = x.flatten(1)
+    def store(self, layer: int, name: str, x: Tensor, coded: int = 0) -> None:
+        pages, slots, x = self.layers[layer][name], self.layout.slots, x.flatten(1)
+        if pages.dtype == torch.uint8:
+            fp8_rows.store_rows(pages, slots, x, coded)
+        else:
+            pages.flatten(0, 1)[slots] = x
 
     def attend(self, layer: int, name: str, q: Tensor, heads: Heads, selection: Tensor | None = None) -> Tensor:
         layout = self.layout
@@ -273,8 +277,9 @@ class Tape:
         self._note(Opcode.WIDEN, out.at, self._whole(x).at, x.width)
         return out
 
-    def store(self, layer: int, name: str, x: Operand) -> None:
-        self._note(Opcode.STORE, self._cache(layer, name), self._whole(x).at, x.groups * x.width, self._type_of(x))
+    def store(self, layer: int, name: str, x: Operand, coded: int = 0) -> None:
+        cache, at, width = self._cache(layer, name), self._whole(x).at, x.groups * x.width
+        self._note(Opcode.STORE, cache, at, width, coded, self._type_of(x))
 
     def attend(self, layer: int, name: str, q: Operand, heads: Heads, selection: Operand | None = None) -> Operand:
         q, out = self._whole(q), self.value(heads.value_width, q.groups)
@@ -339,10 +344,10 @@ class Tape:
         found = [layers[layer][name] for layer, name in self._caches]
         if self._bound is None or not all(seen() is cache for seen, cache in zip(self._seen, found, strict=True)):
             pages = found[0].shape[0] if found else 0
-            if not all(t.shape[:2] == (pages, PAGE) and t.is_contiguous() and t.dtype in TYPES for t in found):
-                raise ValueError(f"caches are fp32 or bf16 [{pages}, {PAGE}, W] each, which these do not fit")
+            if not all(t.shape[:2] == (pages, PAGE) and t.is_contiguous() and t.dtype in CACHE_TYPES for t in found):
+                raise ValueError(f"caches are fp32, bf16 or uint8 [{pages}, {PAGE}, W] each, which these do not fit")
             self._seen = [weakref.ref(cache) for cache in found]  # a tape keeps no cache alive
-            made = (Cache(t.data_ptr(), t.shape[2], TYPES[t.dtype]) for t in found)
+            made = (Cache(t.data_ptr(), t.shape[2], CACHE_TYPES[t.dtype]) for t in found)
             self._bound = (Cache * len(found))(*made), pages
         return self._bound
 

@@ -237,7 +237,7 @@ def _code_of(format: str, rounds_rows: bool) -> int:
     """KINDS, by a weight's format and whether its products round rows to fp8; ValueError if they cannot."""
     if rounds_rows and format != "fp8":
         raise ValueError(f"rows meet {format} weights as they are, not rounded to fp8")
-    return KINDS["fp8_rows"] if rounds_rows else FORMATS[format].code
+    return KINDS["fp8_both"] if rounds_rows else FORMATS[format].code
 
 
 def _expert_panels(format: str, hidden_dim: int, expert_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -417,7 +417,7 @@ def test_a_choice_of_no_expert_is_refused(path: str) -> None:
     ("change", "code"),
     [
         ({"n": -1}, 2), ({"n": 2**62}, 2), ({"m": 2**41}, 2), ({"k": 2**62}, 2), ({"k": -1}, 2), ({"groups": 2**40}, 2),
-        ({"threads": 0}, 2), ({"threads": 2**20}, 2), ({"type": 7}, 1), ({"format": 4}, 1), ({"format": -1}, 1),
+        ({"threads": 0}, 2), ({"threads": 2**20}, 2), ({"type": 7}, 1), ({"format": 6}, 1), ({"format": -1}, 1),
     ],
 )  # fmt: skip
 def test_hostile_sizes_are_refused(path: str, change: dict[str, int], code: int) -> None:
@@ -457,6 +457,6 @@ def test_hostile_pages_are_refused(path: str, change: dict[str, object]) -> None
     table = torch.tensor(lists["table"], dtype=torch.int32)
     starts, first = torch.tensor(lists["starts"]), torch.tensor(lists["first"])
     where = [t.data_ptr() for t in (out, q, pages, table, starts, first)]
-    found = kernels.moestro_paged_attention(*where, *(numbers[name] for name in sizes), None, 0, 1.0, 0, 1)
+    found = kernels.moestro_paged_attention(*where, *(numbers[name] for name in sizes), None, 0, 1.0, 0, 0, 1)
     assert found == 2
     assert (out == 5).all()
