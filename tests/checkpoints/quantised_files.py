@@ -36,7 +36,7 @@ def compressed(format: str, **weights: Any) -> dict[str, Any]:
 
 def is_matrix_of_block(name: str) -> bool:
     """Whether DeepSeek's own FP8 checkpoints have codes for a tensor."""
-    return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
+    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
 
 
 def in_blocks(

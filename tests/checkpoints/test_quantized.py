@@ -139,7 +139,9 @@ def test_as_kimi_k2_thinking_only_experts_are_codes(directory: Path) -> None:
     files = ModelFiles(directory)
     assert files.stored_format("layers.1.ffn.experts.gate_up") == "int4"
     assert files.stored_format("layers.1.attention.out.weight") is None
-    assert torch.equal(files.parts("layers.1.attention.out.weight")[0], values["model.layers.1.self_attn.o_proj.weight"])
+    assert torch.equal(
+        files.parts("layers.1.attention.out.weight")[0], values["model.layers.1.self_attn.o_proj.weight"]
+    )
 
 
 def test_a_parameter_of_codes_and_values_has_no_format(fp8: Path, plain: Path) -> None:
@@ -206,7 +208,13 @@ def test_bytes_are_powers_of_two() -> None:
 
 @pytest.mark.parametrize(
     ("value", "named"),
-    [(0.0, "scale 0"), (-1.0, "scale -1"), (float("nan"), "scale nan"), (float("inf"), "scale inf"), (1e36, r"scale 1e\+36")],
+    [
+        (0.0, "scale 0"),
+        (-1.0, "scale -1"),
+        (float("nan"), "scale nan"),
+        (float("inf"), "scale inf"),
+        (1e36, r"scale 1e\+36"),
+    ],
 )
 def test_impossible_scales_are_named_with_their_file(fp8: Path, value: float, named: str) -> None:
     edit_tensors(fp8, lambda tensors: tensors[f"{KV}_scale_inv"][4, 1].fill_(value))
@@ -289,7 +297,10 @@ def test_words_of_int4_are_checked(directory: Path) -> None:
         (compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group"), "nvfp4-pack-quantized"),
         (compressed("float-quantized", **FP8, strategy="group", group_size=128), "float-quantized, 8, float, group"),
         (compressed("pack-quantized", **INT4, strategy="group", group_size=-1), "group_size"),
-        (compressed("pack-quantized", **(INT4 | {"num_bits": 3}), strategy="group", group_size=32), "pack-quantized, 3"),
+        (
+            compressed("pack-quantized", **(INT4 | {"num_bits": 3}), strategy="group", group_size=32),
+            "pack-quantized, 3",
+        ),
         (compressed("float-quantized", **FP8, strategy="channel", symmetric=False), "symmetric=False"),
         (compressed("float-quantized", **FP8, strategy="channel") | {"kv_cache_scheme": FP8}, "kv_cache_scheme"),
         (compressed("float-quantized", **FP8, strategy="channel") | {"config_groups": {}}, "config_groups"),
