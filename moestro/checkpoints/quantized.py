@@ -38,11 +38,16 @@ FP8_VALUES: dict[str, tuple[Any, ...]] = {
     "fmt": ("e4m3",), "activation_scheme": ("dynamic",), "scale_fmt": ("float", "ue8m0"), "expert_dtype": ("fp8",),
     "modules_to_convert": ([],),
 }  # fmt: skip
-PACKED_VALUES: dict[str, tuple[Any, ...]] = {"kv_cache_scheme": (), "sparsity_config": ({},), "transform_config": ({},)}
-WEIGHT_VALUES: dict[str, tuple[Any, ...]] = {
-    "symmetric": (True,), "dynamic": (False,), "actorder": ("static", "weight"), "scale_dtype": (), "zp_dtype": (),
+PACKED_VALUES: dict[str, tuple[Any, ...]] = {
+    "kv_cache_scheme": (), "sparsity_config": ({},), "transform_config": ({},), "moe_sparsity_config": (),
 }  # fmt: skip
-WEIGHT_FORM = {"num_bits", "type", "strategy", "block_structure", "group_size"}
+WEIGHT_VALUES: dict[str, tuple[Any, ...]] = {
+    "symmetric": (True,), "dynamic": (False,), "actorder": ("static", "weight"),
+}  # fmt: skip
+WEIGHT_FORM = {
+    "num_bits", "type", "strategy", "block_structure", "group_size",
+    "observer", "observer_kwargs", "scale_dtype", "zp_dtype",
+}  # fmt: skip
 LARGEST_BLOCK = 1024
 
 
@@ -112,7 +117,7 @@ def _read_compressed(config: Mapping[str, Any]) -> Scheme:
     if not weights or not isinstance(weights[0], Mapping) or any(other != weights[0] for other in weights):
         raise CheckpointError("quantization_config has no config_groups with weights of one form")
     args, form = weights[0], config.get("format")
-    _check_values(args, WEIGHT_VALUES, {"observer", "observer_kwargs", *WEIGHT_FORM})
+    _check_values(args, WEIGHT_VALUES, WEIGHT_FORM)
     kind = (form, args.get("num_bits"), args.get("type"), args.get("strategy"))
     match kind:
         case ("float-quantized", 8, "float", "block"):

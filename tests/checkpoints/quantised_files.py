@@ -26,7 +26,14 @@ DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128
 
 def compressed(format: str, **weights: Any) -> dict[str, Any]:
     """quantization_config as llm-compressor writes it."""
-    args = {"dynamic": False, "symmetric": True, "observer": "minmax", "actorder": None, **weights}
+    args = {
+        "dynamic": False,
+        "symmetric": True,
+        "observer": "minmax",
+        "actorder": None,
+        "zp_dtype": "torch.int8",
+        **weights,
+    }
     group = {"targets": ["Linear"], "weights": args, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group},
