@@ -237,7 +237,8 @@ def read_headers(paths: Collection[Path]) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for path in sorted(paths):
         with open_tensors(path) as file:
-            found = {name: Header.of(path, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # mapped only
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: Header(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         if twice := found.keys() & headers.keys():
             raise CheckpointError(f"{path} repeats {few(sorted(twice))}")
         headers |= found
