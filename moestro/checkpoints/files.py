@@ -29,6 +29,7 @@ from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
 from moestro.ops.precision import precision_of
 from moestro.ops.serving.codes import CodeFormat, Codes
+from moestro.ops.serving.formats import FORMATS
 
 SHARD_BYTES = 5_000_000_000  # the Hugging Face default
 REMAP_BYTES = 1 << 26
@@ -156,6 +157,12 @@ class ModelFiles:
         formats = {None if stored.scale is None else stored.format for stored in self._all_stored(parameter)}
         return self.scheme.format if self.scheme is not None and formats == {self.scheme.format} else None
 
+    def kept_format(self, parameter: str) -> CodeFormat | None:
+        """`stored_format`, if packed weights can keep these codes: blocks along a row no finer than those of panels."""
+        format = self.stored_format(parameter)
+        fits = format and self.scheme and self.scheme.block[1] % FORMATS[format].length == 0
+        return format if fits else None
+
     def stored_bytes(self, parameter: str) -> dict[str, int]:
         """Bytes of a parameter in the files, scales included, by format: fp32, bf16, fp16, fp8, int4."""
         counts: Counter[str] = Counter()
@@ -237,7 +244,8 @@ def read_headers(paths: Collection[Path]) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for path in sorted(paths):
         with open_tensors(path) as file:
-            found = {name: Header.of(path, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # mapped only
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: Header(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         if twice := found.keys() & headers.keys():
             raise CheckpointError(f"{path} repeats {few(sorted(twice))}")
         headers |= found

@@ -208,7 +208,7 @@ def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: Any) -> dict[str, Any]:
             raise CheckpointError(f"config.json has rope {key}={scaling[key]!r}, which is not supported")
     original = scaling.get("original_max_position_embeddings") or 4096
     for length in (original, max_seq_len):
-        if not isinstance(length, int) or length < 1:
+        if not isinstance(length, int | float) or not length >= 1:
             raise CheckpointError(f"config.json has a rotary embedding over {length!r} positions")
     rope |= {
         "factor": scaling.get("factor") or max_seq_len / original,

@@ -56,8 +56,8 @@ class Weights(Protocol):
     def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
         """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in."""
 
-    def stored_format(self, parameter: str) -> str | None:
-        """The format of the codes that a parameter is stored as; None if it is stored as numbers."""
+    def kept_format(self, parameter: str) -> str | None:
+        """The format of the codes that a parameter is stored as, if packed weights can keep them, else None."""
 
     def codes(self, parameter: str, expert: int | None = None) -> list[Codes] | None:
         """The same rows as stored codes; None if they are stored as numbers."""
@@ -74,7 +74,7 @@ class HeldWeights:
         whole = self._tensors[parameter].detach()
         return [whole if expert is None else whole[expert]]
 
-    def stored_format(self, parameter: str) -> str | None:
+    def kept_format(self, parameter: str) -> str | None:
         """None: a model in memory has numbers."""
         return None
 
@@ -152,7 +152,7 @@ def _weights_of(source: Transformer | ModelFiles) -> Weights:
 def _stored_format(weights: Weights, config: ModelConfig) -> str | None:
     """The format of the first codes among the matrices of a model, None if there are none."""
     names = (name for part in served_parts(config) if part.rule == "weights" for name in part.parameters)
-    return next(filter(None, map(weights.stored_format, names)), None)
+    return next(filter(None, map(weights.kept_format, names)), None)
 
 
 def _dimensions(part: Part, shapes: Shapes) -> tuple[int, ...]:
@@ -192,19 +192,19 @@ class _Packer:
 
     def _format_of(self, part: Part) -> str:
         if part.rule in ("weights", "head") and self._keeps:
-            stored = {self.weights.stored_format(name) for name in part.parameters}
+            stored = {self.weights.kept_format(name) for name in part.parameters}
             return (stored.pop() if len(stored) == 1 else None) or plain_format(self.dtype)
         return part.format(self.format, self.dtype)
 
     @cached_property
     def _keeps(self) -> bool:
-        return self.format in map(self.weights.stored_format, self.shapes)
+        return self.format in map(self.weights.kept_format, self.shapes)
 
 
 def _fill_part(packed: PackedPart, part: Part, weights: Weights, dtype: torch.dtype) -> None:
     """Read the parameters of a part into its memory, large ones one matrix at a time; codes of its format are kept."""
     dtype, names = part.dtype(dtype), part.parameters
-    keeps = not isinstance(packed, Tensor) and all(weights.stored_format(name) == packed.format for name in names)
+    keeps = not isinstance(packed, Tensor) and all(weights.kept_format(name) == packed.format for name in names)
     match packed:
         case Tensor():
             packed.copy_(weights.parts(names[0])[0])
@@ -218,7 +218,7 @@ def _fill_part(packed: PackedPart, part: Part, weights: Weights, dtype: torch.dt
         case PackedExperts():
             experts = range(packed.num_experts)
             if keeps:
-                packed.fill_codes(*((_read_codes(weights, name, expert) for expert in experts) for name in names))
+                packed.fill_codes(*(_read_expert_codes(weights, name, experts) for name in names))
             else:
                 packed.fill(*(_read_experts(weights, name, experts, dtype) for name in names))
             machine.return_freed_memory()  # what was read
@@ -229,6 +229,12 @@ def _read_codes(weights: Weights, parameter: str, expert: int | None = None) -> 
     found = weights.codes(parameter, expert)
     assert found is not None, parameter
     return found
+
+
+def _read_expert_codes(weights: Weights, parameter: str, experts: Iterable[int]) -> Iterator[list[Codes]]:
+    """The codes of a parameter, one expert at a time."""
+    for expert in experts:
+        yield _read_codes(weights, parameter, expert)
 
 
 def _read_experts(weights: Weights, parameter: str, experts: Iterable[int], dtype: torch.dtype) -> Iterator[Tensor]:

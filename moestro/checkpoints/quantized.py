@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from moestro.errors import CheckpointError
-from moestro.ops.fp8 import E4M3, LARGEST, SQUARE, Block, Scale
+from moestro.ops.fp8 import LARGEST, SQUARE, Block, Scale
 from moestro.ops.serving.codes import CodeFormat
 
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 NAN_CODE = 0x7F  # and the same with a sign
 CODES_PER_WORD = 8
 LISTS = ("modules_to_not_convert", "ignored_layers", "ignore")  # of modules that stay plain; three tools, three names
@@ -38,11 +38,16 @@ FP8_VALUES: dict[str, tuple[Any, ...]] = {
     "fmt": ("e4m3",), "activation_scheme": ("dynamic",), "scale_fmt": ("float", "ue8m0"), "expert_dtype": ("fp8",),
     "modules_to_convert": ([],),
 }  # fmt: skip
-PACKED_VALUES: dict[str, tuple[Any, ...]] = {"kv_cache_scheme": (), "sparsity_config": ({},), "transform_config": ({},)}
-WEIGHT_VALUES: dict[str, tuple[Any, ...]] = {
-    "symmetric": (True,), "dynamic": (False,), "actorder": ("static", "weight"), "scale_dtype": (), "zp_dtype": (),
+PACKED_VALUES: dict[str, tuple[Any, ...]] = {
+    "kv_cache_scheme": (), "sparsity_config": ({},), "transform_config": ({},), "moe_sparsity_config": (),
 }  # fmt: skip
-WEIGHT_FORM = {"num_bits", "type", "strategy", "block_structure", "group_size"}
+WEIGHT_VALUES: dict[str, tuple[Any, ...]] = {
+    "symmetric": (True,), "dynamic": (False,), "actorder": ("static", "weight"),
+}  # fmt: skip
+WEIGHT_FORM = {
+    "num_bits", "type", "strategy", "block_structure", "group_size",
+    "observer", "observer_kwargs", "scale_dtype", "zp_dtype",
+}  # fmt: skip
 LARGEST_BLOCK = 1024
 
 
@@ -112,7 +117,7 @@ def _read_compressed(config: Mapping[str, Any]) -> Scheme:
     if not weights or not isinstance(weights[0], Mapping) or any(other != weights[0] for other in weights):
         raise CheckpointError("quantization_config has no config_groups with weights of one form")
     args, form = weights[0], config.get("format")
-    _check_values(args, WEIGHT_VALUES, {"observer", "observer_kwargs", *WEIGHT_FORM})
+    _check_values(args, WEIGHT_VALUES, WEIGHT_FORM)
     kind = (form, args.get("num_bits"), args.get("type"), args.get("strategy"))
     match kind:
         case ("float-quantized", 8, "float", "block"):
@@ -155,9 +160,9 @@ def _check_modules(key: str, names: Any) -> None:
         raise CheckpointError(f"quantization_config has {key}={names!r}, which is no list of names")
 
 
-def code_dtype(scheme: Scheme) -> torch.dtype:
-    """The type of a tensor of codes."""
-    return E4M3 if scheme.format == "fp8" else torch.int32
+def code_type(scheme: Scheme) -> str:
+    """The type of a tensor of codes, as safetensors names it."""
+    return "F8_E4M3" if scheme.format == "fp8" else "I32"
 
 
 def code_shape(scheme: Scheme, shape: Sequence[int]) -> tuple[int, ...]:
@@ -165,13 +170,13 @@ def code_shape(scheme: Scheme, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape) if scheme.format == "fp8" else (*shape[:-1], -(-shape[-1] // CODES_PER_WORD))
 
 
-def fits_as_scales(scheme: Scheme, dtype: torch.dtype, found: Sequence[int], shape: Sequence[int]) -> bool:
+def fits_as_scales(scheme: Scheme, dtype: str, found: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether a tensor of type `dtype` and shape `found` can hold the scales of a matrix of `shape`."""
-    is_bytes = dtype == torch.uint8 and scheme.scale == "ue8m0"
+    is_bytes = dtype == "U8" and scheme.scale == "ue8m0"
     shapes = [scheme.grid(shape)]
     if scheme.block == (0, 0) and len(shape) == 2:
         shapes += [(), (1,)]
-    return (dtype in SCALE_DTYPES or is_bytes) and tuple(found) in shapes
+    return (dtype in SCALE_TYPES or is_bytes) and tuple(found) in shapes
 
 
 def read_codes(scheme: Scheme, stored: Tensor, shape: Sequence[int], label: str) -> Tensor:

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from moestro.checkpoints.quantized import Scheme, code_dtype, code_shape, fits_as_scales
+from moestro.checkpoints.quantized import Scheme, code_shape, code_type, fits_as_scales
 from moestro.errors import CheckpointError
 
-FLOAT_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FLOAT_FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I32": 4}  # bytes, by types that are read
 Place = tuple[str, Path]  # the name of a tensor, and the file that has it
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of a tensor before its bytes."""
+    """What a file says of a tensor before its bytes; `dtype` is a name of the safetensors format."""
 
     path: Path
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
-    nbytes: int
 
-    @classmethod
-    def of(cls, path: Path, tensor: Tensor) -> Header:
-        """That of a tensor which is mapped from a file; its bytes are not read."""
-        return cls(path, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a tensor of a type that is read."""
+        return math.prod(self.shape) * WIDTHS[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def find_stored(
         if scale in headers:
             raise CheckpointError(f"{header.path}: {name} is stored as {header.dtype}, but has the scale {scale}")
         return Stored((name, header.path), start, tuple(shape), FLOAT_FORMATS[header.dtype], header.nbytes)
-    if scheme is None or header.dtype != code_dtype(scheme) or len(shape) < 2:
+    if scheme is None or header.dtype != code_type(scheme) or len(shape) < 2:
         wanted = "config.json has no quantization_config" if scheme is None else f"config.json announces {scheme}"
         raise CheckpointError(f"{header.path}: {coded} is stored as {header.dtype}, and {wanted}")
     _check_shape(coded, header, code_shape(scheme, shape))

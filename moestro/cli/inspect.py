@@ -16,6 +16,9 @@ def inspect(
 ) -> None:
     """Parameters, cache bytes per token, arithmetic and memory of a preset, a run or a model directory.
 
+    Of a directory with weights, also the format and the bytes of every part, as stored and as served; only the headers
+    of its files are read.
+
     Parameters
     ----------
     model
@@ -28,6 +31,8 @@ def inspect(
     from moestro.model.size import describe_size
 
     description = describe_size(read_model_config(model, overrides)) | describe_packing(model)
+    if not overrides:
+        description |= describe_files(model)
     if json_output:
         print_json({"name": model, **description})
         return
@@ -57,7 +62,7 @@ def inspect(
     if "packed" in description:
         packed = description["packed"]
         rows.append(("packed", f"{packed['weights']} for {packed['dtype']}, {packed['bytes'] / 1e9:,.2f} GB"))
-    print_rows([("model", model), *rows])
+    print_rows([("model", model), *rows, *list_files(description.get("files"))])
 
 
 def describe_packing(model: str) -> dict[str, Any]:
@@ -68,6 +73,44 @@ def describe_packing(model: str) -> dict[str, Any]:
         return {}
     info = read_info(Path(model))
     return {"packed": {"weights": info["weights"], "dtype": info["dtype"], "bytes": sum(info["files"].values())}}
+
+
+def describe_files(model: str) -> dict[str, Any]:
+    """{"files": see `describe_weights`} for a directory with weights that are not packed, an empty dict for others."""
+    from moestro.checkpoints.describe import describe_weights
+    from moestro.checkpoints.files import ModelFiles
+    from moestro.checkpoints.packed import is_packed
+    from moestro.engine.language_model import find_model_directory
+
+    if model in preset_names():
+        return {}
+    directory = find_model_directory(Path(model))
+    if is_packed(directory) or not any(directory.glob("*.safetensors")):
+        return {}
+    return {"files": describe_weights(ModelFiles(directory))}
+
+
+def list_files(files: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The rows that say how weights are stored and served."""
+    if files is None:
+        return []
+    rows = [("files", f"{files['format']}; {format_sizes(files['stored'])}")]
+    rows += [("", f"{group}: {format_sizes(sizes)}") for group, sizes in files["parts"].items()]
+    rows.append(("served as stored", format_sizes(files["served"])))
+    rows += [("", f"{format_size(size)} dequantised for {reason}") for reason, size in files["dequantised"].items()]
+    return rows
+
+
+def format_sizes(sizes: dict[str, int]) -> str:
+    """Bytes by format, the largest first."""
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{format_size(size)} {name}" for name, size in ordered)
+
+
+def format_size(size: int) -> str:
+    """12,345,678 bytes as 12.35 MB."""
+    unit, scale = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e5 else ("kB", 1e3)
+    return f"{size / scale:,.2f} {unit}"
 
 
 def read_model_config(model: str, overrides: tuple[str, ...]) -> ModelConfig:

@@ -26,7 +26,14 @@ DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128
 
 def compressed(format: str, **weights: Any) -> dict[str, Any]:
     """quantization_config as llm-compressor writes it."""
-    args = {"dynamic": False, "symmetric": True, "observer": "minmax", "actorder": None, **weights}
+    args = {
+        "dynamic": False,
+        "symmetric": True,
+        "observer": "minmax",
+        "actorder": None,
+        "zp_dtype": "torch.int8",
+        **weights,
+    }
     group = {"targets": ["Linear"], "weights": args, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group},
@@ -36,7 +43,7 @@ def compressed(format: str, **weights: Any) -> dict[str, Any]:
 
 def is_matrix_of_block(name: str) -> bool:
     """Whether DeepSeek's own FP8 checkpoints have codes for a tensor."""
-    return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
+    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
 
 
 def in_blocks(

@@ -139,7 +139,9 @@ def test_as_kimi_k2_thinking_only_experts_are_codes(directory: Path) -> None:
     files = ModelFiles(directory)
     assert files.stored_format("layers.1.ffn.experts.gate_up") == "int4"
     assert files.stored_format("layers.1.attention.out.weight") is None
-    assert torch.equal(files.parts("layers.1.attention.out.weight")[0], values["model.layers.1.self_attn.o_proj.weight"])
+    assert torch.equal(
+        files.parts("layers.1.attention.out.weight")[0], values["model.layers.1.self_attn.o_proj.weight"]
+    )
 
 
 def test_a_parameter_of_codes_and_values_has_no_format(fp8: Path, plain: Path) -> None:
@@ -206,7 +208,13 @@ def test_bytes_are_powers_of_two() -> None:
 
 @pytest.mark.parametrize(
     ("value", "named"),
-    [(0.0, "scale 0"), (-1.0, "scale -1"), (float("nan"), "scale nan"), (float("inf"), "scale inf"), (1e36, r"scale 1e\+36")],
+    [
+        (0.0, "scale 0"),
+        (-1.0, "scale -1"),
+        (float("nan"), "scale nan"),
+        (float("inf"), "scale inf"),
+        (1e36, r"scale 1e\+36"),
+    ],
 )
 def test_impossible_scales_are_named_with_their_file(fp8: Path, value: float, named: str) -> None:
     edit_tensors(fp8, lambda tensors: tensors[f"{KV}_scale_inv"][4, 1].fill_(value))
@@ -224,14 +232,14 @@ def test_codes_of_nan_are_named_with_their_file(fp8: Path, code: int) -> None:
 CHANGES: list[tuple[Callable[[Tensors], Any], str]] = [
     (lambda t: t.pop(f"{KV}_scale_inv"), f"{KV} is quantised, but no file has its scale"),
     (lambda t: t.pop(KV), f"has the scale {KV}_scale_inv, but no file has {KV}"),
-    (lambda t: t.update({KV: t[KV].bfloat16()}), f"{KV} is stored as torch.bfloat16, but has the scale"),
-    (lambda t: t.update({KV: t[KV].to(torch.float8_e5m2)}), f"{KV} is stored as torch.float8_e5m2"),
+    (lambda t: t.update({KV: t[KV].bfloat16()}), f"{KV} is stored as BF16, but has the scale"),
+    (lambda t: t.update({KV: t[KV].to(torch.float8_e5m2)}), f"{KV} is stored as F8_E5M2"),
     (lambda t: t.update({f"{KV}_scale_inv": t[f"{KV}_scale_inv"][:4].clone()}), r"_scale_inv is \[4, 2\]"),
     (lambda t: t.update({f"{KV}_scale_inv": t[f"{KV}_scale_inv"].T.contiguous()}), r"_scale_inv is \[2, 5\]"),
-    (lambda t: t.update({f"{KV}_scale_inv": t[f"{KV}_scale_inv"].int()}), "torch.int32"),
-    (lambda t: t.update({f"{KV}_scale_inv": exponents(t[f"{KV}_scale_inv"])}), "torch.uint8"),
+    (lambda t: t.update({f"{KV}_scale_inv": t[f"{KV}_scale_inv"].int()}), "of I32"),
+    (lambda t: t.update({f"{KV}_scale_inv": exponents(t[f"{KV}_scale_inv"])}), "of U8"),
     (lambda t: t.update({KV: t[KV][:512].clone()}), rf"{KV} has shape \[512, 256\]"),
-    (lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(3, 2)}), "lm_head.weight is stored as torch.bfloat16"),
+    (lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(3, 2)}), "lm_head.weight is stored as BF16"),
     (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}), "model.norm.weight is"),
 ]
 
@@ -246,10 +254,10 @@ def test_tensors_that_do_not_belong_together_are_named(fp8: Path, change: Callab
 
 def test_config_and_tensors_must_agree(fp8: Path, directory: Path, plain: Path) -> None:
     edit_config(fp8, lambda tree: tree.pop("quantization_config"))
-    with pytest.raises(CheckpointError, match=r"float8_e4m3fn, and config\.json has no quantization_config"):
+    with pytest.raises(CheckpointError, match=r"F8_E4M3, and config\.json has no quantization_config"):
         load_model(fp8)
     edit_config(fp8, lambda tree: tree.update(quantization_config=FORMS["int4"][0]))
-    with pytest.raises(CheckpointError, match=r"float8_e4m3fn, and config\.json announces int4, blocks 1 x 32"):
+    with pytest.raises(CheckpointError, match=r"F8_E4M3, and config\.json announces int4, blocks 1 x 32"):
         load_model(fp8)
     shutil.copy(plain / "model.safetensors", directory / "model.safetensors")
     edit_config(directory, lambda tree: tree.update(quantization_config=DEEPSEEK))
@@ -289,7 +297,10 @@ def test_words_of_int4_are_checked(directory: Path) -> None:
         (compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group"), "nvfp4-pack-quantized"),
         (compressed("float-quantized", **FP8, strategy="group", group_size=128), "float-quantized, 8, float, group"),
         (compressed("pack-quantized", **INT4, strategy="group", group_size=-1), "group_size"),
-        (compressed("pack-quantized", **(INT4 | {"num_bits": 3}), strategy="group", group_size=32), "pack-quantized, 3"),
+        (
+            compressed("pack-quantized", **(INT4 | {"num_bits": 3}), strategy="group", group_size=32),
+            "pack-quantized, 3",
+        ),
         (compressed("float-quantized", **FP8, strategy="channel", symmetric=False), "symmetric=False"),
         (compressed("float-quantized", **FP8, strategy="channel") | {"kv_cache_scheme": FP8}, "kv_cache_scheme"),
         (compressed("float-quantized", **FP8, strategy="channel") | {"config_groups": {}}, "config_groups"),

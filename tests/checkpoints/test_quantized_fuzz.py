@@ -110,10 +110,9 @@ def test_damage_is_refused_or_changes_nothing(
         try:
             found = read_all(directory)
         except MoestroError as error:
-            assert error.command_line_text
-            refused += 1
+            refused += "\n" not in error.command_line_text
             continue
         except Exception as error:
             raise AssertionError(f"seed {seed}: {json.loads((directory / 'config.json').read_text())}") from error
         assert all(torch.equal(found[name], expected[name]) for name in expected if name in found), seed
-    assert 10 < refused
+    assert refused > 10

@@ -131,6 +131,33 @@ def test_packed_weights_answer_as_what_they_were_packed_from(call: Call, tiny_ru
         assert (code, out, err.count("\n")) == (2, "", 1) and named in err
 
 
+def test_fp8_weights_are_written_inspected_and_used(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    fp8, text = tmp_path / "fp8", tmp_path / "text.txt"
+    tree = last_json(call("convert", tiny_run, fp8, "--to", "fp8", "--scale", "ue8m0", "--json"))
+    assert (tree["model"], tree["weights"], tree["kept"]) == (str(fp8), "fp8", 0) and tree["rounded"] > 50
+    files = last_json(call("inspect", fp8, "--json"))["files"]
+    assert files["format"] == "fp8, blocks 128 x 128, ue8m0 scales"
+    assert sum(files["stored"].values()) == tree["bytes"]
+    shown = call("inspect", fp8)[1]
+    assert "ue8m0 scales" in shown and "dequantised for the absorbed form of MLA" in shown
+    assert "fp32" in call("inspect", tiny_run)[1] and "files" not in last_json(call("inspect", "demo", "--json"))
+    assert "files" not in last_json(call("inspect", fp8, "model.top_k=1", "--json"))
+
+    assert "bf16 weights" in call("convert", fp8, tmp_path / "bf16", "--to", "bf16")[1]
+    text.write_text("the cat sat on the mat\n" * 9)
+    scores = [
+        last_json(call("eval", model, "--data", text, "--split", "all", "--json"))["bits_per_byte"]
+        for model in (tiny_run, fp8, tmp_path / "bf16")
+    ]
+    assert scores[1] == pytest.approx(scores[0], rel=0.05) and scores[2] == pytest.approx(scores[1], rel=0.01)
+    assert last_json(call("train", "--from", fp8, "--dry-run"))["config"]["model"]["hidden_dim"] == 32
+    assert last_json(call("generate", fp8, "--prompt", "the cat", "--max-tokens", 3, "--json"))["ids"]
+
+    call("pack", tiny_run, "--weights", "int8", "--out", tmp_path / "packed")
+    code, _, err = call("convert", tmp_path / "packed", tmp_path / "x", "--to", "fp8")
+    assert code == 2 and "packed for serving" in err
+
+
 def test_doctor_measures(call: Call) -> None:
     tree = last_json(call("doctor", "--seconds", "0.5", "--json"))
     assert tree["machine"]["cores"] >= 1 and tree["measured"]["fp32_gflops"] > 0
@@ -215,6 +242,13 @@ MISTAKES = [
     ("pack", "{run}", "--out", "{run}"),
     ("pack", "{run}", "--out", "{tmp}/file/x"),
     ("pack", "{run}", "--out", "{tmp}/x", "--weights", "int2"),
+    ("convert", "/nowhere", "{tmp}/x", "--to", "fp8"),
+    ("convert", "{run}", "{tmp}/x"),
+    ("convert", "{run}", "{tmp}/x", "--to", "int8"),
+    ("convert", "{run}", "{tmp}/x", "--to", "fp8", "--scale", "fp64"),
+    ("convert", "{run}", "{tmp}/x", "--to", "bf16", "--scale", "ue8m0"),
+    ("convert", "{run}", "{run}", "--to", "fp8"),
+    ("convert", "{run}", "{tmp}/file/x", "--to", "fp8"),
     ("report", "{tmp}"),
     ("report", "/nowhere"),
     ("report", "{run}", "--out", "{tmp}/file/report.html"),
@@ -245,7 +279,7 @@ def test_help_does_not_wait_for_torch() -> None:
     program = """
 import sys
 from moestro.cli import main
-commands = "train eval generate chat report inspect init pack doctor compare ablate serve"
+commands = "train eval generate chat report inspect init pack convert doctor compare ablate serve"
 for command in ("", *commands.split()):
     sys.argv = ["moestro", *command.split(), "--help"]
     try:

@@ -154,11 +154,10 @@ def new_panels(shape: Sequence[int]) -> Tensor:
 def pack_panels(weight: Tensor | RowSource, format: str, out: Tensor | None = None) -> Tensor:
     """weight [M, K] fp32 or bf16 -> uint8 [panels, bytes of a panel], in contiguous `out` if it is given.
 
-    Uses the kernels if they can run; the result is the same to the bit.
+    Uses the kernels if they can run; the result is the same to the bit. ValueError if `out` is of another size.
     """
     rows, columns = weight.shape
-    if out is None:
-        out = new_panels(panel_shape(rows, columns, format))
+    out = _room(rows, columns, format, out)
     if format == "fp8":
         return _quantize_panels(weight, out)
     is_native = library.serves(weight[:0])
@@ -201,10 +200,12 @@ def row_scales(part: Codes) -> Tensor:
 
 
 def pack_rows(codes: Tensor, scales: Tensor, format: str, out: Tensor | None = None) -> Tensor:
-    """codes uint8 [M, K] as in `Codes`, scales fp32 [M, blocks] -> uint8 [panels, bytes of a panel]."""
+    """codes uint8 [M, K] as in `Codes`, scales fp32 [M, blocks] -> uint8 [panels, bytes of a panel].
+
+    ValueError if `out` is of another size.
+    """
     (rows, columns), length = codes.shape, FORMATS[format].length
-    if out is None:
-        out = new_panels(panel_shape(rows, columns, format))
+    out = _room(rows, columns, format, out)
     if format == "fp8" and library.serves(scales[:0]):
         sizes = (rows, columns, torch.get_num_threads())
         library.call("moestro_pack_codes", out, codes.contiguous(), scales.contiguous(), *sizes)
@@ -213,6 +214,14 @@ def pack_rows(codes: Tensor, scales: Tensor, format: str, out: Tensor | None = N
     filled = F.pad(codes, (0, -columns % length, 0, -rows % PANEL), value=empty).unflatten(0, (-1, PANEL))
     of_panels = F.pad(scales, (0, 0, 0, -rows % PANEL)).unflatten(0, (-1, PANEL))
     return out.copy_(_join(filled, of_panels, format))
+
+
+def _room(rows: int, columns: int, format: str, out: Tensor | None) -> Tensor:
+    """Memory for the panels of a matrix: `out`, if it is given and fits."""
+    shape = panel_shape(rows, columns, format)
+    if out is not None and out.shape != shape:
+        raise ValueError(f"{list(out.shape)} bytes are not the {format} panels of {rows} x {columns}")
+    return new_panels(shape) if out is None else out
 
 
 def _quantize_panels(weight: Tensor | RowSource, out: Tensor) -> Tensor:
