@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.ops import library
 from moestro.ops.fp8 import SQUARE, TILE
 from moestro.ops.precision import Fp8Recipe, read_recipe
-from moestro.ops.training import forms, fused_fp8
+from moestro.ops.training import forms, fused_fp8, native_fp8
 from moestro.ops.training.fused import sort_by_expert
 from moestro.ops.training.fused_fp8 import Blocks
 from moestro.ops.training.operators import LIBRARY, define
@@ -26,8 +27,10 @@ from moestro.ops.training.reference_fp8 import COLUMN, LENGTH
 
 
 def choose_form(form: str, recipe: Fp8Recipe, x: Tensor) -> Any:
-    """The module with the steps of this call."""
-    return fused_fp8
+    """The module with the steps of this call: the kernels, if they run, take x and add up as the recipe says."""
+    if form == "torch" or recipe.accumulate != "fp32":
+        return fused_fp8
+    return native_fp8 if form == "native" or library.serves(x) else fused_fp8
 
 
 def quantized_weights(by: Any, matrices: Sequence[Tensor], recipe: Fp8Recipe) -> list[Blocks]:
