@@ -34,6 +34,7 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**3
 MODES: dict[str, tuple[str, dict[str, str]]] = {
     "moestro fp32": ("ours:fp32", KEEP),
     "moestro bf16": ("ours:bf16", KEEP),
+    "moestro fp8": ("ours:fp8", KEEP),
     "dense fp32": ("dense:fp32", KEEP),
     "dense bf16": ("dense:bf16", KEEP),
     "transformers bf16 eager": ("hf:bf16:eager", {}),

@@ -98,10 +98,9 @@ int moestro_fp8_swiglu_backward(void *act, void *dh, float *d_weights, const voi
     const Kernels *kernels = kernels_in_use();
     if (!kernels) return MOESTRO_NO_ISA;
     if (!fits(num_slots, width) || !fits(num_slots * width, 2) || !sane(threads)) return MOESTRO_BAD_SIZE;
-    kernels->fp8_swiglu_backward(
+    return kernels->fp8_swiglu_backward(
         {static_cast<uint16_t *>(act), static_cast<uint16_t *>(dh), d_weights, static_cast<const uint16_t *>(d_act),
          static_cast<const uint8_t *>(h), h_scales, weights, num_slots, width},
         threads);
-    return MOESTRO_OK;
 }
 }

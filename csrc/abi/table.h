@@ -215,7 +215,7 @@ struct Kernels {
     int (*fp8_columns)(const Fp8Columns &, int threads);
     void (*fp8_swiglu)(uint16_t *out, const uint16_t *h, const float *weights, int64_t rows, int64_t width,
                        int threads);
-    void (*fp8_swiglu_backward)(const Fp8Swiglu &, int threads);
+    int (*fp8_swiglu_backward)(const Fp8Swiglu &, int threads);
 };
 
 // What dispatch.cpp chose (null: nothing runs here), and the lock of kernels that share memory and all cores.

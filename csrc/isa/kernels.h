@@ -128,5 +128,5 @@ extern const Kernels KERNELS = {
     [](uint16_t *out, const uint16_t *h, const float *weights, int64_t rows, int64_t width, int threads) {
         fp8_swiglu(out, h, weights, rows, width, threads);
     },
-    [](const Fp8Swiglu &p, int threads) { fp8_swiglu_backward(p, threads); },
+    [](const Fp8Swiglu &p, int threads) { return fp8_swiglu_backward(p, threads); },
 };

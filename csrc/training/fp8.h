@@ -23,8 +23,9 @@ inline float float_of(uint32_t u) {
     return f;
 }
 
-// A format with so many fraction bits, whose least normal value is 2^EMIN and whose least value is 2^(EMIN - FRACTION).
-template <int FRACTION, int EMIN> struct Fp8Format {
+// A format with so many fraction bits, whose least normal value is 2^EMIN and whose largest value is MOST.
+template <int FRACTION, int EMIN, int MOST> struct Fp8Format {
+    static constexpr float LARGEST = MOST;
     // The nearest value, ties to even; |x| is at most a rounding above the largest one.
     static float round(float x) {
         constexpr int CUT = 23 - FRACTION;
@@ -37,8 +38,8 @@ template <int FRACTION, int EMIN> struct Fp8Format {
         return float_of(rounded | (u & 0x80000000));
     }
 };
-using E4M3 = Fp8Format<3, -6>;
-using E5M6 = Fp8Format<6, -14>;
+using E4M3 = Fp8Format<3, -6, 448>;
+using E5M6 = Fp8Format<6, -14, 65024>;
 
 // The byte of an E4M3 value.
 inline uint8_t to_e4m3(float x) {
@@ -89,13 +90,17 @@ inline void load_fp8_source(float *to, const Fp8Quantize &p, int64_t slot, int64
     }
 }
 
-// One row of codes; scale and reciprocal of each column. FAST: no reciprocal is 0.
-template <class Format, bool FAST> void store_fp8_row(uint16_t *values, uint8_t *codes, const float *x,
-                                                      const float *scale, const float *reciprocal, int count) {
+// One row of codes. Each column has its scale and reciprocal, or, ONE, all share the first. FAST: no reciprocal is 0.
+template <class Format, bool ONE, bool FAST> void store_fp8_row(uint16_t *values, uint8_t *codes, const float *x,
+                                                                const float *scale, const float *reciprocal,
+                                                                int count) {
     float rounded[FP8_BLOCK];
+    const float first = scale[0], inverse = reciprocal[0];
 #pragma omp simd
-    for (int j = 0; j < count; j++)
-        rounded[j] = Format::round(FAST ? divide(x[j], scale[j], reciprocal[j]) : x[j] / scale[j]);
+    for (int j = 0; j < count; j++) {
+        const float s = ONE ? first : scale[j], r = ONE ? inverse : reciprocal[j];
+        rounded[j] = Format::round(FAST ? divide(x[j], s, r) : x[j] / s);
+    }
     if (values) {
 #pragma omp simd
         for (int j = 0; j < count; j++) values[j] = uint16_t(bits_of(rounded[j]) >> 16);
@@ -106,54 +111,66 @@ template <class Format, bool FAST> void store_fp8_row(uint16_t *values, uint8_t 
     }
 }
 
-// Scales of columns from their largest magnitudes; one for all where tiles are wide.
-inline void choose_tile_scales(float *scale, uint32_t *most, const Fp8Quantize &p, int64_t group, int count) {
-    const float largest = p.e5m6 ? 65024.0f : 448.0f;
-    const bool power_of_two = p.power_of_two;
-    if (p.given) {
-        std::fill_n(scale, count, p.given[group]);
-        return;
+// Rows of a tile, which begin at `column`: their codes.
+template <class Format, bool ONE> void store_fp8_tile(const Fp8Quantize &p, const Fp8Tile &tile, int64_t column,
+                                                      int count, const float *x, const float *scale) {
+    float reciprocal[FP8_BLOCK];
+    bool fast = true;
+    for (int j = 0; j < (ONE ? 1 : count); j++) {
+        reciprocal[j] = reciprocal_of(scale[j]);
+        fast &= reciprocal[j] != 0.0f;
     }
-    if (p.wide) {
-        uint32_t top = 0;
-#pragma omp simd reduction(max : top)
-        for (int j = 0; j < count; j++) top = std::max(top, most[j]);
-        std::fill_n(scale, count, choose_scale(top, largest, power_of_two));
-        return;
+    for (int64_t i = 0; i < tile.rows; i++) {
+        const int64_t at = (tile.first + i) * p.width + column;
+        uint16_t *values = p.values ? p.values + at : nullptr;
+        uint8_t *codes = p.codes ? p.codes + at : nullptr;
+        if (fast)
+            store_fp8_row<Format, ONE, true>(values, codes, x + i * FP8_BLOCK, scale, reciprocal, count);
+        else
+            store_fp8_row<Format, ONE, false>(values, codes, x + i * FP8_BLOCK, scale, reciprocal, count);
     }
-#pragma omp simd
-    for (int j = 0; j < count; j++) scale[j] = choose_scale(most[j], largest, power_of_two);
 }
 
-// A tile of at most 128 rows, or tiles of single columns side by side.
+// A tile of at most 128 rows and columns with one scale.
 template <class Format>
-void quantize_tile(const Fp8Quantize &p, const Fp8Tile &tile, int64_t column, int count, int type, float *x) {
+void quantize_wide(const Fp8Quantize &p, const Fp8Tile &tile, int64_t column, int count, int type, float *x) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < tile.rows; i++) {
+        float *row = x + i * FP8_BLOCK;
+        load_fp8_source(row, p, tile.first + i, column, count, type);
+#pragma omp simd reduction(max : most)
+        for (int j = 0; j < count; j++) most = std::max(most, bits_of(row[j]) & 0x7fffffff);
+    }
+    const float scale = p.given ? p.given[tile.group] : choose_scale(most, Format::LARGEST, p.power_of_two);
+    p.scales[tile.index * ((p.width + FP8_BLOCK - 1) / FP8_BLOCK) + column / FP8_BLOCK] = scale;
+    store_fp8_tile<Format, true>(p, tile, column, count, x, &scale);
+}
+
+// Tiles of at most 128 rows side by side, one to a column.
+template <class Format>
+void quantize_columns(const Fp8Quantize &p, const Fp8Tile &tile, int64_t column, int count, int type, float *x) {
     uint32_t most[FP8_BLOCK] = {};
-    float scale[FP8_BLOCK], reciprocal[FP8_BLOCK];
     for (int64_t i = 0; i < tile.rows; i++) {
         float *row = x + i * FP8_BLOCK;
         load_fp8_source(row, p, tile.first + i, column, count, type);
 #pragma omp simd
         for (int j = 0; j < count; j++) most[j] = std::max(most[j], bits_of(row[j]) & 0x7fffffff);
     }
-    choose_tile_scales(scale, most, p, tile.group, count);
-    bool fast = true;
-    for (int j = 0; j < (p.wide || p.given ? 1 : count); j++) fast &= (reciprocal[j] = reciprocal_of(scale[j])) != 0.0f;
-    if (p.wide || p.given) std::fill_n(reciprocal, count, reciprocal[0]);
-    float *scales = p.scales + tile.index * (p.wide ? (p.width + FP8_BLOCK - 1) / FP8_BLOCK : p.width);
-    if (p.wide)
-        scales[column / FP8_BLOCK] = scale[0];
-    else
-        memcpy(scales + column, scale, sizeof(float) * count);
-    for (int64_t i = 0; i < tile.rows; i++) {
-        const int64_t at = (tile.first + i) * p.width + column;
-        uint16_t *values = p.values ? p.values + at : nullptr;
-        uint8_t *codes = p.codes ? p.codes + at : nullptr;
-        if (fast)
-            store_fp8_row<Format, true>(values, codes, x + i * FP8_BLOCK, scale, reciprocal, count);
-        else
-            store_fp8_row<Format, false>(values, codes, x + i * FP8_BLOCK, scale, reciprocal, count);
+    float *scale = p.scales + tile.index * p.width + column;
+    const bool power_of_two = p.power_of_two;
+    if (p.given) {
+        std::fill_n(scale, count, p.given[tile.group]);
+    } else {
+#pragma omp simd
+        for (int j = 0; j < count; j++) scale[j] = choose_scale(most[j], Format::LARGEST, power_of_two);
     }
+    store_fp8_tile<Format, false>(p, tile, column, count, x, scale);
+}
+
+template <class Format>
+void quantize_tile(const Fp8Quantize &p, const Fp8Tile &tile, int64_t column, int count, int type, float *x) {
+    p.wide ? quantize_wide<Format>(p, tile, column, count, type, x)
+           : quantize_columns<Format>(p, tile, column, count, type, x);
 }
 
 // The tiles of all groups: of 128 rows, or rows by themselves.
@@ -373,21 +390,37 @@ inline void fp8_swiglu(uint16_t *out, const uint16_t *h, const float *weights, i
     });
 }
 
+// Values of a row of codes in tiles of 1 x 128.
+inline void read_fp8_row(float *to, const uint8_t *codes, const float *scales, int64_t width) {
+    for (int64_t first = 0; first < width; first += FP8_BLOCK) {
+        const float scale = scales[first / FP8_BLOCK];
+        const int64_t last = std::min(first + FP8_BLOCK, width);
+#pragma omp simd
+        for (int64_t j = first; j < last; j++) to[j] = from_e4m3(codes[j]) * scale;
+    }
+}
+
 // From h in codes: the activation again, and the gradients of h and of the weights.
-inline void fp8_swiglu_backward(const Fp8Swiglu &p, int threads) {
+inline int fp8_swiglu_backward(const Fp8Swiglu &p, int threads) {
     const int64_t width = p.width, across = (2 * width + FP8_BLOCK - 1) / FP8_BLOCK;
-    for_rows(p.rows, width, threads, [&](int64_t i) {
-        const uint8_t *gate = p.h + i * 2 * width, *up = gate + width;
-        const float *scales = p.h_scales + i * across, weight = p.weights[i];
+    int failed = 0;
+#pragma omp parallel for num_threads(p.rows *width < SHARED_VALUES ? 1 : threads) reduction(| : failed)
+    for (int64_t i = 0; i < p.rows; i++) {
+        float *gate = thread_floats.get<float>(2 * width), *up = gate + width;
+        if (!gate) {
+            failed = 1;
+            continue;
+        }
+        read_fp8_row(gate, p.h + i * 2 * width, p.h_scales + i * across, 2 * width);
+        const float weight = p.weights[i];
         uint16_t *act = p.act + i * width, *d_gate = p.dh + i * 2 * width, *d_up = d_gate + width;
         const uint16_t *d = p.d_act + i * width;
         float sums[LANES] = {};
         for_lanes(width, [&](int64_t j, auto count) MOESTRO_INLINE {
 #pragma omp simd
             for (int l = 0; l < count; l++) {
-                const float g = from_e4m3(gate[j + l]) * scales[(j + l) / FP8_BLOCK],
-                            u = from_e4m3(up[j + l]) * scales[(width + j + l) / FP8_BLOCK], s = sigmoid(g),
-                            silu = g * s, dy = to_float(d[j + l]), weighted = dy * weight;
+                const float g = gate[j + l], u = up[j + l], s = sigmoid(g), silu = g * s, dy = to_float(d[j + l]),
+                            weighted = dy * weight;
                 sums[l] += dy * silu * u;
                 store_value(act + j + l, silu * u * weight);
                 store_value(d_up + j + l, weighted * silu);
@@ -395,7 +428,8 @@ inline void fp8_swiglu_backward(const Fp8Swiglu &p, int threads) {
             }
         });
         p.d_weights[i] = sum_lanes(sums);
-    });
+    }
+    return failed ? MOESTRO_NO_MEMORY : MOESTRO_OK;
 }
 
 }  // namespace
