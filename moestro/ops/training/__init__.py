@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, precision: Precision | None = None) -> Ten
     x = _in(precision, x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if isinstance(precision, Fp8Recipe):
-        out: Tensor = fp8.Fp8LinearFunction.apply(rows, weight, precision.key, "")[0]
+        out = fp8.linear(rows, weight, precision)
     elif not _takes(x, weight):
         return reference.linear(x, weight)
     else:
@@ -47,10 +47,9 @@ def grouped_experts(
     x = _in(precision, x)
     matrices = [gate_up, down] if isinstance(gate_up, Tensor) and isinstance(down, Tensor) else [*gate_up, *down]
     if isinstance(precision, Fp8Recipe):
-        out: Tensor = fp8.Fp8ExpertsFunction.apply(x, ids, weights, precision.key, "", *matrices)[0]
-        return out
+        return fp8.experts(x, ids, weights, matrices, precision)
     if _takes(x, *matrices):
-        out = operators.ExpertsFunction.apply(x, ids, weights, "", *matrices)[0]
+        out: Tensor = operators.ExpertsFunction.apply(x, ids, weights, "", *matrices)[0]
         return out
     gate_up, down = (t if isinstance(t, Tensor) else torch.stack(list(t)) for t in (gate_up, down))
     if _is_elsewhere(x):

@@ -3,11 +3,12 @@
 Master weights are fp32; a product in bf16 needs them cast, one in FP8 quantised. One form serves every micro-batch of a
 step, forward and backward, including recomputed blocks. A form is kept with the parameter's version, which every
 in-place change raises, and is dropped together with the parameter. `forget` drops all forms, for changes that keep the
-version, such as FSDP gathering its shards.
+version, such as FSDP gathering its shards. The latest activations have shared forms, too: several layers read one.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+LATEST = 2  # activations with shared forms: while one is read, another may come and go
 _forms: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {kind: (version, form)}
+_shared: list[tuple[weakref.ref[Tensor], Hashable, Any]] = []  # (activation, (kind, version), form)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,6 +41,20 @@ def keep(weight: Tensor, kind: Hashable, make: Callable[[Tensor], Any]) -> Any:
     return form
 
 
+def share(x: Tensor, kind: Hashable, make: Callable[[Tensor], Any]) -> Any:
+    """`make` of the values of an activation, made once for all that ask while x is among the latest."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return make(x.detach())
+    wanted = (kind, x._version)
+    for of, key, form in _shared:
+        if of() is x and key == wanted:
+            return form
+    form = make(x.detach())
+    _shared[:] = [*_shared[1 - LATEST :], (weakref.ref(x), wanted, form)]
+    return form
+
+
 def forget() -> None:
     """Drop every form."""
     _forms.clear()
+    _shared.clear()

@@ -86,39 +86,49 @@ def hopper_products(a: Tensor, b: Tensor, promote: int) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
     """x [N, K] bf16, weight [M, K] -> x Wᵀ [N, M] bf16, rounded once."""
-    codes, scales = quantize(x, TILE, recipe, recipe.inputs)
+    return multiply(*quantize(x, TILE, recipe, recipe.inputs), weight, recipe)
+
+
+def multiply(codes: Tensor, scales: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """Quantised rows [N, K] times the transpose of weight [M, K] -> [N, M] bf16."""
     w_codes, w_scales = quantize(weight, SQUARE, recipe)
     rows = w_scales.repeat_interleave(LENGTH, 0)[: len(weight)]  # [M, ⌈K/128⌉]
-    return product(codes, scales, w_codes, rows, recipe).to(x.dtype)
+    return product(codes, scales, w_codes, rows, recipe).to(torch.bfloat16)
 
 
 def linear_gradients(d_out: Tensor, x: Tensor, weight: Tensor, recipe: Fp8Recipe) -> tuple[Tensor, Tensor]:
     """d_out [N, M] -> gradients of x [N, K] bf16 and of weight [M, K] fp32."""
-    return input_gradient(d_out, weight, recipe), weight_gradient(d_out, x, recipe)
+    dx = multiply_back(*quantize_gradient(d_out, recipe), weight, recipe)
+    return dx, weight_gradient(d_out, kept_inputs(x, recipe), recipe, recipe.inputs)
 
 
-def input_gradient(d_out: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
-    """d_out [N, M], weight [M, K] -> [N, K] in the type of d_out."""
-    if recipe.dgrad_tile == "square":
-        codes, scales = quantize(d_out, SQUARE, recipe)
-        scales = scales.repeat_interleave(LENGTH, 0)[: len(codes)]
-    else:
-        codes, scales = quantize(d_out, TILE, recipe)
+def quantize_gradient(d_out: Tensor, recipe: Fp8Recipe) -> tuple[Tensor, Tensor]:
+    """d_out [N, M] -> codes [N, M] and scales [N, ⌈M/128⌉] for the gradient of inputs."""
+    if recipe.dgrad_tile == "row":
+        return quantize(d_out, TILE, recipe)
+    codes, scales = quantize(d_out, SQUARE, recipe)
+    return codes, scales.repeat_interleave(LENGTH, 0)[: len(codes)]
+
+
+def multiply_back(codes: Tensor, scales: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """Quantised gradients [N, M] times weight [M, K] -> [N, K] bf16."""
     w_codes, w_scales = quantize(weight, SQUARE, recipe)
     columns = w_scales.T.repeat_interleave(LENGTH, 0)[: weight.shape[1]]  # [K, ⌈M/128⌉]
-    return product(codes, scales, w_codes.T, columns, recipe).to(d_out.dtype)
+    return product(codes, scales, w_codes.T, columns, recipe).to(torch.bfloat16)
 
 
-def weight_gradient(d_out: Tensor, x: Tensor, recipe: Fp8Recipe, *, recomputed: bool = False) -> Tensor:
-    """d_out [N, M], x [N, K] -> [M, K] fp32. A `recomputed` x is not kept, so nothing is quantised twice."""
-    if recipe.dgrad_tile == "square":
+def kept_inputs(x: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """x [N, K] as the backward pass reads it: from the codes of the forward pass in fp32, or unrounded."""
+    return x if recipe.transpose == "both" else read_back(*quantize(x, TILE, recipe, recipe.inputs))
+
+
+def weight_gradient(d_out: Tensor, x: Tensor, recipe: Fp8Recipe, format: Format = "e4m3") -> Tensor:
+    """d_out [N, M] and inputs [N, K], quantised along tokens -> [M, K] fp32."""
+    if recipe.dgrad_tile == "row":
+        left, left_scales = quantize(d_out, COLUMN, recipe)
+    else:
         left, left_scales = quantize(d_out, SQUARE, recipe)
         left_scales = left_scales.repeat_interleave(LENGTH, 1)[:, : d_out.shape[1]]
-    else:
-        left, left_scales = quantize(d_out, COLUMN, recipe)
-    format: Format = "e4m3" if recomputed else recipe.inputs
-    if recipe.transpose == "requantize" and not recomputed:
-        x = read_back(*quantize(x, TILE, recipe, format))
     right, right_scales = quantize(x, COLUMN, recipe, format)
     return product(left.T, left_scales.T, right.T, right_scales.T, recipe)
 
@@ -131,12 +141,14 @@ def read_back(codes: Tensor, scales: Tensor) -> Tensor:
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, recipe: Fp8Recipe) -> Tensor:
     """`reference.grouped_experts`, with every product in FP8; tiles along tokens begin with an expert's first row.
 
-    The weight of a choice multiplies the activation, in fp32, before that is rounded to bf16.
+    Tokens are quantised before they go to their experts. The weight of a choice multiplies the activation, in fp32,
+    before that is rounded to bf16.
     """
+    codes, scales = quantize(x, TILE, recipe)
     y = x.new_zeros(*ids.shape, x.shape[1])
     for expert in range(len(gate_up)):
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        h = linear(x[token], gate_up[expert], recipe)
+        h = multiply(codes[token], scales[token], gate_up[expert], recipe)
         y[token, slot] = linear(swiglu(h, weights[token, slot]).to(x.dtype), down[expert], recipe)
     return y.float().sum(1).to(x.dtype)
 
@@ -146,20 +158,25 @@ def experts_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of the choices' weights and of both stacks of matrices (gate_up, down).
 
-    h, which SwiGLU reads, is kept in FP8; its output is computed again from those codes.
+    h, which SwiGLU reads, is kept in FP8; its output is computed again from those codes, and quantised once.
     """
     gate_up, down = matrices
+    (codes, scales), kept = quantize(x, TILE, recipe), kept_inputs(x, recipe)
+    sent_codes, sent_scales = quantize(d_out, TILE, recipe)  # rows of gradients, as they come to the experts
     dx, d_weights = x.new_zeros(*ids.shape, x.shape[1]), torch.zeros_like(weights)
     d_gate_up, d_down = (torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices)
     for expert in range(len(gate_up)):
         token, slot = (ids == expert).nonzero(as_tuple=True)
         dy = d_out[token]
-        h = read_back(*quantize(linear(x[token], gate_up[expert], recipe), TILE, recipe))
-        d_act = input_gradient(dy, down[expert], recipe)
+        h = multiply(codes[token], scales[token], gate_up[expert], recipe)
+        h = read_back(*quantize(h, TILE, recipe))
+        sent = (sent_codes[token], sent_scales[token]) if recipe.dgrad_tile == "row" else quantize_gradient(dy, recipe)
+        d_act = multiply_back(*sent, down[expert], recipe)
         act, dh, d_weights[token, slot] = swiglu_gradients(d_act, h, weights[token, slot])
-        d_down[expert] = weight_gradient(dy, act.to(x.dtype), recipe, recomputed=True)
-        d_gate_up[expert] = weight_gradient(dh.to(x.dtype), x[token], recipe)
-        dx[token, slot] = input_gradient(dh.to(x.dtype), gate_up[expert], recipe)
+        act, dh = act.to(x.dtype), dh.to(x.dtype)
+        d_down[expert] = weight_gradient(dy, act, recipe)
+        d_gate_up[expert] = weight_gradient(dh, kept[token], recipe)
+        dx[token, slot] = multiply_back(*quantize_gradient(dh, recipe), gate_up[expert], recipe)
     return dx.float().sum(1).to(x.dtype), d_weights, d_gate_up, d_down
 
 
