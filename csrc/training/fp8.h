@@ -26,16 +26,16 @@ inline float float_of(uint32_t u) {
 // A format with so many fraction bits, whose least normal value is 2^EMIN and whose largest value is MOST.
 template <int FRACTION, int EMIN, int MOST> struct Fp8Format {
     static constexpr float LARGEST = MOST;
-    // The nearest value, ties to even; |x| is at most a rounding above the largest one.
-    static float round(float x) {
+    // The nearest value, ties to even, with another number's sign; |x| is at most a rounding above the largest one.
+    static float round(float x, float sign) {
         constexpr int CUT = 23 - FRACTION;
         constexpr uint32_t HALF = (1u << (CUT - 1)) - 1, KEEP = ~((1u << CUT) - 1), LEAST = uint32_t(EMIN + 127) << 23;
         const float big = float_of(uint32_t(EMIN - FRACTION + 23 + 127) << 23);
-        const uint32_t u = bits_of(x), magnitude = u & 0x7fffffff;
+        const uint32_t magnitude = bits_of(x) & 0x7fffffff;
         const uint32_t normal = (magnitude + HALF + ((magnitude >> CUT) & 1)) & KEEP;
         const uint32_t small = bits_of((float_of(magnitude) + big) - big);
         const uint32_t rounded = magnitude > 0x7f800000 ? 0x7fc00000 : magnitude < LEAST ? small : normal;
-        return float_of(rounded | (u & 0x80000000));
+        return float_of(rounded | (bits_of(sign) & 0x80000000));
     }
 };
 using E4M3 = Fp8Format<3, -6, 448>;
@@ -99,7 +99,7 @@ template <class Format, bool ONE, bool FAST> void store_fp8_row(uint16_t *values
 #pragma omp simd
     for (int j = 0; j < count; j++) {
         const float s = ONE ? first : scale[j], r = ONE ? inverse : reciprocal[j];
-        rounded[j] = Format::round(FAST ? divide(x[j], s, r) : x[j] / s);
+        rounded[j] = Format::round(FAST ? divide(x[j], s, r) : x[j] / s, x[j]);
     }
     if (values) {
 #pragma omp simd

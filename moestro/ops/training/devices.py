@@ -56,9 +56,11 @@ def multiplies_fp8(a: Tensor, b: Tensor, recipe: Fp8Recipe) -> bool:
 
 
 def fp8_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
-    """`reference_fp8.product` by torch's block-wise `scaled_mm`. Not yet run on hardware: `pytest -m cuda` tests it."""
+    """`reference_fp8.product` by torch's block-wise `scaled_mm`, weights in tiles of 1 x 128 that share a scale.
+
+    Not yet run on hardware; on a Hopper GPU, `pytest tests/ops/training/test_fp8.py -k hopper_gpu` tests it.
+    """
     rows = F.ScalingType.BlockWise1x128
     left, right = (codes.to(torch.float8_e4m3fn).contiguous() for codes in (a, b))
-    # scales of 1 x 128 lie column by column
-    outer = [scales.T.contiguous().T for scales in (a_scales, b_scales)]
-    return F.scaled_mm(left, right.T, outer[0], rows, outer[1].T, rows, output_dtype=torch.float32)
+    outer = [scales.T.contiguous().T for scales in (a_scales, b_scales)]  # laid out column by column
+    return F.scaled_mm(left, right.T, outer[0], rows, outer[1], rows, output_dtype=torch.float32)
