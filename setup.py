@@ -40,6 +40,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 ALWAYS = {
     "csrc/abi/dispatch.cpp": [],
     "csrc/abi/run.cpp": [],
+    "csrc/abi/fp8.cpp": [],
     "csrc/isa/kernels_avx2.cpp": AVX2,
 }
 FLAGS = ALWAYS | {

@@ -34,6 +34,7 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**3
 MODES: dict[str, tuple[str, dict[str, str]]] = {
     "moestro fp32": ("ours:fp32", KEEP),
     "moestro bf16": ("ours:bf16", KEEP),
+    "moestro fp8": ("ours:fp8", KEEP),
     "dense fp32": ("dense:fp32", KEEP),
     "dense bf16": ("dense:bf16", KEEP),
     "transformers bf16 eager": ("hf:bf16:eager", {}),
@@ -53,7 +54,7 @@ def our_step(dtype: str, model_tree: dict[str, Any], rows: int, length: int) -> 
     from moestro.training.prepare import build_model
     from moestro.training.step import train_step
 
-    config = build_config({"model": model_tree, "train": {"dtype": dtype, "seq_len": length, "batch_size": rows}})
+    config = build_config({"model": model_tree, "train": {"precision": dtype, "seq_len": length, "batch_size": rows}})
     model, optimizers = build_model(config)
     tokens = torch.randint(0, model_tree["vocab_size"], (rows, length + 1))
     batch = Batch(tokens, torch.zeros_like(tokens))
@@ -156,9 +157,9 @@ def sweep(rounds: int) -> None:
     variants |= {f"length {t}": ({}, t) for t in (128, 512, 2048)}
     from moestro.config import build_config
     from moestro.machine import describe_machine
-    from moestro.training.precision import resolve_dtype
+    from moestro.training.precision import resolve_precision
 
-    dtype = resolve_dtype(build_config({"model": MODEL}))
+    dtype = resolve_precision(build_config({"model": MODEL}))
     print(f"{describe_machine().cpu}, {dtype}")
     workers = {
         name: start_worker(f"ours:{dtype}", KEEP, MODEL | changes, 8192 // length, length)

@@ -1,7 +1,7 @@
 """Every configuration of the project: frozen, strict, written as TOML, changed with `key=value`.
 
-A `Config` has three sections: `model` (the architecture, flat; a preset is about twenty lines), `train`
-and `data`. Unknown keys and impossible combinations are `ConfigError`s that name the key. Names are Moestro's
+A `Config` has four sections: `model` (the architecture, flat; a preset is about twenty lines), `train`,
+`data` and `fp8`. Unknown keys and impossible combinations are `ConfigError`s that name the key. Names are Moestro's
 own (`num_` counts, `_dim` widths); Hugging Face names live in `checkpoints/hf.py` alone.
 
 Values are read in this order: defaults < preset or file < `--depth` dial < `key=value` overrides.
@@ -216,7 +216,7 @@ class TrainConfig(Frozen):
     batch_size: int = Field(16, gt=0, description="sequences per forward pass")
     accumulate: int = Field(1, gt=0, description="forward passes per step")
     optimizer: Literal["adamw", "muon"] = "adamw"
-    moments: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: fp32")
+    moments: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where precision is fp8, else fp32")
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     decay_fraction: float = Field(0.3, ge=0, le=1)
@@ -227,7 +227,9 @@ class TrainConfig(Frozen):
     mtp_weight: float = Field(0.3, ge=0)
     mtp_weight_late: float = Field(0.1, ge=0, description="V3 lowers the weight after two thirds of the run")
     bias_frozen_fraction: float = Field(0.034, ge=0, le=1, description="last part of the run without bias updates")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where it is measured faster")
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = Field(
+        "auto", description="of products; auto: bf16 where it is measured faster than fp32"
+    )
     recompute: bool = False
     mask_documents: bool = True
     checkpoint_every: int = Field(200, gt=0)
@@ -240,10 +242,20 @@ class TrainConfig(Frozen):
     threads: int = Field(0, ge=0, le=1024, description="set by commands; 0: every core they may use")
     mirror: Literal["none", "tensorboard", "trackio"] = "none"
 
+    @model_validator(mode="before")
+    @classmethod
+    def read_old_name(cls, tree: Any) -> Any:
+        """`precision` was once called `dtype`."""
+        if not isinstance(tree, dict) or "dtype" not in tree:
+            return tree
+        if "precision" in tree:
+            raise ValueError("dtype is the old name of precision: give one of them")
+        return {("precision" if key == "dtype" else key): value for key, value in tree.items()}
+
     @property
     def moments_are_bf16(self) -> bool:
         """Whether the optimizers keep their moments in bf16."""
-        return self.moments == "bf16"
+        return self.moments == "bf16" or (self.moments == "auto" and self.precision == "fp8")
 
     @model_validator(mode="after")
     def check_moments(self) -> Self:
@@ -253,6 +265,32 @@ class TrainConfig(Frozen):
                 f"moments in bf16 need betas of at most {SLOWEST_BF16_BETA}, not {list(self.betas)}: beyond that, "
                 "rounding undoes the decay (set train.moments=fp32)"
             )
+        return self
+
+
+class Fp8Config(Frozen):
+    """How `train.precision=fp8` quantises and multiplies; the defaults are DeepSeek-V3's (docs/fp8-training.md).
+
+    scale        of a block: fp32, or ue8m0, the next power of two (V3.1)
+    transpose    inputs for the gradient of weights: requantize the FP8 codes along tokens (V3), or keep both
+                 directions, each quantised from the unrounded tensor (TransformerEngine)
+    accumulate   sums of products: fp32, or hopper, the 14 bits of H100 tensor cores, added to fp32 every `promote`
+    tile         scales per block (V3), or one per tensor
+    dgrad_tile   gradients of activations in rows of 128 (V3), or in squares of 128 x 128
+    """
+
+    scale: Literal["fp32", "ue8m0"] = "fp32"
+    transpose: Literal["requantize", "both"] = "requantize"
+    accumulate: Literal["fp32", "hopper"] = "fp32"
+    promote: int = Field(128, gt=0, multiple_of=32)
+    tile: Literal["block", "tensor"] = "block"
+    dgrad_tile: Literal["row", "square"] = "row"
+
+    @model_validator(mode="after")
+    def check_promotion(self) -> Self:
+        """Refuse sums that would run over several scales."""
+        if self.promote > 128 and self.tile == "block":
+            raise ValueError(f"promote={self.promote} exceeds the 128 values that share a scale: set tile='tensor'")
         return self
 
 
@@ -274,11 +312,12 @@ class DataConfig(Frozen):
 
 
 class Config(Frozen):
-    """One run: model, training, data."""
+    """One run: model, training, data, and what FP8 means in it."""
 
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
+    fp8: Fp8Config = Fp8Config()
 
     @model_validator(mode="after")
     def check_accumulation(self) -> Self:

@@ -33,7 +33,7 @@ TINY_MODEL: dict[str, Any] = {
     "num_shared_experts": 1, "expert_dim": 16, "mtp_depth": 1,
 }  # fmt: skip
 TINY_TRAIN: dict[str, Any] = {
-    "steps": 12, "seq_len": 32, "batch_size": 4, "warmup_steps": 2, "lr": 3e-3, "dtype": "fp32", "threads": 1,
+    "steps": 12, "seq_len": 32, "batch_size": 4, "warmup_steps": 2, "lr": 3e-3, "precision": "fp32", "threads": 1,
     "checkpoint_every": 5, "keep_checkpoints": 2, "eval_every": 6,
 }  # fmt: skip
 

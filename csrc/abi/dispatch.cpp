@@ -199,6 +199,9 @@ int check_documents(const Documents &d, const int64_t *strides) {
 
 }  // namespace
 
+const Kernels *kernels_in_use() { return chosen ? chosen->kernels : nullptr; }
+std::mutex &kernel_lock() { return running; }
+
 extern "C" {
 
 uint32_t moestro_abi(void) { return MOESTRO_ABI; }

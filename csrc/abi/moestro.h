@@ -162,6 +162,39 @@ int moestro_split_heads(void *d_plain, void *d_rotary, const void *d_out, const 
                         int64_t rows, int64_t heads, int64_t plain_width, int64_t rotary_width, int shared, int type,
                         int threads);
 
+// Layers in FP8. Slots 0 … num_slots-1 are rows of a matrix [num_rows, width], chosen by `rows` (null: in order, then
+// num_rows = num_slots); group g owns slots bounds[g] … bounds[g+1]-1, which begin at 0. Tiles are 128 long and begin
+// anew with every group.
+
+// Codes of x [num_rows, width] by slot: `values` in bf16 and `codes` as E4M3 bytes, each may be null, [num_slots,
+// width]. x is of `type`, or E4M3 bytes in tiles of 1 x 128 with x_scales [num_rows, width / 128]. A tile is 1 or, if
+// `tall`, 128 slots by 1 or, if `wide`, 128 columns; not neither. scales: one row per slot or, tall, per tile of every
+// group in turn; `given` [num_groups], unless null, are the scales to use. Scales are largest magnitude / largest code,
+// powers of two if asked. e5m6: 5 exponent bits, 6 fraction bits, as values only.
+int moestro_fp8_quantize(void *values, void *codes, float *scales, const void *x, const float *x_scales,
+                         const int64_t *rows, const int64_t *bounds, const float *given, int64_t num_groups,
+                         int64_t num_slots, int64_t num_rows, int64_t width, int tall, int wide, int e5m6,
+                         int power_of_two, int type, int threads);
+// values [count] in bf16 of E4M3 bytes.
+int moestro_fp8_widen(void *values, const void *codes, int64_t count, int threads);
+// Rows of each group times its matrix: out [num_slots, m] = a [num_rows, k] · b[g]ᵀ or, `back`, out [num_slots, k] = a
+// [num_rows, m] · b[g]; all bf16. a_scales in tiles of 1 x 128; b[g] [m, k] with b_scales[g] in blocks of 128 x 128.
+int moestro_fp8_rows(void *out, const void *a, const float *a_scales, const int64_t *rows, const void *const *b,
+                     const void *const *b_scales, const int64_t *bounds, int64_t num_groups, int64_t num_slots,
+                     int64_t num_rows, int64_t m, int64_t k, int back, int threads);
+// out [num_groups, m, k] = aᵀ b over the slots of each group: a [num_slots, m], b [num_slots, k], values in bf16 with
+// scales in tiles of 128 x 1, a row for each tile of every group in turn.
+int moestro_fp8_columns(float *out, const void *a, const float *a_scales, const void *b, const float *b_scales,
+                        const int64_t *bounds, int64_t num_groups, int64_t num_slots, int64_t m, int64_t k,
+                        int threads);
+// out [num_slots, width] = silu(gate) · up · weight of h [num_slots, 2 · width], bf16.
+int moestro_fp8_swiglu(void *out, const void *h, const float *weights, int64_t num_slots, int64_t width, int threads);
+// From h in E4M3 bytes with scales in tiles of 1 x 128: act [num_slots, width] again, and gradients: dh [num_slots, 2 ·
+// width] and d_weights [num_slots] of d_act [num_slots, width]. bf16 but for the weights.
+int moestro_fp8_swiglu_backward(void *act, void *dh, float *d_weights, const void *d_act, const void *h,
+                                const float *h_scales, const float *weights, int64_t num_slots, int64_t width,
+                                int threads);
+
 #ifdef __cplusplus
 }
 #endif

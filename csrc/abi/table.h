@@ -1,6 +1,7 @@
 // The functions of one instruction set, behind one table. moestro.h explains the arguments.
 #pragma once
 #include <cstdint>
+#include <mutex>
 #include <type_traits>
 
 struct MatmulSizes {
@@ -149,6 +150,53 @@ struct SplitHeads {
     bool shared;
 };
 
+struct Fp8Quantize {
+    uint16_t *values;
+    uint8_t *codes;
+    float *scales;
+    const void *x;
+    const float *x_scales;
+    const int64_t *rows, *bounds;
+    const float *given;
+    int64_t num_groups, width;
+    bool tall, wide, e5m6, power_of_two;
+};
+
+// Rows that share scales: of a group, from the first on; their scales are row `index`.
+struct Fp8Tile {
+    int64_t group, first, rows, index;
+};
+
+struct Fp8Rows {
+    uint16_t *out;
+    const uint16_t *a;
+    const float *a_scales;
+    const int64_t *rows;
+    const void *const *b, *const *b_scales;
+    const int64_t *bounds;
+    int64_t num_groups, m, k;
+    bool back;
+};
+
+struct Fp8Columns {
+    float *out;
+    const uint16_t *a;
+    const float *a_scales;
+    const uint16_t *b;
+    const float *b_scales;
+    const int64_t *bounds;
+    int64_t num_groups, m, k;
+};
+
+struct Fp8Swiglu {
+    uint16_t *act, *dh;
+    float *d_weights;
+    const uint16_t *d_act;
+    const uint8_t *h;
+    const float *h_scales, *weights;
+    int64_t rows, width;
+};
+
 struct Kernels {
     int (*matmul)(void *out, const void *a, const void *b, const MatmulSizes &sizes, int type, int out_type,
                   int threads);
@@ -177,4 +225,15 @@ struct Kernels {
                             int threads);
     void (*join_heads)(const JoinHeads &, int type, int threads);
     void (*split_heads)(const SplitHeads &, int type, int threads);
+    int (*fp8_quantize)(const Fp8Quantize &, int type, int threads);
+    void (*fp8_widen)(uint16_t *values, const uint8_t *codes, int64_t count, int threads);
+    int (*fp8_rows)(const Fp8Rows &, int threads);
+    int (*fp8_columns)(const Fp8Columns &, int threads);
+    void (*fp8_swiglu)(uint16_t *out, const uint16_t *h, const float *weights, int64_t rows, int64_t width,
+                       int threads);
+    int (*fp8_swiglu_backward)(const Fp8Swiglu &, int threads);
 };
+
+// What dispatch.cpp chose (null: nothing runs here), and the lock of kernels that share memory and all cores.
+const Kernels *kernels_in_use();
+std::mutex &kernel_lock();

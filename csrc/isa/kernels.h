@@ -11,6 +11,7 @@
 #include "serving/serve_rows.h"
 #include "abi/table.h"
 #include "training/train_rows.h"
+#include "training/fp8.h"
 
 // What dispatch.cpp calls, one set of these per instruction set.
 
@@ -123,4 +124,14 @@ extern const Kernels KERNELS = {
     [](const SplitHeads &p, int type, int threads) {
         type == MOESTRO_FLOAT32 ? split_heads<float>(p, threads) : split_heads<uint16_t>(p, threads);
     },
+    [](const Fp8Quantize &p, int type, int threads) { return fp8_quantize(p, type, threads); },
+    [](uint16_t *values, const uint8_t *codes, int64_t count, int threads) {
+        fp8_widen(values, codes, count, threads);
+    },
+    [](const Fp8Rows &p, int threads) { return fp8_rows(p, threads); },
+    [](const Fp8Columns &p, int threads) { return fp8_columns(p, threads); },
+    [](uint16_t *out, const uint16_t *h, const float *weights, int64_t rows, int64_t width, int threads) {
+        fp8_swiglu(out, h, weights, rows, width, threads);
+    },
+    [](const Fp8Swiglu &p, int threads) { return fp8_swiglu_backward(p, threads); },
 };

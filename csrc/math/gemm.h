@@ -256,11 +256,22 @@ template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, i
 
 thread_local Scratch left_steps, block_sums;
 
+// How MR rows of sums at (row, column) take in `steps` steps of k, the first of which is `at`: added, in order.
+template <class T> struct PlainSums {
+    static constexpr int64_t PIECE = K_PIECE;
+    void operator()(float *c, int64_t stride, const Step *const *from, int64_t step, const Step *panel, int64_t steps,
+                    int64_t at, int64_t, int64_t) const {
+        microkernel<Layout<T>::PAIRS>(c, stride, from, step, panel, steps, at > 0);
+    }
+};
+
 // At most ROW_BLOCK rows of `a` times the columns [first, last) of packed panels, each of all steps of k: use(row,
 // column, values, count) receives the finished sums of a row, a panel's or COLUMN_BLOCK at a time. `first` is a
-// multiple of NR.
-template <class T, class Use> bool multiply_rows(const Operand<T> &a, int64_t m, int64_t k, const Step *panels,
-                                                 int64_t first, int64_t last, Use use) {
+// multiple of NR. `sum` adds pieces of k to the sums, as PlainSums does.
+template <class T, class Use, class Sum = PlainSums<T>> bool multiply_rows(const Operand<T> &a, int64_t m, int64_t k,
+                                                                           const Step *panels, int64_t first,
+                                                                           int64_t last, Use use, Sum sum = {}) {
+    static_assert(K_BLOCK % Sum::PIECE == 0);
     constexpr int PER = Layout<T>::PER_STEP;
     const int64_t steps = steps_of<T>(k);
     const int64_t block_columns = steps <= K_BLOCK ? NR : COLUMN_BLOCK;
@@ -276,13 +287,13 @@ template <class T, class Use> bool multiply_rows(const Operand<T> &a, int64_t m,
             if (block == first || steps > K_BLOCK)
                 make_left(left, copy, a.from_k(s * PER), m, std::min(k - s * PER, some * PER));
             for (int64_t column = 0; column < columns; column += NR)
-                for (int64_t piece = 0; piece < some; piece += K_PIECE) {
+                for (int64_t piece = 0; piece < some; piece += Sum::PIECE) {
                     const Step *panel = panels + (block + column) / NR * steps * NR + (s + piece) * NR;
                     for (int64_t row = 0; row < m; row += MR) {
                         const Step *from[MR];
                         for (int i = 0; i < MR; i++) from[i] = left.rows[std::min(row + i, m - 1)] + piece * left.step;
-                        microkernel<Layout<T>::PAIRS>(sums + row * stride + column, stride, from, left.step, panel,
-                                                      std::min(K_PIECE, some - piece), s + piece > 0);
+                        sum(sums + row * stride + column, stride, from, left.step, panel,
+                            std::min(Sum::PIECE, some - piece), s + piece, row, block + column);
                     }
                 }
         }

@@ -176,8 +176,10 @@ def check_run(run: Path, config: Config) -> None:
     if not saved.exists():
         return
     then = build_config(load_file(saved))
-    if config.train.dtype == "auto":  # a run saves what was measured
-        config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": then.train.dtype})})
+    if config.train.precision == "auto":  # a run saves what was measured
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"precision": then.train.precision})}
+        )
     if then != config:
         raise ConfigError(
             f"{run} was started with other settings",

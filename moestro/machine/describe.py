@@ -68,7 +68,9 @@ class Machine:
                 f"torch uses {self.threads} threads on {self.cores} usable cores; set OMP_NUM_THREADS={self.cores}"
             )
         if not self.bf16_is_fast:
-            found.append("this CPU has no bf16 instructions, so torch's own bf16 is slow; leave train.dtype at auto")
+            found.append(
+                "this CPU has no bf16 instructions, so torch's own bf16 is slow; leave train.precision at auto"
+            )
         if self.available_gib < LOW_MEMORY_GIB:
             found.append(
                 f"only {self.available_gib:.1f} GiB of memory are free; close other programs, or lower train.batch_size"

@@ -40,7 +40,7 @@ class Measurement:
         found = []
         if self.bf16_speedup < 1:
             found.append(
-                f"bf16 products reach {self.bf16_speedup:.2f} times the rate of fp32; train.dtype=fp32 should be faster"
+                f"bf16 products reach {self.bf16_speedup:.2f} times the rate of fp32; train.precision=fp32 is faster"
             )
         if not self.read_buffer_exceeds_cache:
             found.append("too little free memory to read past the caches; the bandwidth shown is too high")

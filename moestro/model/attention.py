@@ -18,7 +18,7 @@ from moestro.config import ModelConfig
 from moestro.errors import ConfigError
 from moestro.model.layers import Linear, RMSNorm
 from moestro.model.rope import softmax_scale
-from moestro.ops.precision import Precision
+from moestro.ops.precision import Precision, after_attention
 from moestro.ops.serving.fp8_rows import row_bytes
 
 RopeTables = tuple[Tensor, Tensor]
@@ -136,7 +136,7 @@ class LatentAttention(nn.Module):
         self.kv_down = Linear(config.hidden_dim, config.kv_lora_rank + config.rope_dim, precision)
         self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.nope_dim + config.v_dim), precision)
-        self.out = Linear(heads * config.v_dim, config.hidden_dim, precision)
+        self.out = Linear(heads * config.v_dim, config.hidden_dim, after_attention(precision))
 
     def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch) -> Tensor:
         config = self.config
@@ -172,7 +172,7 @@ class HeadAttention(nn.Module):
         self.scale = softmax_scale(config)
         self.q = Linear(config.hidden_dim, config.num_heads * self.key_dim, precision)
         self.kv = Linear(config.hidden_dim, self.num_kv_heads * (self.key_dim + config.v_dim), precision)
-        self.out = Linear(config.num_heads * config.v_dim, config.hidden_dim, precision)
+        self.out = Linear(config.num_heads * config.v_dim, config.hidden_dim, after_attention(precision))
 
     def forward(self, x: Tensor, rope: RopeTables, batch: AttentionBatch) -> Tensor:
         q = self.rotate(self.q(x).unflatten(-1, (self.config.num_heads, -1)), rope)

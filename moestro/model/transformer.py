@@ -26,7 +26,7 @@ from moestro.model.attention import AttentionBatch, Context, HeadAttention, Late
 from moestro.model.experts import Experts, MoE
 from moestro.model.layers import MLP, Linear, RMSNorm
 from moestro.model.rope import rope_tables
-from moestro.ops.precision import Precision, compute_dtype
+from moestro.ops.precision import Precision, compute_dtype, without_fp8
 from moestro.routing.router import Router, Routes, mix_seed
 
 MakeExperts = Callable[[ModelConfig, Precision], nn.Module]
@@ -99,7 +99,7 @@ class MTPModule(nn.Module):
         super().__init__()
         self.embed_norm = RMSNorm(config.hidden_dim, config.norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_dim, config.norm_eps)
-        self.project = Linear(2 * config.hidden_dim, config.hidden_dim, precision)
+        self.project = Linear(2 * config.hidden_dim, config.hidden_dim, without_fp8(precision))  # as published
         self.block = Block(config, index, precision, make_experts)
         self.norm = RMSNorm(config.hidden_dim, config.norm_eps)
 
@@ -113,7 +113,8 @@ class MTPModule(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model. Activations and products are in `precision`; parameters keep their own type.
+    """The whole model. Activations and products are in `precision`; parameters keep their own type. Under FP8 the head
+    and the projections of MTP modules multiply in bf16, and activations are bf16.
 
     `make_experts` makes the experts of a MoE layer.
     """
@@ -126,7 +127,8 @@ class Transformer(nn.Module):
         blocks = (Block(config, index, precision, make_experts) for index in range(config.num_layers))
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_dim, config.vocab_size, precision)
+        self.head_precision = without_fp8(precision)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_dim, config.vocab_size, self.head_precision)
         depths = range(config.num_layers, config.num_layers + config.mtp_depth)
         self.mtp = nn.ModuleList(MTPModule(config, index, precision, make_experts) for index in depths)
 
@@ -187,13 +189,13 @@ class Transformer(nn.Module):
             main.ahead.append(Output(hidden, own, self._score(hidden, goal)))
         if not logits:
             return main
-        return replace(main, logits=ops.linear(main.hidden, self._head_weight(), self.precision))
+        return replace(main, logits=ops.linear(main.hidden, self._head_weight(), self.head_precision))
 
     def _score(self, hidden: Tensor, targets: Targets | None) -> HeadScores | None:
         if targets is None:
             return None
-        weight = self._head_weight()
-        return HeadScores(*ops.linear_cross_entropy(hidden, weight, targets.ids, targets.weights, self.precision))
+        weight, precision = self._head_weight(), self.head_precision
+        return HeadScores(*ops.linear_cross_entropy(hidden, weight, targets.ids, targets.weights, precision))
 
     def _head_weight(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight

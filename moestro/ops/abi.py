@@ -141,6 +141,25 @@ FUNCTIONS = {  # parameters by name; all return an error code, except those in R
         "void *d_plain, *d_rotary; const void *d_out; const float *cos, *sin; int64_t rows, heads, plain_width, "
         "rotary_width; int shared, type, threads"
     ),
+    "moestro_fp8_quantize": (
+        "void *values, *codes; float *scales; const void *x; const float *x_scales; const int64_t *rows, *bounds; "
+        "const float *given; int64_t num_groups, num_slots, num_rows, width; int tall, wide, e5m6, power_of_two, type, "
+        "threads"
+    ),
+    "moestro_fp8_widen": "void *values; const void *codes; int64_t count; int threads",
+    "moestro_fp8_rows": (
+        "void *out; const void *a; const float *a_scales; const int64_t *rows; const void *const *b, *const *b_scales; "
+        "const int64_t *bounds; int64_t num_groups, num_slots, num_rows, m, k; int back, threads"
+    ),
+    "moestro_fp8_columns": (
+        "float *out; const void *a; const float *a_scales; const void *b; const float *b_scales; "
+        "const int64_t *bounds; int64_t num_groups, num_slots, m, k; int threads"
+    ),
+    "moestro_fp8_swiglu": ("void *out; const void *h; const float *weights; int64_t num_slots, width; int threads"),
+    "moestro_fp8_swiglu_backward": (
+        "void *act, *dh; float *d_weights; const void *d_act, *h; const float *h_scales, *weights; int64_t num_slots, "
+        "width; int threads"
+    ),
 }
 RETURNS = {"moestro_abi": "uint32_t", "moestro_isa": "const char *"}
 

@@ -58,6 +58,11 @@ def choose_scales(largest: Tensor, scale: Scale, least: float = 0.0) -> Tensor:
         return scales
     if scale != "ue8m0":
         raise ValueError(f"scales are fp32 or ue8m0, not {scale!r}")
+    return round_scales(scales)
+
+
+def round_scales(scales: Tensor) -> Tensor:
+    """Normal fp32 numbers, rounded up to powers of two; infinities and NaNs stay."""
     bits = scales.view(torch.int32)
     up = ((bits & 0x7FFFFF) != 0).int() << 23  # to the next power of two
     return torch.where(scales < torch.inf, ((bits + up) & -0x800000).view(torch.float32), scales)

@@ -1,4 +1,4 @@
-"""fp32 or bf16: measures which is faster for this model on this machine.
+"""The precision of a run. Where it may choose, it measures whether fp32 or bf16 is faster for this model.
 
 Instruction sets do not tell: there are CPUs with bf16 instructions whose large bf16 products run at half, the same or
 twice the rate of fp32, and small products differ again. So the parts that take most of a step are timed in both, at
@@ -15,33 +15,40 @@ from torch import Tensor
 from moestro import ops
 from moestro.config import Config, ModelConfig
 from moestro.model.layers import MLP
-from moestro.ops.precision import Precision, compute_dtype
+from moestro.ops.precision import Fp8Recipe, PlainPrecision, Precision, compute_dtype
 
 ROUNDS = 2
 MAX_TOKENS = 4096  # enough to fill the experts as a step does, few enough to take a second or two
 
 
-def resolve_dtype(config: Config) -> str:
-    """`bf16` or `fp32`: what `train.dtype` says, or under `auto` the one with the shorter measured steps."""
-    if config.train.dtype != "auto":
-        return config.train.dtype
+def precision_from(config: Config) -> Precision:
+    """What layers take for a resolved `train.precision`."""
+    chosen = config.train.precision
+    assert chosen != "auto"
+    return Fp8Recipe(**config.fp8.model_dump()) if chosen == "fp8" else chosen
+
+
+def resolve_precision(config: Config) -> str:
+    """What `train.precision` says, or under `auto` `bf16` or `fp32`, the one with the shorter measured steps."""
+    if config.train.precision != "auto":
+        return config.train.precision
     if not ops.multiplies_bf16():
         return "fp32"
     tokens = min(config.train.batch_size * config.train.seq_len, MAX_TOKENS)
-    seconds: dict[Precision, float] = {"fp32": float("inf"), "bf16": float("inf")}
+    seconds: dict[PlainPrecision, float] = {"fp32": float("inf"), "bf16": float("inf")}
     for _ in range(1 + ROUNDS):  # the first round warms up; the shortest time counts
-        for dtype in seconds:
-            seconds[dtype] = min(seconds[dtype], time_hot_path(config.model, tokens, dtype))
-    return min(seconds, key=lambda dtype: seconds[dtype])
+        for precision in seconds:
+            seconds[precision] = min(seconds[precision], time_hot_path(config.model, tokens, precision))
+    return min(seconds, key=lambda precision: seconds[precision])
 
 
-def time_hot_path(config: ModelConfig, tokens: int, dtype: Precision) -> float:
+def time_hot_path(config: ModelConfig, tokens: int, precision: PlainPrecision) -> float:
     """Seconds of all feed-forward layers and heads of one step of `tokens`, extrapolated from one of each."""
-    precision = compute_dtype(dtype)
+    dtype = compute_dtype(precision)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(0.02).to(precision).requires_grad_()
+        return torch.randn(shape, generator=generator).mul_(0.02).to(dtype).requires_grad_()
 
     x, head = random(tokens, config.hidden_dim), random(config.vocab_size, config.hidden_dim)
     targets = torch.zeros(tokens, dtype=torch.int64)
@@ -56,7 +63,7 @@ def time_hot_path(config: ModelConfig, tokens: int, dtype: Precision) -> float:
         start = time.perf_counter()
         ops.grouped_experts(x, gate_up, down, ids, torch.ones(ids.shape)).sum().backward()
     else:
-        mlp = MLP(config.hidden_dim, config.dense_dim, dtype)
+        mlp = MLP(config.hidden_dim, config.dense_dim, precision)
         start = time.perf_counter()
         mlp(x).sum().backward()
     layers_seconds = (time.perf_counter() - start) * (config.num_layers + config.mtp_depth)

@@ -28,12 +28,12 @@ from moestro.parallel.world import ONE, World
 from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from moestro.training.metrics import write_atomic
 from moestro.training.optim import Optimizers
-from moestro.training.precision import resolve_dtype
+from moestro.training.precision import precision_from, resolve_precision
 
 TOKENIZER_SAMPLE = 20_000  # documents per domain to train a tokenizer on
 # a resumed run must not change these
 FIXED_TRAIN_KEYS = (
-    "start_from", "seed", "seq_len", "batch_size", "accumulate", "optimizer", "moments", "dtype", "mask_documents",
+    "start_from", "seed", "seq_len", "batch_size", "accumulate", "optimizer", "moments", "precision", "mask_documents",
 )  # fmt: skip
 Log = Callable[[str], None]
 
@@ -83,8 +83,8 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
         length, longest = config.train.seq_len, config.model.max_seq_len
         if length > longest:
             raise ConfigError(f"train.seq_len={length} exceeds model.max_seq_len={longest}")
-        dtype = resolve_dtype(config)
-        config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+        precision = resolve_precision(config)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     if config.train.batch_size % world.size:
         raise ConfigError(f"train.batch_size={config.train.batch_size} cannot be dealt out to {world.size} processes")
     if world.is_main:
@@ -119,12 +119,12 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
 
 
 def build_model(config: Config) -> tuple[Transformer, Optimizers]:
-    """A freshly initialised model with fp32 master weights, computing in `train.dtype`, and its optimizers.
+    """A freshly initialised model with fp32 master weights, computing in `train.precision`, and its optimizers.
 
     In stages: shapes only; memory in its final place and form; values, by name; optimizers.
     """
     with torch.device("meta"):
-        model = Transformer(config.model, "bf16" if config.train.dtype == "bf16" else "fp32")
+        model = Transformer(config.model, precision_from(config))
     model.to_empty(device="cpu")
     init_weights(model, config.train.seed)
     return model, Optimizers(model, config.train)
@@ -139,10 +139,10 @@ def replan(state: TrainState, config: Config, then: Config | None) -> TrainState
 
 def check_same_run(config: Config, saved: Config, run: Path) -> Config:
     """The configuration to resume with; ConfigError naming what differs from the saved run."""
-    if config.train.dtype == "auto":
-        train = config.train.model_copy(update={"dtype": saved.train.dtype})
+    if config.train.precision == "auto":
+        train = config.train.model_copy(update={"precision": saved.train.precision})
         config = config.model_copy(update={"train": train})
-    pairs = {name: (getattr(config, name), getattr(saved, name)) for name in ("model", "data")}
+    pairs = {name: (getattr(config, name), getattr(saved, name)) for name in ("model", "data", "fp8")}
     pairs |= {f"train.{k}": (getattr(config.train, k), getattr(saved.train, k)) for k in FIXED_TRAIN_KEYS}
     different = [name for name, (now, then) in pairs.items() if now != then]
     if different:

@@ -313,7 +313,7 @@ def test_a_run_has_the_name_of_the_folder_even_if_that_is_dots(
 ) -> None:
     (tmp_path / "books" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "books" / "inner")
-    code, _, err = call("train", "--data", "..", "--quiet", "train.dtype=fp32")  # not measured first
+    code, _, err = call("train", "--data", "..", "--quiet", "train.precision=fp32")  # not measured first
     assert code == 2 and "below .." in err
     assert [path.name for path in Path("runs").iterdir()] == ["books"]
 

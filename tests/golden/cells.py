@@ -96,7 +96,7 @@ def make_rows(step: int, parts: int) -> list[access.Rows]:
 def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
     """Train: losses and gradient norms of every step as exact numbers, and the loads of all steps added up."""
     parts = cell.train.get("accumulate", 1)
-    train = {"seq_len": SEQ_LEN, "batch_size": ROWS // parts, "dtype": cell.precision} | cell.train
+    train = {"seq_len": SEQ_LEN, "batch_size": ROWS // parts, "precision": cell.precision} | cell.train
     step = access.start({"model": MODEL | cell.model, "train": train}, cell.precision, fill)
     reports = [step(make_rows(number, parts), number) for number in range(steps)]
     return {

@@ -13,7 +13,7 @@ def test_measured_bf16_overrules_the_flag() -> None:
     assert slow.bf16_speedup == 0.5
     (advice,) = slow.problems()
     assert "0.50" in advice
-    assert "train.dtype=fp32" in advice
+    assert "train.precision=fp32" in advice
     assert dataclasses.replace(slow, bf16_gflops=600.0).problems() == []
 
 

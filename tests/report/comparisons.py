@@ -109,6 +109,6 @@ def realistic(seeds: int = 3, seconds: float = 600) -> list[dict[str, Any]]:
                 )
             )  # fmt: skip
     failed = record_of("no-shared=deepseek-v3", seeds - 1, "failed", scheme="deepseek-v3", num_experts=72, top_k=8)
-    error = "the loss was not finite in 20 steps one after the other; lower train.lr or set train.dtype to fp32"
+    error = "the loss was not finite in 20 steps one after the other; lower train.lr or set train.precision to fp32"
     records[-1] = {**records[-1], **failed, "error": error, "expert_dim": 64}
     return records

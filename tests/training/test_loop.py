@@ -260,7 +260,7 @@ def test_a_corpus_too_small_and_a_vocabulary_too_large_are_named(make_config: Ma
         train(make_config("data.tokenizer=builtin"), tmp_path / "b", quiet=True)
 
 
-@pytest.mark.parametrize("overrides", [["model.num_experts=0", "model.mtp_depth=0"], ["train.dtype=bf16"]])
+@pytest.mark.parametrize("overrides", [["model.num_experts=0", "model.mtp_depth=0"], ["train.precision=bf16"]])
 def test_dense_and_bf16_runs_work(make_config: Make, tmp_path: Path, overrides: list[str]) -> None:
     outcome = train(make_config("train.steps=3", *overrides), tmp_path / "run", quiet=True)
     assert outcome.step == 3 and outcome.evaluation is not None

@@ -1,4 +1,4 @@
-"""What `train.dtype=auto` becomes."""
+"""What `train.precision=auto` becomes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def test_the_shortest_time_decides(
     faster: str,
 ) -> None:
     times |= {"fp32": fp32, "bf16": bf16}
-    assert precision.resolve_dtype(make_config("train.dtype=auto")) == faster
+    assert precision.resolve_precision(make_config("train.precision=auto")) == faster
 
 
 def test_a_choice_is_not_measured(times: dict[str, list[float]], make_config: Callable[..., Config]) -> None:
-    assert precision.resolve_dtype(make_config("train.dtype=bf16")) == "bf16"
+    assert precision.resolve_precision(make_config("train.precision=bf16")) == "bf16"
 
 
 def test_where_bf16_is_slow_nothing_is_measured(
     monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config], times: dict[str, list[float]]
 ) -> None:
     monkeypatch.setattr(ops, "multiplies_bf16", lambda: False)
-    assert precision.resolve_dtype(make_config("train.dtype=auto")) == "fp32"
+    assert precision.resolve_precision(make_config("train.precision=auto")) == "fp32"
 
 
 @pytest.mark.parametrize("model", ["model.num_experts=8", "model.num_experts=0"])

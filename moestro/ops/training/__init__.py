@@ -3,10 +3,11 @@
     CPU tensors, and FakeTensors on the CPU    `operators.py`: the kernels if they can run and pay, else `fused.py`
     other devices                              `devices.py`, or `reference.py` if that reads nothing back to the host
     DTensors and other subclasses              `reference.py`: plain torch, which they carry out or refuse
+    any plain tensor, with an `Fp8Recipe`      `fp8.py`, as `reference_fp8.py` specifies
 
 `reference.py` is the specification, in plain and obvious torch. `MOESTRO_OPS=reference` uses it everywhere;
-`MOESTRO_OPS=fused` turns the kernels off. `precision` is the precision of a product ("fp32", "bf16"; None: the type of
-its rows). The parameter is given as it is, and its cast form is kept until it changes.
+`MOESTRO_OPS=fused` turns the kernels off. `precision` is the precision of a product ("fp32", "bf16", an `Fp8Recipe`;
+None: the type of its rows). The parameter is given as it is, and its cast form is kept until it changes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moestro import machine
 from moestro.ops import library
-from moestro.ops.precision import Precision, compute_dtype
-from moestro.ops.training import devices, operators, reference
+from moestro.ops.precision import Fp8Recipe, Precision, compute_dtype
+from moestro.ops.training import devices, fp8, operators, reference
 from moestro.ops.training.forms import forget as forget
 
 Matrices = Tensor | Sequence[Tensor]
@@ -29,10 +30,13 @@ Matrices = Tensor | Sequence[Tensor]
 def linear(x: Tensor, weight: Tensor, precision: Precision | None = None) -> Tensor:
     """See `reference.linear`."""
     x = _in(precision, x)
-    if not _takes(x, weight):
-        return reference.linear(x, weight)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = operators.LinearFunction.apply(rows, weight, "")
+    if isinstance(precision, Fp8Recipe):
+        out = fp8.linear(rows, weight, precision)
+    elif not _takes(x, weight):
+        return reference.linear(x, weight)
+    else:
+        out = operators.LinearFunction.apply(rows, weight, "")
     return out if x.dim() == 2 else out.view(*x.shape[:-1], len(weight))
 
 
@@ -42,6 +46,8 @@ def grouped_experts(
     """See `reference.grouped_experts`; gate_up and down may also be lists, a matrix [2F, D] and [D, F] per expert."""
     x = _in(precision, x)
     matrices = [gate_up, down] if isinstance(gate_up, Tensor) and isinstance(down, Tensor) else [*gate_up, *down]
+    if isinstance(precision, Fp8Recipe):
+        return fp8.experts(x, ids, weights, matrices, precision)
     if _takes(x, *matrices):
         out: Tensor = operators.ExpertsFunction.apply(x, ids, weights, "", *matrices)[0]
         return out
@@ -49,6 +55,17 @@ def grouped_experts(
     if _is_elsewhere(x):
         return devices.grouped_experts(x, gate_up.to(x.dtype), down.to(x.dtype), ids, weights)
     return reference.grouped_experts(x, gate_up, down, ids, weights)
+
+
+def mlp(x: Tensor, gate_up: Tensor, down: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """W_down(silu(W_gate x) ⊙ W_up x) in FP8: x [N, D], gate_up [2F, D] (gate rows first), down [D, F] -> [N, D].
+
+    One expert for every token: its rows are tokens in order.
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    ids = torch.zeros(len(rows), 1, dtype=torch.int64, device=x.device)
+    weights = torch.ones(ids.shape, device=x.device)
+    return grouped_experts(rows, [gate_up], [down], ids, weights, recipe).view(x.shape)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.ops.precision import Fp8Recipe
+
 
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Sort tokens by expert, then two grouped products: torch's own in bf16, else every expert on every choice."""
@@ -43,3 +45,22 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: flo
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
+
+
+def multiplies_fp8(a: Tensor, b: Tensor, recipe: Fp8Recipe) -> bool:
+    """Whether `fp8_product` takes these codes [M, K] and [N, K]: on a Hopper GPU, E4M3, in whole blocks."""
+    if a.device.type != "cuda" or torch.cuda.get_device_capability(a.device) != (9, 0):
+        return False
+    whole = a.shape[1] % 128 == 0 and len(b) % 16 == 0 and recipe.tile == "block"
+    return whole and recipe.accumulate == "fp32" and recipe.inputs == "e4m3"
+
+
+def fp8_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
+    """`reference_fp8.product` by torch's block-wise `scaled_mm`, weights in tiles of 1 x 128 that share a scale.
+
+    Not yet run on hardware; on a Hopper GPU, `pytest tests/ops/training/test_fp8.py -k hopper_gpu` tests it.
+    """
+    rows = F.ScalingType.BlockWise1x128
+    left, right = (codes.to(torch.float8_e4m3fn).contiguous() for codes in (a, b))
+    outer = [scales.T.contiguous().T for scales in (a_scales, b_scales)]  # laid out column by column
+    return F.scaled_mm(left, right.T, outer[0], rows, outer[1], rows, output_dtype=torch.float32)

@@ -28,7 +28,7 @@ def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     flat = ids.flatten()
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
+    inverse[order] = torch.arange(len(order), device=ids.device)
     counts = torch.bincount(flat, minlength=num_experts)[:num_experts]
     return order, inverse, F.pad(counts.cumsum(0), (1, 0))
 

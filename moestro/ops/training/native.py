@@ -72,7 +72,7 @@ def experts_forward(x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, w
     """See `fused.experts_forward`. The kernels get an address for every expert."""
     (n, hidden), top_k, width = x.shape, ids.shape[1], down[0].shape[-1]
     x, gate_up, down = x.contiguous(), [t.contiguous() for t in gate_up], [t.contiguous() for t in down]
-    tables = _addresses(gate_up, (2 * width, hidden)), _addresses(down, (hidden, width))
+    tables = addresses(gate_up, (2 * width, hidden)), addresses(down, (hidden, width))
     num_experts = len(tables[1])
     if len(tables[0]) != num_experts:
         raise ValueError(f"{len(tables[0])} matrices of gate and up for {num_experts} of down")
@@ -81,7 +81,7 @@ def experts_forward(x: Tensor, gate_up: Matrices, down: Matrices, ids: Tensor, w
     h, y = x.new_empty(len(order), 2 * width), x.new_empty(len(order), hidden)
     sizes = (num_experts, n, hidden, width, library.TYPES[x.dtype], torch.get_num_threads())
     library.call("moestro_experts_forward", y, h, x, *tables, token, by_slot, bounds, *sizes)
-    return _combine(y, inverse, bounds, top_k), h, order, inverse, bounds
+    return combine(y, inverse, bounds, top_k), h, order, inverse, bounds
 
 
 def experts_backward(
@@ -100,7 +100,7 @@ def experts_backward(
     gradients = [[torch.empty_like(t) for t in side] for side in (gate_up, down)]
     shapes = (2 * width, hidden), (hidden, width)
     of_weights, of_gradients = (
-        [_addresses(side, shape) for side, shape in zip(sides, shapes, strict=True)]
+        [addresses(side, shape) for side, shape in zip(sides, shapes, strict=True)]
         for sides in ((gate_up, down), gradients)
     )
     token, by_slot = order // top_k, weights.flatten()[order].float()
@@ -109,10 +109,10 @@ def experts_backward(
     operands = (*of_gradients, d_out, x, h, *of_weights, token, by_slot, bounds)
     library.call("moestro_experts_backward", dx, d_weights, *operands, *sizes)
     by_choice = d_weights[inverse].view(weights.shape).to(weights.dtype)
-    return _combine(dx, inverse, bounds, top_k), by_choice, [*gradients[0], *gradients[1]]
+    return combine(dx, inverse, bounds, top_k), by_choice, [*gradients[0], *gradients[1]]
 
 
-def _addresses(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+def addresses(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
     """Addresses [E] of contiguous matrices, given one by one or as one stack; ValueError for other shapes."""
     if any(part.shape[-2:] != shape or part.dim() != parts[0].dim() for part in parts):
         raise ValueError(f"experts of {[list(part.shape) for part in parts[:3]]} where each is {list(shape)}")
@@ -122,7 +122,7 @@ def _addresses(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
     return torch.arange(len(stack)).mul_(shape[0] * shape[1] * stack.itemsize).add_(stack.data_ptr())
 
 
-def _combine(slots: Tensor, inverse: Tensor, bounds: Tensor, top_k: int) -> Tensor:
+def combine(slots: Tensor, inverse: Tensor, bounds: Tensor, top_k: int) -> Tensor:
     """Sum the slots of every token: slots [N·A, D], inverse [N·A] the slot of each choice -> [N, D].
 
     Slots from bounds[-1] on belong to dropped choices and are not read.
