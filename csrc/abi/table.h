@@ -64,7 +64,7 @@ inline int64_t fp8_row_bytes(int64_t coded, int64_t width) {
     return coded + (coded + FP8_TILE - 1) / FP8_TILE * 4 + (width - coded) * 2;
 }
 
-struct Fp8Rows {
+struct Fp8CacheRows {
     char *pages;
     const void *x;
     const int64_t *slots;
@@ -80,7 +80,7 @@ struct PagedAttention {
     const int32_t *selection;
     int64_t selected;
     float scale;
-    bool fp8;  // pages of Fp8Rows; page_width counts their values
+    bool fp8;  // pages of FP8 rows; page_width counts their values
 };
 
 struct Rope {
@@ -209,7 +209,7 @@ struct Kernels {
     int (*packed_linear)(const PackedLinear &, int kind, int type, int threads);
     int (*packed_experts)(const PackedExperts &, int kind, int type, int threads);
     int (*paged_attention)(const PagedAttention &, int type, int threads);
-    void (*store_fp8_rows)(const Fp8Rows &, int type, int threads);
+    void (*store_fp8_rows)(const Fp8CacheRows &, int type, int threads);
     void (*rms_norm)(void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type,
                      int weight_type, int threads);
     void (*swiglu)(void *out, const void *gate_up, int64_t rows, int64_t width, int type, int threads);

@@ -60,7 +60,7 @@ extern const Kernels KERNELS = {
     [](const PagedAttention &p, int type, int threads) {
         return type == MOESTRO_FLOAT32 ? paged_attention<float>(p, threads) : paged_attention<uint16_t>(p, threads);
     },
-    [](const Fp8Rows &p, int type, int threads) {
+    [](const Fp8CacheRows &p, int type, int threads) {
         type == MOESTRO_FLOAT32 ? store_fp8_rows<float>(p, threads) : store_fp8_rows<uint16_t>(p, threads);
     },
     [](void *out, const void *x, const void *weight, int64_t rows, int64_t width, float eps, int type, int weight_type,

@@ -44,17 +44,14 @@ template <Mode MODE, bool ROUNDED> struct CodedProduct {
     }
     // Replaces a tile by its codes and returns its scale: NaN if a value is not finite.
     static float round_tile(float *v) {
-        int32_t bits[UNIT], most = 0;  // bits of magnitudes: NaN is the largest of all
-        memcpy(bits, v, sizeof bits);
-        for (int64_t i = 0; i < UNIT; i++) most = std::max(most, bits[i] & 0x7fffffff);
-        float largest;
-        memcpy(&largest, &most, 4);
+        uint32_t most = bits_of(FP8_LEAST_ACTIVATION);  // bits of magnitudes: NaN is the largest of all
+        for (int64_t i = 0; i < UNIT; i++) most = std::max(most, bits_of(v[i]) & 0x7fffffff);
         if (most >= 0x7f800000) {
             std::fill(v, v + UNIT, 0.0f);
-            return std::nanf("");
+            return NAN;
         }
-        const float scale = scale_e4m3(std::max(largest, FP8_LEAST_ACTIVATION));
-        for (int64_t i = 0; i < UNIT; i++) v[i] = round_e4m3(v[i] / scale);
+        const float scale = choose_scale(most, E4M3::LARGEST, false);
+        for (int64_t i = 0; i < UNIT; i++) v[i] = E4M3::round(v[i] / scale, v[i]);
         return scale;
     }
 

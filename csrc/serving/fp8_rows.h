@@ -10,23 +10,17 @@ namespace {
 template <class T> float store_tile(char *codes, const T *x, int64_t count) {
     float v[FP8_TILE];
     uint8_t to[FP8_TILE];
-    uint32_t most = 0;  // compared as bits, NaN is the largest
+    uint32_t most = bits_of(FP8_LEAST_ACTIVATION);  // compared as bits, NaN is the largest
     for (int64_t j = 0; j < count; j++) v[j] = load_value(x + j);
-    for (int64_t j = 0; j < count; j++) {
-        uint32_t bits;
-        memcpy(&bits, v + j, 4);
-        most = std::max(most, bits & 0x7fffffff);
-    }
-    float amax;
-    memcpy(&amax, &most, 4);
-    const float scale = (amax < FP8_LEAST_ACTIVATION ? FP8_LEAST_ACTIVATION : amax) / FP8_LARGEST;
+    for (int64_t j = 0; j < count; j++) most = std::max(most, bits_of(v[j]) & 0x7fffffff);
+    const float scale = float_of(most) / E4M3::LARGEST;
 #pragma omp simd
-    for (int64_t j = 0; j < count; j++) to[j] = to_e4m3(v[j] / scale);
+    for (int64_t j = 0; j < count; j++) to[j] = to_e4m3(E4M3::round(v[j] / scale, v[j]));
     memcpy(codes, to, count);
     return scale;
 }
 
-template <class T> void store_fp8_rows(const Fp8Rows &a, int threads) {
+template <class T> void store_fp8_rows(const Fp8CacheRows &a, int threads) {
     const int64_t bytes = fp8_row_bytes(a.coded, a.width);
     for_rows(a.num_rows, a.width, threads, [&](int64_t i) {
         const T *x = static_cast<const T *>(a.x) + i * a.width;
@@ -46,7 +40,7 @@ template <class T> void store_fp8_rows(const Fp8Rows &a, int threads) {
 inline void store_vector(float *to, Isa::Vector v) { Isa::store_any(to, v); }
 inline void store_vector(uint16_t *to, Isa::Vector v) { Isa::store_bf16(to, v); }
 
-// code · scale, multiplied in fp32 and rounded once. Scales are at least FP8_LEAST_ACTIVATION / FP8_LARGEST, so nothing
+// code · scale, multiplied in fp32 and rounded once. Scales are at least FP8_LEAST_ACTIVATION / 448, so nothing
 // is subnormal in fp32, and codes are NaN only where the scale is not finite.
 template <class T> void widen_tile(T *to, const char *codes, int64_t count, float scale) {
     const float by = std::isfinite(scale) ? scale * 256 : NAN;
