@@ -72,7 +72,7 @@ def find_stored(
         if scale in headers:
             raise CheckpointError(f"{header.path}: {name} is stored as {header.dtype}, but has the scale {scale}")
         return Stored((name, header.path), start, tuple(shape), FLOAT_FORMATS[header.dtype], header.nbytes)
-    if scheme is None or header.dtype != code_type(scheme) or len(shape) < 2:
+    if scheme is None or (found, header.dtype) != (packed, code_type(scheme)) or len(shape) < 2:
         announced = "has no quantization_config" if scheme is None else f"announces {scheme}"
         raise CheckpointError(f"{header.path}: {found} is stored as {header.dtype}, and config.json {announced}")
     _check_shape(found, header, code_shape(scheme, shape))
