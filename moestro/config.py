@@ -234,9 +234,7 @@ class TrainConfig(Frozen):
     mask_documents: bool = True
     checkpoint_every: int = Field(200, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
-    save_dtype: Literal["fp32", "bf16", "fp8"] = Field(
-        "fp32", description="of checkpoints; what a resume needs is kept"
-    )
+    save_dtype: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="of checkpoints; resumes stay exact")
     eval_every: int = Field(100, gt=0)
     eval_tokens: int = Field(65536, gt=0, description="validation tokens per domain while training")
     threads: int = Field(0, ge=0, le=1024, description="set by commands; 0: every core they may use")

@@ -130,23 +130,21 @@ def as_values(rows: Tensor | Codes, dtype: torch.dtype) -> Tensor:
 
 
 def cut_rows(parts: list[Tensor | Codes], start: int, count: int) -> Tensor | Codes:
-    """`count` rows from `start` on, of rows in several tensors; codes stay codes if the cut falls between blocks."""
-    row = 0
-    for part in parts:
-        codes = part.codes if isinstance(part, Codes) else part
-        offset, row = start - row, row + len(codes)
-        if offset >= 0 and start + count <= row:
-            return _slice_part(part, offset, count)
-    return torch.cat([as_values(part, torch.float32) for part in parts])[start : start + count]
-
-
-def _slice_part(part: Tensor | Codes, offset: int, count: int) -> Tensor | Codes:
+    """`count` rows from `start` on, all within one of the tensors; codes stay codes if the cut is between blocks."""
+    at = 0
+    while start >= (height := len(_stored(parts[at]))):
+        start, at = start - height, at + 1
+    part = parts[at]
     if not isinstance(part, Codes):
-        return part[offset : offset + count]
-    height = part.block[0]
-    if count == len(part.codes):
+        return part[start : start + count]
+    if count == height:
         return part
-    if offset % height:
-        return part.values()[offset : offset + count]
-    scales = part.scales[offset // height : -(-(offset + count) // height)]
-    return Codes(part.format, part.codes[offset : offset + count], scales, part.block)
+    side = part.block[0]
+    if start % side:
+        return part.values()[start : start + count]
+    scales = part.scales[start // side : -(-(start + count) // side)]
+    return Codes(part.format, part.codes[start : start + count], scales, part.block)
+
+
+def _stored(rows: Tensor | Codes) -> Tensor:
+    return rows.codes if isinstance(rows, Codes) else rows

@@ -47,9 +47,9 @@ class Stored:
 
     @property
     def names(self) -> set[str]:
-        """The names of all its tensors, and of the scale of activations that may come with codes and is not used."""
-        module = self.place[0].rpartition(".")[0]
-        return {place[0] for place in (self.place, self.scale, self.sizes) if place} | {f"{module}.input_scale"}
+        """The names of all its tensors; the scale of activations that may come with codes is not used."""
+        names = {place[0] for place in (self.place, self.scale, self.sizes) if place is not None}
+        return names if self.scale is None else {*names, f"{self.place[0].rpartition('.')[0]}.input_scale"}
 
 
 def find_stored(
@@ -60,33 +60,31 @@ def find_stored(
     CheckpointError if it has another type or shape, is FP8 without a scale, or has a scale that is not its own.
     """
     scale = f"{name}{scheme.suffix}" if scheme is not None else ""
-    coded = f"{name}_packed" if scheme is not None and scheme.format == "int4" else name
-    header = headers.get(coded) or headers.get(name)
+    packed = f"{name}_packed" if scheme is not None and scheme.format == "int4" else name
+    found = packed if packed in headers else name
+    header = headers.get(found)
     if header is None:
         if scale in headers:
-            raise CheckpointError(f"{headers[scale].path} has the scale {scale}, but no file has {coded}")
+            raise CheckpointError(f"{headers[scale].path} has the scale {scale}, but no file has {packed}")
         return None
-    if header.dtype in FLOAT_FORMATS and name in headers:
+    if header.dtype in FLOAT_FORMATS and found == name:
         _check_shape(name, header, shape)
         if scale in headers:
             raise CheckpointError(f"{header.path}: {name} is stored as {header.dtype}, but has the scale {scale}")
         return Stored((name, header.path), start, tuple(shape), FLOAT_FORMATS[header.dtype], header.nbytes)
-    if scheme is None or header.dtype != code_type(scheme) or len(shape) < 2:
-        wanted = "config.json has no quantization_config" if scheme is None else f"config.json announces {scheme}"
-        raise CheckpointError(f"{header.path}: {coded} is stored as {header.dtype}, and {wanted}")
-    _check_shape(coded, header, code_shape(scheme, shape))
+    if scheme is None or (found, header.dtype) != (packed, code_type(scheme)) or len(shape) < 2:
+        announced = "has no quantization_config" if scheme is None else f"announces {scheme}"
+        raise CheckpointError(f"{header.path}: {found} is stored as {header.dtype}, and config.json {announced}")
+    _check_shape(found, header, code_shape(scheme, shape))
     if scale not in headers:
-        raise CheckpointError(f"{header.path}: {coded} is quantised, but no file has its scale {scale}")
+        raise CheckpointError(f"{header.path}: {found} is quantised, but no file has its scale {scale}")
     factors = headers[scale]
     if not fits_as_scales(scheme, factors.dtype, factors.shape, shape):
-        found, wanted = (
-            f"{list(factors.shape)} of {factors.dtype}",
-            f"{list(scheme.grid(shape))} for {list(shape)} values",
-        )
-        raise CheckpointError(f"{factors.path}: {scale} is {found}, expected {wanted} in {scheme}")
+        held, wanted = f"{list(factors.shape)} of {factors.dtype}", f"{list(scheme.grid(shape))}, {scheme}"
+        raise CheckpointError(f"{factors.path}: {scale} is {held}; {list(shape)} values need {wanted}")
     sizes = f"{name}_shape" if f"{name}_shape" in headers and scheme.format == "int4" else None
     return Stored(
-        (coded, header.path), start, tuple(shape), scheme.format, header.nbytes + factors.nbytes,
+        (found, header.path), start, tuple(shape), scheme.format, header.nbytes + factors.nbytes,
         (scale, factors.path), (sizes, headers[sizes].path) if sizes else None,
     )  # fmt: skip
 

@@ -271,7 +271,10 @@ def test_words_of_int4_are_checked(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors[f"{KV}_shape"].copy_(torch.tensor([256, 576])))
     with pytest.raises(CheckpointError, match=rf"{KV}_shape is not \[576, 256\]"):
         load_model(directory)
-    edit_tensors(directory, lambda tensors: tensors.pop(f"{KV}_packed"))
+    edit_tensors(directory, lambda tensors: tensors.update({KV: tensors.pop(f"{KV}_packed")}))
+    with pytest.raises(CheckpointError, match=f"{KV} is stored as I32"):
+        load_model(directory)
+    edit_tensors(directory, lambda tensors: tensors.pop(KV))
     with pytest.raises(CheckpointError, match=f"no file has {KV}_packed"):
         load_model(directory)
 
