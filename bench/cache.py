@@ -108,9 +108,9 @@ def show_speed(directory: str, most: int, rounds: int, count: int) -> None:
     print(f"{'context':>7} {'cache':<5} {'tokens/s':>9} {'spread':>13} {'ratio':>6}")
     for context in (c for c in CONTEXTS if c + count < most):
         speeds: dict[str, list[float]] = {cache: [] for cache in CACHES}
-        for _ in range(rounds + 1):
-            for cache, worker in workers.items():
-                speeds[cache].append(count / worker.ask([context, count]))
+        for turn in range(rounds + 1):
+            for cache in CACHES[:: 1 if turn % 2 else -1]:
+                speeds[cache].append(count / workers[cache].ask([context, count]))
         middle = {cache: statistics.median(values[1:]) for cache, values in speeds.items()}  # the first warms up
         for cache, (_, *values) in speeds.items():
             spread, ratio = f"{min(values):.1f}–{max(values):.1f}", middle[cache] / middle[CACHES[0]]
