@@ -5,8 +5,8 @@
 
 Quality: documents of SRC (`train --data`; the built-in text without it) are joined and cut into rows of 4096 tokens, or
 of the model's length, and each row is scored with both caches. By position in the row, that is by context, are printed
-the bits per byte, their relative change, and the share of tokens that both caches find likeliest. With random weights
-only the changes say anything.
+the bits per byte, their relative change, and the share of tokens that both caches find likeliest. Random weights choose
+experts and tokens by hair's breadths, so there only bytes and speed say anything.
 
 Speed: greedy decoding of one stream, `--tokens` tokens after a prompt of `context` tokens. A cache is a process of its
 own that waits while the other runs; a round asks each for every context. Prompts are found again after the first round.
