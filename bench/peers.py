@@ -49,7 +49,8 @@ CASES = {
     "decode-16": Case("decode 16 streams", 16, 16),
     "prefill": Case("prefill 512", 1, 512, prefill=True),
 }
-FORMATS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # our weights and the GGUF type of the same width
+# our weights and the GGUF type of the same width
+FORMATS = {"bf16": "bf16", "int8": "q8_0", "fp8": "q8_0", "int4": "q4_0"}
 BITS = {"bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}  # a weight
 LLAMA = "llama-batched-bench"
 
@@ -218,9 +219,11 @@ def find_modes(options: argparse.Namespace, threads: int) -> tuple[list[Mode], l
         modes.append(
             Mode(f"moestro {format}", format, partial(ask_worker, serve.__file__, f"moestro {format}", options.model))
         )
-        file = options.gguf.get(FORMATS[format])
+        file, name = options.gguf.get(FORMATS[format]), f"llama.cpp {FORMATS[format]}"
+        if any(mode.name == name for mode in modes):
+            continue
         if program and file and file.is_file():
-            modes.append(Mode(f"llama.cpp {FORMATS[format]}", format, partial(ask_llama, program, file, threads)))
+            modes.append(Mode(name, format, partial(ask_llama, program, file, threads)))
         elif program:
             missing.append(f"llama.cpp {FORMATS[format]}: {file or 'no such file was given (--gguf)'}")
     if not program:

@@ -3,7 +3,7 @@
     python bench/products.py [--rounds 15] [--only linear experts heads attention] [--rows 1 4 16 64 512]
 
 The limit of a call is the larger of its bytes over the measured read bandwidth and its operations over the measured
-bf16 product peak (fp32's for fp32; twice bf16's for int8 and int4, whose instruction does twice the work).
+bf16 product peak (twice that for int8 and int4, whose instruction does twice the work).
 Weights are taken in turn from more memory than the caches hold, so that few rows pay for reading them. Printed:
 median and best time of a call, and the rates and shares at the median.
 """
@@ -28,6 +28,7 @@ from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 from moestro.routing.selection import Selection
 
 HIDDEN, EXPERTS, WIDTH, TOP_K, HEADS, LATENT, ROPE, NOPE, VALUE = 2048, 64, 1408, 6, 16, 512, 64, 128, 128
+FORMATS = ("bf16", "int8", "fp8", "int4")
 PAST_CACHES = 160 * 2**20  # bytes of weights that are taken in turn
 CONTEXTS = (512, 4096)
 
@@ -53,7 +54,7 @@ def linear_cases(rows: list[int]) -> Iterator[Case]:
     """The projections of a layer, of which the smallest one is hardest to keep busy."""
     for name, out, inner in (("q, kv down", 16 * 192 + 576, HIDDEN), ("out", HIDDEN, HEADS * VALUE)):
         weight = random(out, inner) / inner**0.5
-        for format in ("bf16", "int8", "int4"):
+        for format in FORMATS:
             first = PackedLinear.pack(weight, format)
             copies = [first, *(PackedLinear.pack(weight, format) for _ in range(PAST_CACHES // first.nbytes))]
             for n in rows:
@@ -66,7 +67,7 @@ def expert_cases(rows: list[int]) -> Iterator[Case]:
     gate_up, down = random(EXPERTS, 2 * WIDTH, HIDDEN), random(EXPERTS, HIDDEN, WIDTH)
     for weight in (gate_up, down):
         weight /= weight.shape[2] ** 0.5
-    for format in ("bf16", "int8", "int4"):
+    for format in FORMATS:
         packed = PackedExperts.pack(gate_up, down, format)
         for n in rows:
             choices = [torch.rand(n, EXPERTS).topk(TOP_K).indices for _ in range(16)]
@@ -149,7 +150,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(machine.usable_threads())
     limits, described = measure_limits(6), machine.describe_machine()
-    peaks = {"fp32": limits.fp32, "bf16": limits.bf16}
+    peaks = {"fp32": limits.fp32, "bf16": limits.bf16, "fp8": limits.bf16}
     print(f"{described.cpu}, {described.threads} threads, kernels {library.current_isa() or 'none: plain torch'}")
     print(f"{limits}\n")
     print(f"{'':<15} {'':<5} {'rows':>5} {'median':>10} {'best':>10} {'GB/s':>7} {'GFLOP/s':>8} {'of limit':>9}")
