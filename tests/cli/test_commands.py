@@ -131,6 +131,24 @@ def test_packed_weights_answer_as_what_they_were_packed_from(call: Call, tiny_ru
         assert (code, out, err.count("\n")) == (2, "", 1) and named in err
 
 
+def test_fp8_weights_are_served_as_they_are(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    fp8, packed, asked = tmp_path / "fp8", tmp_path / "packed", ("--prompt", "the cat", "--max-tokens", 6, "--json")
+    call("convert", tiny_run, fp8, "--to", "fp8")
+    ids = last_json(call("generate", fp8, *asked))["ids"]
+    kept = last_json(call("pack", fp8, "--out", packed, "--json"))
+    assert kept["weights"] == "fp8" and last_json(call("generate", packed, *asked))["ids"] == ids
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat\n" * 9)
+    bits = [
+        last_json(call("eval", fp8, "--data", text, "--split", "all", *options, "--json"))["bits_per_byte"]
+        for options in ((), ("--weights", "bf16"), ("--weights", "int8"), ("--activations", "fp8", "--cache", "fp8"))
+    ]
+    assert bits[0] != bits[3] and all(one == pytest.approx(bits[0], rel=0.01) for one in bits)
+    code, _, err = call("generate", tiny_run, *asked, "--activations", "fp8")
+    assert code == 2 and "activations in fp8 need weights in fp8, and these are fp32" in err
+    assert call("generate", tiny_run, *asked, "--weights", "fp8", "--activations", "fp8")[0] == 0
+
+
 def test_fp8_weights_are_written_inspected_and_used(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     fp8, text = tmp_path / "fp8", tmp_path / "text.txt"
     tree = last_json(call("convert", tiny_run, fp8, "--to", "fp8", "--scale", "ue8m0", "--json"))
