@@ -107,7 +107,7 @@ template <class T> int check_head(int64_t rows, int64_t vocabulary, int64_t widt
 
 // Bytes of a packed matrix, from the table in moestro/ops/serving/formats.py.
 int64_t packed_bytes(int64_t m, int64_t k, int kind) {
-    const int64_t length[] = {1, 2, 64, 32}, bytes[] = {256, 256, 4224, 1152};
+    const int64_t length[] = {1, 2, 64, 32, 128, 128}, bytes[] = {256, 256, 4224, 1152, 8448, 8448};
     return (m + 63) / 64 * ((k + length[kind] - 1) / length[kind]) * bytes[kind];
 }
 
@@ -115,6 +115,13 @@ template <class T> int check_pack(int64_t m, int64_t k, int kind) {
     const auto x = random_vector<T>(m * k);
     std::vector<char> panels(packed_bytes(m, k, kind));
     return moestro_pack(panels.data(), x.data(), m, k, kind, TYPE<T>, 2);
+}
+
+int check_pack_codes(int64_t m, int64_t k) {
+    const std::vector<uint8_t> codes(m * k, 0x38);
+    const auto scales = random_vector<float>(m * ((k + 127) / 128));
+    std::vector<char> panels(packed_bytes(m, k, MOESTRO_KIND_FP8));
+    return moestro_pack_codes(panels.data(), codes.data(), scales.data(), m, k, 2);
 }
 
 // Any bytes are a valid packed matrix; those of floats and scales are made small here.
@@ -412,10 +419,14 @@ template <class T> int check_serving() {
         bad |= check_route(3, 37, 1, 1, 5, function) | check_route(300, 64, 8, 3, 8, function) |
                check_route(2, 1, 1, 1, 1, function) | check_route(0, 4, 2, 1, 2, function);
     for (int64_t rows : {0, 1, 9}) bad |= check_run(rows);
-    for (int kind = 0; kind < 4; kind++) {
-        for (int64_t k : {0, 1, 15, 16, 33, 64, 131})
+    for (int64_t k : {0, 1, 3, 128, 300})
+        bad |= check_pack_codes(0, k) | check_pack_codes(1, k) | check_pack_codes(64, k) | check_pack_codes(130, k);
+    for (int kind = 0; kind < 6; kind++) {
+        for (int64_t k : {0, 1, 15, 16, 33, 64, 131}) {
+            if (kind >= MOESTRO_KIND_FP8) break;  // packed from codes
             bad |= check_pack<T>(0, k, kind) | check_pack<T>(1, k, kind) | check_pack<T>(64, k, kind) |
                    check_pack<T>(130, k, kind);
+        }
         for (int64_t n : {0, 1, 5, 7, 25, 101})
             bad |= check_linear<T>(1, n, 70, 67, kind) | check_linear<T>(3, n, 33, 64, kind);
         bad |= check_linear<T>(1, 2, 1, 1, kind) | check_linear<T>(1, 2, 3, 0, kind) |
