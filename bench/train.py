@@ -166,8 +166,9 @@ def compare(rounds: int, steps: int, names: list[str], rows: int) -> None:
     peers = [name for name in names if name.startswith("transformers")]
     best_bf16 = max((medians[n] for n in peers if "bf16" in n), default=float("nan"))
     best = max((medians[n] for n in peers), default=float("nan"))
+    print()
     print(
-        f"\n{'mode':<36} {'tok/s':>7} {'min':>7} {'max':>7} {'/ best bf16':>11} {'/ best':>7} {'of peak':>8} {'kept':>5}"
+        f"{'mode':<36} {'tok/s':>7} {'min':>7} {'max':>7} {'/ best bf16':>11} {'/ best':>7} {'of peak':>8} {'kept':>5}"
     )
     for name, values in speeds.items():
         share = 6 * size.active_without_embedding * medians[name] / peak / 1e9
