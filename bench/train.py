@@ -5,9 +5,9 @@
     python bench/train.py --sweep                # how our tokens/s falls with experts, top-k, sequence length
 
 Each mode is a process of its own that waits while the others run; a round gives every mode its steps in turn. Printed:
-median tokens/s, spread, the ratio to the best transformers mode, and the share of the machine's product peak, measured
-in registers, that 6·N_active·tokens/s makes. `dense` modes are our own dense model of equal active size. `kept` modes
-tell malloc to keep freed memory, as `moestro train` always does.
+median tokens/s, spread, the ratio to the best transformers mode, the share of the machine's product peak, measured in
+registers, that 6·N_active·tokens/s makes, and for ours the bytes per token that a forward pass keeps. `dense` modes are
+our own dense model of equal active size. `kept` modes tell malloc to keep freed memory, as `moestro train` always does.
 A mode holds 2 to 4 GiB; the seven fit into 24. transformers' third implementation, `batched_mm`, copies an expert per
 token and does not.
 """
@@ -45,12 +45,14 @@ MODES: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def our_step(dtype: str, model_tree: dict[str, Any], rows: int, length: int) -> Callable[[], None]:
-    """A function that trains one step of ours on random tokens."""
+def our_step(dtype: str, model_tree: dict[str, Any], rows: int, length: int) -> tuple[Callable[[], None], int]:
+    """A function that trains one step of ours on random tokens, and the bytes per token kept for the backward pass."""
     import torch
 
     from moestro.config import build_config
     from moestro.data.batches import Batch
+    from moestro.model.attention import AttentionBatch
+    from moestro.model.transformer import Targets
     from moestro.training.prepare import build_model
     from moestro.training.step import train_step
 
@@ -72,7 +74,27 @@ def our_step(dtype: str, model_tree: dict[str, Any], rows: int, length: int) -> 
             bias_speed=1e-3,
         )
 
-    return step
+    def forward() -> None:
+        model(tokens[:, :-1].flatten(), AttentionBatch.causal(rows, length), targets=[Targets(tokens[:, 1:].flatten())])
+
+    return step, count_kept(forward, {p.untyped_storage().data_ptr() for p in model.parameters()}) // (rows * length)
+
+
+def count_kept(forward: Callable[[], None], parameters: set[int]) -> int:
+    """Bytes of the memory that autograd keeps after a forward pass, each counted once, without parameters."""
+    import torch
+
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def hf_step(dtype: str, experts: str, rows: int, length: int) -> Callable[[], None]:
@@ -101,12 +123,13 @@ def hf_step(dtype: str, experts: str, rows: int, length: int) -> Callable[[], No
 def work(mode: str, model_tree: dict[str, Any], rows: int, length: int) -> None:
     """The worker: one warm-up step, then one timed step for every line on standard input."""
     kind, dtype, *rest = mode.split(":")
+    kept = 0
     if kind == "hf":
         step = hf_step(dtype, rest[0], rows, length)
     else:
-        step = our_step(dtype, model_tree | (DENSE if kind == "dense" else {}), rows, length)
+        step, kept = our_step(dtype, model_tree | (DENSE if kind == "dense" else {}), rows, length)
     step()
-    answer("ready")
+    answer(kept)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -143,11 +166,15 @@ def compare(rounds: int, steps: int, names: list[str], rows: int) -> None:
     peers = [name for name in names if name.startswith("transformers")]
     best_bf16 = max((medians[n] for n in peers if "bf16" in n), default=float("nan"))
     best = max((medians[n] for n in peers), default=float("nan"))
-    print(f"\n{'mode':<36} {'tok/s':>7} {'min':>7} {'max':>7} {'/ best bf16':>11} {'/ best':>7} {'of peak':>8}")
+    print()
+    print(
+        f"{'mode':<36} {'tok/s':>7} {'min':>7} {'max':>7} {'/ best bf16':>11} {'/ best':>7} {'of peak':>8} {'kept':>5}"
+    )
     for name, values in speeds.items():
         share = 6 * size.active_without_embedding * medians[name] / peak / 1e9
         print(f"{name:<36} {medians[name]:>7.0f} {min(values):>7.0f} {max(values):>7.0f} "
-              f"{medians[name] / best_bf16:>11.2f} {medians[name] / best:>7.2f} {share:>8.1%}")  # fmt: skip
+              f"{medians[name] / best_bf16:>11.2f} {medians[name] / best:>7.2f} {share:>8.1%} "
+              f"{workers[name].greeting or '':>5}")  # fmt: skip
 
 
 def sweep(rounds: int) -> None:

@@ -502,6 +502,8 @@ template <class T> int check_type() {
 
 }  // namespace
 
+#include "abi/check_fp8.h"
+
 int main() {
     int paths = 0;
     for (const char *isa : MOESTRO_ISAS) {
@@ -511,6 +513,9 @@ int main() {
             return std::printf("%s: wrong\n", isa), 1;
         if (check_documents<float>() | check_documents<uint16_t>() | check_training<float>() |
             check_training<uint16_t>())
+            return std::printf("%s: wrong\n", isa), 1;
+        if (check_fp8(40, 33, 70, {0, 130, 3}) | check_fp8(300, 140, 129, {257}) | check_fp8(5, 1, 1, {0, 2}) |
+            check_fp8(1100, 65, 600, {1030, 1}))
             return std::printf("%s: wrong\n", isa), 1;
     }
     std::printf("%d paths\n", paths);

@@ -40,7 +40,7 @@ def train(
     preset
         A shipped configuration: demo, small, deepseek-v3, …
     config
-        A TOML or JSON file with sections [model], [train], [data].
+        A TOML or JSON file with sections [model], [train], [data], [fp8].
     depth
         One dial for size: the number of layers sets width, heads, experts, learning rate and steps.
     data

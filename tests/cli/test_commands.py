@@ -231,6 +231,8 @@ MISTAKES = [
     ("train", "--data", "/nowhere/texts", "--out", "{tmp}/a", "--quiet"),
     ("train", "model.hiden_dim=3"),
     ("train", "train.steps=soon"),
+    ("train", "train.precision=fp4"),
+    ("train", "fp8.transpose=none"),
     ("train", "steps"),
     ("train", "--no-such-flag"),
     ("generate", "/nowhere", "--prompt", "x"),

@@ -50,7 +50,7 @@ def test_a_run_learns(fp8_run: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_bits(
     make_config: Make, fp8_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, original = 0, loop.train_step
+    calls, original = 0, train_step
 
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -87,9 +87,16 @@ def one_step(config: Config, *, parts: int = 1) -> tuple[float, dict[str, torch.
     rows, length = 4, 33
     tokens = torch.arange(rows * length).view(rows, length) * 7 % config.model.vocab_size
     batches = [Batch(t, torch.zeros_like(t)) for t in tokens.split(rows // parts)]
-    numbers = {"lr": 1e-3, "mtp_weight": 0.3, "bias_speed": 1e-3}
-    token_bytes = torch.ones(config.model.vocab_size, dtype=torch.int64)
-    result = train_step(model, optimizers, batches, config.train, token_bytes=token_bytes, **numbers)
+    result = train_step(
+        model,
+        optimizers,
+        batches,
+        config.train,
+        token_bytes=torch.ones(config.model.vocab_size, dtype=torch.int64),
+        lr=1e-3,
+        mtp_weight=0.3,
+        bias_speed=1e-3,
+    )
     return result.loss, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -170,7 +170,8 @@ def near(found: Sequence[Tensor | None], expected: Sequence[Tensor], least: floa
     """Equal but for sums in another order, which now and then round an activation or a code the other way."""
     for got, want in zip(found, expected, strict=True):
         assert got is not None and got.shape == want.shape
-        assert float((got.float() - want.float()).norm()) <= least * float(want.float().norm())
+        error, size = ((got.float() - want.float()).norm(), want.float().norm())
+        assert error.item() <= least * size.item()
 
 
 @pytest.mark.usefixtures("path")
@@ -204,7 +205,7 @@ def test_experts_are_as_specified(recipe: Fp8Recipe, stacked: bool) -> None:
     leaves = [torch.nn.Parameter(m.clone()) for stack in (gate_up, down) for m in ([stack] if stacked else stack)]
     half = len(leaves) // 2
     given = leaves if stacked else (leaves[:half], leaves[half:])
-    out = ops.grouped_experts(x, given[0], given[1], ids, weights, recipe)  # type: ignore[arg-type]
+    out = ops.grouped_experts(x, given[0], given[1], ids, weights, recipe)
     out.backward(dy)
     grads = [leaf.grad for leaf in leaves]
     of_stacks = grads if stacked else [torch.stack(grads[:half]), torch.stack(grads[half:])]  # type: ignore[arg-type]
@@ -214,7 +215,7 @@ def test_experts_are_as_specified(recipe: Fp8Recipe, stacked: bool) -> None:
     near([x.grad, weights.grad, *of_stacks], found)
     exact_x, exact_weights = (t.detach().float().requires_grad_() for t in (x, weights))
     exact = [gate_up.requires_grad_(), down.requires_grad_()]
-    exact_out = ops.grouped_experts(exact_x, *exact, ids, exact_weights, "fp32")
+    exact_out = ops.grouped_experts(exact_x, exact[0], exact[1], ids, exact_weights, "fp32")
     exact_out.backward(dy.float())
     near([out], [exact_out], 0.12)
     near([x.grad, weights.grad, *of_stacks], [t.grad for t in (exact_x, exact_weights, *exact)], 0.12)  # type: ignore[misc]
@@ -268,11 +269,16 @@ def test_hopper_sums_are_added_at_every_promotion(monkeypatch: pytest.MonkeyPatc
     assert seen and all(length == promote and columns % promote == 0 for columns, length in seen)
 
 
-def saved_tensors(run: object) -> list[Tensor]:
+def saved_tensors(run: Callable[[], object]) -> list[Tensor]:
     """What autograd keeps while `run` computes."""
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        run()  # type: ignore[operator]
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run()
     return kept
 
 
@@ -317,28 +323,28 @@ def test_weights_and_inputs_are_quantised_once_per_change(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *E5M6], ids=name)
 def test_operators_tell_the_shapes_that_they_give(recipe: Fp8Recipe) -> None:
-    x, weight = random(130, 140).bfloat16(), random(30, 140)
-    values, scales, codes = torch.ops.moestro.fp8_inputs(x, recipe.key, "")
+    x, weight, how = random(130, 140).bfloat16(), random(30, 140), f"{recipe.key}/"
+    values, scales, codes = torch.ops.moestro.fp8_inputs(x, how)
     kept = (codes, scales)
     if recipe.inputs == "e5m6":
         kept = (x, codes)
     elif recipe.transpose == "both":
-        kept = torch.ops.moestro.fp8_turned(x, recipe.key, "")
-        opcheck("fp8_turned", x, recipe.key, "")
-    opcheck("fp8_inputs", x, recipe.key, "")
-    opcheck("fp8_linear", values, scales, weight, recipe.key, "")
+        kept = torch.ops.moestro.fp8_turned(x, how)
+        opcheck("fp8_turned", x, how)
+    opcheck("fp8_inputs", x, how)
+    opcheck("fp8_linear", values, scales, weight, how)
     for wanted in ([True, True], [True, False], [False, True]):
         dy = random(130, 30).bfloat16()
-        opcheck("fp8_linear_backward", dy, weight, *kept, wanted, recipe.key, "")
+        opcheck("fp8_linear_backward", dy, weight, [*kept], wanted, how)
     if recipe.inputs == "e5m6":
         return
     matrices, ids = [random(3, 40, 140), random(3, 140, 20)], torch.arange(260).view(130, 2) % 4
     weights = torch.rand(130, 2)
-    opcheck("fp8_experts", x, values, scales, matrices, ids, weights, recipe.key, "")
-    _, *rest = torch.ops.moestro.fp8_experts(x, values, scales, matrices, ids, weights, recipe.key, "")
+    opcheck("fp8_experts", x, [values, scales], matrices, ids, weights, how)
+    _, *rest = torch.ops.moestro.fp8_experts(x, [values, scales], matrices, ids, weights, how)
     if recipe.transpose != "both":
         rest[:2] = [codes, scales]
-    opcheck("fp8_experts_backward", x, matrices, weights, rest, recipe.key, "")
+    opcheck("fp8_experts_backward", x, matrices, weights, rest, how)
 
 
 def opcheck(operator: str, *arguments: object) -> None:
