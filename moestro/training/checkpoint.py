@@ -40,6 +40,7 @@ from moestro.checkpoints.hf import config_to_hf
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import CheckpointError
 from moestro.model.transformer import Transformer
+from moestro.ops.fp8 import Scale
 from moestro.parallel.world import ONE, World
 from moestro.training.optim import Optimizers
 
@@ -93,11 +94,12 @@ def save_checkpoint(
     *,
     keep: int,
     dtype: SaveDtype = "fp32",
+    scale: Scale = "fp32",
     world: World = ONE,
 ) -> Path:
     """Write a checkpoint and drop all but the newest `keep`; returns its directory. A whole one is not written again.
 
-    `dtype` is that of the model directory: fp32, bf16 or fp8.
+    `dtype` is that of the model directory: fp32, bf16, or fp8 with scales of the kind `scale`.
     Every process of the world calls this and returns once the main one has written.
     """
     final = run / "checkpoints" / f"step-{state.step:08d}"
@@ -105,7 +107,11 @@ def save_checkpoint(
     if world.is_main:
         if not final.exists() or find_fault(final) is not None:
             with _new_checkpoint(final) as partial:
-                _write_model(partial, model, tokenizer, tensors, dtype)
+                master = partial if dtype == "fp32" else partial / "train_state" / "master"
+                write_model_directory(master, model, tokenizer, tensors)
+                if dtype != "fp32":
+                    write_converted(ModelFiles(master), partial, dtype, scale)
+                (partial / "train_state").mkdir(exist_ok=True)
                 save_file(moments, partial / "train_state" / "optimizer.safetensors")
                 _write_json(partial / "train_state" / "state.json", asdict(state))
             _drop_old(run, final, keep)
@@ -114,18 +120,6 @@ def save_checkpoint(
             pass
     world.wait()
     return final
-
-
-def _write_model(
-    directory: Path, model: Transformer, tokenizer: Tokenizer, tensors: Iterator[tuple[str, Tensor]], dtype: SaveDtype
-) -> None:
-    """The model directory of a checkpoint in `dtype`, beside the master weights if these are of another."""
-    state = directory / "train_state"
-    state.mkdir(parents=True)
-    master = directory if dtype == "fp32" else state / "master"
-    write_model_directory(master, model, tokenizer, tensors)
-    if dtype != "fp32":
-        write_converted(ModelFiles(master), directory, dtype)
 
 
 @contextmanager

@@ -281,6 +281,7 @@ class Loop:
             session.state,
             keep=session.config.train.keep_checkpoints,
             dtype=session.config.train.save_dtype,
+            scale=session.config.fp8.scale,
             world=session.world,
         )
 
