@@ -107,10 +107,8 @@ def save_checkpoint(
     if world.is_main:
         if not final.exists() or find_fault(final) is not None:
             with _new_checkpoint(final) as partial:
-                master = partial if dtype == "fp32" else partial / "train_state" / "master"
-                write_model_directory(master, model, tokenizer, tensors)
-                if dtype != "fp32":
-                    write_converted(ModelFiles(master), partial, dtype, scale)
+                write_model_directory(_master(partial, dtype), model, tokenizer, tensors)
+                _convert_master(partial, dtype, scale)
                 (partial / "train_state").mkdir(exist_ok=True)
                 save_file(moments, partial / "train_state" / "optimizer.safetensors")
                 _write_json(partial / "train_state" / "state.json", asdict(state))
@@ -120,6 +118,17 @@ def save_checkpoint(
             pass
     world.wait()
     return final
+
+
+def _master(checkpoint: Path, dtype: SaveDtype) -> Path:
+    """Where the master weights are: they are the model directory itself, or beside one of another type."""
+    return checkpoint if dtype == "fp32" else checkpoint / "train_state" / "master"
+
+
+def _convert_master(checkpoint: Path, dtype: SaveDtype, scale: Scale) -> None:
+    """Write the model directory from the master weights, if it is of another type."""
+    if dtype != "fp32":
+        write_converted(ModelFiles(_master(checkpoint, dtype)), checkpoint, dtype, scale)
 
 
 @contextmanager
