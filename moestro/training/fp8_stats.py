@@ -19,7 +19,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,9 +31,11 @@ from moestro.data.batches import Batch
 from moestro.model.experts import Experts
 from moestro.model.layers import MLP, Linear
 from moestro.model.transformer import Transformer
+from moestro.ops import library
 from moestro.ops.fp8 import SQUARE, TILE, Block, spread_scales
 from moestro.ops.precision import Fp8Recipe
-from moestro.ops.training import reference_fp8 as fp8
+from moestro.ops.training import fused_fp8, native_fp8
+from moestro.ops.training.reference_fp8 import LARGEST, quantize_gradient, swiglu, swiglu_gradients
 from moestro.training.evaluate import Domains
 from moestro.training.loss import Counts, compute_loss
 
@@ -42,62 +46,65 @@ Stats = dict[str, float]  # error, zeros, top, low, high
 Layers = dict[str, dict[str, dict[str, Stats]]]  # by block, matrix and kind
 
 
-@dataclass
-class Sums:
-    """Sums over quantised values that are not 0."""
+@dataclass(frozen=True)
+class Quantised:
+    """x [..., M, K], its codes as numbers in the same shape, and the scales of blocks."""
 
-    error: float = 0.0
-    norm: float = 0.0
-    count: int = 0
-    zeros: int = 0
-    top: int = 0
-    low: float = math.inf
-    high: float = 0.0
+    x: Tensor
+    codes: Tensor
+    scales: Tensor
+    block: Block = TILE
+    largest: float = LARGEST["e4m3"]
 
-    def add(self, x: Tensor, codes: Tensor, scales: Tensor, block: Block = TILE, largest: float = 448.0) -> Tensor:
-        """Count x [N, K] with its codes and scales; returns what the codes stand for, [N, K] fp32."""
-        x, codes, spread = x.float(), codes.float(), spread_scales(scales, x.shape, block)
-        values, some = codes * spread, x != 0
-        self.error += float((values - x).square().sum(dtype=torch.float64))
-        self.norm += float(x.square().sum(dtype=torch.float64))
-        self.count += int(some.sum())
-        self.zeros += int((some & (codes == 0)).sum())
-        self.top += int((codes.abs() == largest).sum())
-        self.low = min(self.low, float(spread.where(some, math.inf).min()))
-        self.high = max(self.high, float(spread.where(some, 0.0).max()))
-        return values
+    @staticmethod
+    def weights(matrices: Tensor, recipe: Fp8Recipe) -> Quantised:
+        """A matrix [M, K] or a stack of them, in blocks of 128 x 128."""
+        found = steps_for(matrices).quantize_weight(matrices, recipe)
+        return Quantised(matrices, found.values, found.scales, SQUARE)
+
+    @staticmethod
+    def inputs(x: Tensor, recipe: Fp8Recipe) -> Quantised:
+        """Rows [N, K], in tiles of 1 x 128 and the recipe's format."""
+        found = steps_for(x).quantize(x, TILE, recipe, format=recipe.inputs)
+        return Quantised(x, found.values, found.scales, largest=LARGEST[recipe.inputs])
+
+    @staticmethod
+    def gradients(d_out: Tensor, recipe: Fp8Recipe) -> Quantised:
+        """Rows [N, M], as the gradient of a layer's inputs is computed from them."""
+        return Quantised(d_out, *quantize_gradient(d_out, recipe))
+
+    @staticmethod
+    def join(parts: Sequence[Quantised]) -> Quantised:
+        """The rows of all parts, which share block and format."""
+        x, codes, scales = (torch.cat([getattr(p, name) for p in parts]) for name in ("x", "codes", "scales"))
+        return replace(parts[0], x=x, codes=codes, scales=scales)
+
+    def spread(self) -> Tensor:
+        """The scale of every value."""
+        return spread_scales(self.scales, self.codes.shape, self.block)
+
+    def values(self) -> Tensor:
+        """What the codes stand for, fp32."""
+        return self.codes.float() * self.spread()
 
     def stats(self) -> Stats:
-        """The numbers; NaN if every value is 0."""
-        if not self.count:
+        """The numbers; NaN where every value is 0."""
+        some, norm = self.x != 0, partial(torch.linalg.vector_norm, dtype=torch.float64)
+        count, used = int(some.sum()), self.spread()[some]
+        if not count:
             return dict.fromkeys(("error", "zeros", "top", "low", "high"), math.nan)
-        shares = {"zeros": self.zeros / self.count, "top": self.top / self.count}
-        return {"error": math.sqrt(self.error / self.norm), **shares, "low": self.low, "high": self.high}
+        return {
+            "error": float(norm(self.values() - self.x) / norm(self.x)),
+            "zeros": int((some & (self.codes == 0)).sum()) / count,
+            "top": int((self.codes.abs() == self.largest).sum()) / count,
+            "low": float(used.min()),
+            "high": float(used.max()),
+        }
 
 
-@dataclass
-class Matrix:
-    """The sums of one matrix, or of the same matrix of all experts."""
-
-    recipe: Fp8Recipe
-    sums: dict[str, Sums] = field(default_factory=lambda: {kind: Sums() for kind in KINDS})
-
-    def add_weight(self, weight: Tensor) -> Tensor:
-        """A matrix [M, K], in blocks of 128 x 128."""
-        return self.sums["weights"].add(weight, *fp8.quantize(weight, SQUARE, self.recipe), SQUARE)
-
-    def add_inputs(self, x: Tensor) -> Tensor:
-        """Rows [N, K], in tiles of 1 x 128 and the recipe's format."""
-        format = self.recipe.inputs
-        return self.sums["inputs"].add(x, *fp8.quantize(x, TILE, self.recipe, format), TILE, fp8.LARGEST[format])
-
-    def add_gradients(self, d_out: Tensor) -> Tensor:
-        """Rows [N, M], as the gradient of the inputs is computed from them."""
-        return self.sums["gradients"].add(d_out, *fp8.quantize_gradient(d_out, self.recipe))
-
-    def stats(self) -> dict[str, Stats]:
-        """By kind."""
-        return {kind: sums.stats() for kind, sums in self.sums.items()}
+def steps_for(x: Tensor) -> ModuleType:
+    """The module that quantises x fastest."""
+    return native_fp8 if library.serves(x) else fused_fp8
 
 
 @dataclass
@@ -122,11 +129,8 @@ class Call:
         module, recipe, x = self.module, self.recipe, self.inputs[0]
         matrices: tuple[Tensor, Tensor]
         if isinstance(module, Linear):
-            matrix = Matrix(recipe)
-            matrix.add_weight(module.weight)
-            matrix.add_inputs(x)
-            matrix.add_gradients(self.gradient)
-            return {self.path: matrix.stats()}
+            kinds = measure_linear(x, self.gradient, module.weight, recipe)
+            return {self.path: kinds}
         if isinstance(module, Experts):
             matrices, routes = (module.gate_up, module.down), self.inputs[1]
             ids = routes.ids if routes.accepted is None else routes.ids.where(routes.accepted, -1)
@@ -139,24 +143,36 @@ class Call:
         return {f"{self.path}.{name}": stats for name, stats in found.items()}
 
 
+def measure_linear(x: Tensor, d_out: Tensor, weight: Tensor, recipe: Fp8Recipe) -> dict[str, Stats]:
+    """The numbers of a matrix, by kind; arguments as `reference_fp8.linear_gradients`."""
+    kinds = Quantised.weights(weight, recipe), Quantised.inputs(x, recipe), Quantised.gradients(d_out, recipe)
+    return {kind: found.stats() for kind, found in zip(KINDS, kinds, strict=True)}
+
+
 def measure_experts(
-    x: Tensor, d_out: Tensor, matrices: Sequence[Tensor], ids: Tensor, weights: Tensor, recipe: Fp8Recipe
+    x: Tensor, d_out: Tensor, matrices: tuple[Tensor, Tensor], ids: Tensor, weights: Tensor, recipe: Fp8Recipe
 ) -> dict[str, dict[str, Stats]]:
-    """The numbers of `gate_up` [E, 2F, D] and `down` [E, D, F], all experts together; arguments as `fp8.experts`."""
-    up, down = Matrix(recipe), Matrix(recipe)
-    x_hat = up.add_inputs(x)
-    for expert, (gate_up, out) in enumerate(zip(*matrices, strict=True)):
-        gate_up, out = up.add_weight(gate_up), down.add_weight(out)
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        if not len(token):
+    """The numbers of `gate_up` and `down`, all experts together; arguments as `reference_fp8.experts_gradients`."""
+    up, down = (Quantised.weights(stack, recipe) for stack in matrices)
+    rows = Quantised.inputs(x, recipe)
+    sent, up_values, down_values = rows.values(), up.values(), down.values()
+    acts, gradients, d_outs = [], [], []
+    for expert in ids.unique().tolist():
+        if not 0 <= expert < len(up_values):  # a choice without room
             continue
+        token, slot = (ids == expert).nonzero(as_tuple=True)
         by_choice = weights[token, slot].float()
-        h = (x_hat[token] @ gate_up.T).to(x.dtype)
-        down.add_inputs(fp8.swiglu(h, by_choice).to(x.dtype))
-        d_act = (down.add_gradients(d_out[token]) @ out).to(x.dtype)
-        kept = fp8.read_back(*fp8.quantize(h, TILE, recipe))
-        up.add_gradients(fp8.swiglu_gradients(d_act, kept, by_choice)[1].to(x.dtype))
-    return {"gate_up": up.stats(), "down": down.stats()}
+        h = (sent[token] @ up_values[expert].T).to(x.dtype)
+        acts.append(Quantised.inputs(swiglu(h, by_choice).to(x.dtype), recipe))
+        d_outs.append(Quantised.gradients(d_out[token], recipe))
+        d_act = (d_outs[-1].values() @ down_values[expert]).to(x.dtype)
+        _, dh, _ = swiglu_gradients(d_act, Quantised.inputs(h, recipe).values(), by_choice)
+        gradients.append(Quantised.gradients(dh.to(x.dtype), recipe))
+    found = {"gate_up": (up, rows, Quantised.join(gradients)), "down": (down, *map(Quantised.join, (acts, d_outs)))}
+    return {
+        name: {kind: quantised.stats() for kind, quantised in zip(KINDS, kinds, strict=True)}
+        for name, kinds in found.items()
+    }
 
 
 def recipe_of(module: nn.Module) -> Fp8Recipe | None:
