@@ -108,7 +108,7 @@ def steps_for(x: Tensor) -> ModuleType:
 
 
 @dataclass
-class Call:
+class LayerCall:
     """One call of a layer: its inputs, and the gradient of its output once that has come back."""
 
     block: str
@@ -192,11 +192,11 @@ def measure_fp8(
     those of training. The model is left in evaluation mode.
     """
     model.eval()
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
 
     def collect(block: str, path: str, recipe: Fp8Recipe) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            calls.append(Call(block, path, module, recipe, inputs))
+            calls.append(LayerCall(block, path, module, recipe, inputs))
             output.register_hook(calls[-1].receive)
 
         return hook
