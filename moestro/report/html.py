@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moestro.errors import MoestroError
-from moestro.report import lines, maps
+from moestro.report import lines, maps, quantisation
 from moestro.report.page import render_page, write_page
 from moestro.report.tiles import headline
 from moestro.training import metrics as log
@@ -37,9 +37,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 def render(run: Path) -> str:
     """The page as text."""
-    steps, evals = log.read_metrics(run), log.read_evals(run)
+    steps, evals, fp8 = log.read_metrics(run), log.read_evals(run), log.read_fp8(run)
     about = _read_about(run)
     figures, missing, table = collect_figures(run, steps, evals)
+    figures["charts"] |= quantisation.fp8_charts(fp8) if fp8 else {}
     context = {
         "name": run.resolve().name,
         "about": about,
@@ -48,6 +49,7 @@ def render(run: Path) -> str:
         "figures": figures,
         "missing": missing,
         "table": table,
+        "fp8": {"step": fp8[-1]["step"], "layers": quantisation.fp8_table(fp8[-1])} if fp8 else None,
         "samples": group_samples(log.read_samples(run)),
     }
     return render_page("report.html.j2", STYLES, SCRIPTS, figures, context)

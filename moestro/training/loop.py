@@ -28,6 +28,7 @@ from moestro.routing import stats
 from moestro.training import optim
 from moestro.training.checkpoint import save_checkpoint
 from moestro.training.evaluate import pad_token_bytes, score_domains
+from moestro.training.fp8_stats import TOKENS, choose_rows, measure_fp8
 from moestro.training.metrics import RunLog, TensorBoardMirror, TrackioMirror, read_evals, write_atomic
 from moestro.training.prepare import Session, open_session
 from moestro.training.progress import Progress
@@ -295,9 +296,26 @@ class Loop:
         scores["evaluated_tokens"] = scores.pop("tokens")
         self.evaluation = {"step": state.step, "tokens": state.tokens, "seconds": state.seconds} | scores
         self.log.evaluation(self.evaluation, loads if loads.shape[1] else None)
+        self.measure_fp8()
         self.progress.evaluation(self.evaluation)
         if self.mirror:
             self.mirror.write(self.evaluation, "eval")
+
+    def measure_fp8(self) -> None:
+        """In an FP8 run, what quantisation does to every matrix, on a little held-out text."""
+        session, train = self.session, self.session.config.train
+        batch = choose_rows(session.validation(TOKENS)) if train.precision == "fp8" else None
+        if batch is None or self.log is None:
+            return
+        state, step_tokens = session.state, train.batch_size * train.seq_len * train.accumulate
+        layers = measure_fp8(
+            session.model,
+            batch,
+            mtp_weight=optim.mtp_weight(state.step, state.total_steps, train),
+            share=batch.inputs.numel() / step_tokens,
+            mask_documents=train.mask_documents,
+        )
+        self.log.fp8({"step": state.step, "tokens": state.tokens, "layers": layers})
 
     def sample(self) -> list[dict[str, str]]:
         """Continue the beginning of one held-out document of every domain."""

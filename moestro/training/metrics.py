@@ -3,6 +3,7 @@
     metrics.jsonl        one object a step: `STEP_KEYS` and what else the loop passes
     evals.jsonl          {step, tokens, seconds, loss, bits_per_byte, domains: {name: {...}}}
     samples.jsonl        {step, domain, prompt, text}
+    fp8.jsonl            {step, tokens, layers: {block: {matrix: {kind: {...}}}}} per evaluation; only in FP8 runs
     routing.json         {version, layers: ["3", ..., "mtp.0"], num_experts}; absent in a dense model
     routing.bin          little-endian records: step int64, loads uint32[L, E], biases float32[L, E]
     domain_loads/        step-%08d.npy, uint64[D, L, E] per evaluation, and the domain names in domains.json
@@ -53,6 +54,7 @@ class RunLog:
         self._evals = _open_append(run / "evals.jsonl")
         self._samples = _open_append(run / "samples.jsonl")
         self._routing = _open_append(run / "routing.bin") if layers else None
+        self._fp8: io.FileIO | None = None  # most runs have none
 
     @classmethod
     def open(cls, run: Path, layers: Sequence[str], num_experts: int, resume_step: int | None = None) -> Self:
@@ -63,7 +65,7 @@ class RunLog:
         """
         last = resume_step or 0
         run.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "fp8.jsonl"):
             _cut_lines(run / name, last)
         _cut_routing(run, list(layers), num_experts, last)
         _cut_domain_loads(run / "domain_loads", last)
@@ -94,6 +96,12 @@ class RunLog:
         """Append one generated text."""
         _append_line(self._samples, {"step": step, "domain": domain, "prompt": prompt, "text": text})
 
+    def fp8(self, record: Mapping[str, Any]) -> None:
+        """Append what `fp8_stats` measured at an evaluation."""
+        if self._fp8 is None:
+            self._fp8 = _open_append(self._run / "fp8.jsonl")
+        _append_line(self._fp8, record)
+
     def sync(self) -> None:
         """Bring everything written so far to the disk."""
         for file in self._files():
@@ -105,7 +113,7 @@ class RunLog:
             file.close()
 
     def _files(self) -> list[io.FileIO]:
-        files = (self._metrics, self._evals, self._samples, self._routing)
+        files = (self._metrics, self._evals, self._samples, self._routing, self._fp8)
         return [file for file in files if file is not None]
 
     def _write_domain_loads(self, step: int, names: list[str], loads: NDArray[Any]) -> None:
@@ -134,6 +142,11 @@ def read_evals(run: Path) -> list[Record]:
 def read_samples(run: Path) -> list[Record]:
     """Every generated text, oldest first."""
     return [record for record, _ in _lines(run / "samples.jsonl")]
+
+
+def read_fp8(run: Path) -> list[Record]:
+    """What FP8 did to the model at every evaluation, oldest first; empty for a run in another precision."""
+    return [record for record, _ in _lines(run / "fp8.jsonl")]
 
 
 def read_routing_layers(run: Path) -> list[str]:

@@ -36,6 +36,7 @@ def write_steps(log: RunLog, steps: range) -> None:
             evaluation = {"step": step, "tokens": step, "seconds": 1, "loss": 2.0, "bits_per_byte": 1.0}
             log.evaluation(evaluation | {"domains": domains}, np.full((2, 3, E), step, np.uint64))
             log.sample(step, "ko", "가", "나다")
+            log.fp8({"step": step, "tokens": step, "layers": {"0": {"q": {"weights": {"error": math.nan}}}}})
 
 
 @pytest.fixture
@@ -56,6 +57,7 @@ def test_everything_written_is_read_back(run: Path) -> None:
     assert list(metrics.read_metrics(run)[0]) == list(metrics.STEP_KEYS)
     assert [line["domains"]["ko"]["bytes"] for line in metrics.read_evals(run)] == [30, 30]
     assert metrics.read_samples(run)[-1] == {"step": 10, "domain": "ko", "prompt": "가", "text": "나다"}
+    assert metrics.read_fp8(run)[1] == {"step": 10, "tokens": 10, "layers": {"0": {"q": {"weights": {"error": None}}}}}
     assert metrics.read_routing_layers(run) == LAYERS
     routing = metrics.read_routing(run)
     assert routing["step"].tolist() == list(range(1, 13))

@@ -115,7 +115,7 @@ function legend(lines, format) {
 }
 
 function drawChart(box, chart) {
-  const format = chart.percent ? (value) => (value === null || value === undefined ? "–" : `${+(value * 100).toFixed(1)}%`) : compact;
+  const format = chart.percent ? (value) => (value === null || value === undefined ? "–" : `${+(value * 100).toPrecision(3)}%`) : compact;
   const { data, columns } = joinLines(chart.lines);
   const { series, bands } = seriesOf(chart.lines, columns);
   const { list, values, show } = legend(chart.lines, format);
