@@ -248,7 +248,7 @@ def _map_part(part: Part, files: PackedFiles, format: str, numbers: tuple[int, .
     packed: PackedPart
     formats = [part.format(format, files.dtype)]
     if FORMATS[format].quantised and part.rule in ("weights", "head"):
-        formats.append(plain_format(files.dtype))
+        formats += [format, plain_format(files.dtype)]
     if part.form == "plain":
         packed = files.tensor(part.name)
         found = _name_dtype(packed.dtype), tuple(packed.shape)

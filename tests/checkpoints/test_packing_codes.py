@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantised_files import DEEPSEEK, ODD_SIDES, Quantise, compressed, in_blocks, in_groups, quantise
+from quantised_files import (
+    DEEPSEEK,
+    ODD_SIDES,
+    Quantise,
+    compressed,
+    in_blocks,
+    in_groups,
+    is_matrix_of_block,
+    quantise,
+)
 
 from moestro.checkpoints.files import ModelFiles, read_model
 from moestro.checkpoints.packed import PackedFiles, write_packed
@@ -111,6 +120,22 @@ def test_packed_directories_map_the_same(form: tuple[Path, str], tmp_path: Path)
     mapped = pack_model(PackedFiles(out))
     assert mapped.format == form[1] and mapped.mapped == out
     assert torch.equal(served_logits(mapped), served_logits(pack_model(files)))
+
+
+def test_a_head_of_codes_is_kept_and_mapped(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "model")
+    quantise(
+        tmp_path / "model",
+        DEEPSEEK,
+        in_blocks(128, 128),
+        chosen=lambda name: name == "lm_head.weight" or is_matrix_of_block(name),
+    )
+    files, out = ModelFiles(tmp_path / "model"), tmp_path / "packed"
+    with write_packed(out, files.directory, "fp8", files.dtype) as save:
+        write_parts(files, "fp8", save)
+    head = pack_model(PackedFiles(out)).parts["head"]
+    assert isinstance(head, PackedLinear) and head.format == "fp8"
+    assert torch.equal(matrix(head.panels, "fp8", *head.sizes).bfloat16(), files.parts("head.weight")[0])
 
 
 def test_codes_are_converted_only_where_asked(form: tuple[Path, str]) -> None:
