@@ -159,6 +159,7 @@ inline void pack_codes_panel(char *to, const uint8_t *codes, const float *scales
 inline int pack_codes(char *panels, const uint8_t *codes, const float *scales, int64_t m, int64_t k, int threads) {
     using P = CodedProduct<Mode::FLOATS, false>;
     const int64_t blocks = (k + P::UNIT - 1) / P::UNIT;
+    if (!blocks) return MOESTRO_OK;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t p = 0; p < (m + PANEL - 1) / PANEL; p++)
         pack_codes_panel(panels + p * blocks * P::BYTES, codes + p * PANEL * k, scales + p * PANEL * blocks,
