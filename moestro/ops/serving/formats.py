@@ -53,7 +53,8 @@ class WeightFormat:
     """How a block of a panel is stored: values of `bits` bits for `length` k of 64 outputs, then their scales.
 
     `code` is the format's number in the C interface and in saved sizes. `scale` is the dtype of the scales, one per
-    output, which end the block; None if there are none.
+    output, which end the block; None if there are none. `quantises_rows`: products quantise the rows of activations,
+    too, in blocks of `length`.
     """
 
     name: str
@@ -61,16 +62,12 @@ class WeightFormat:
     length: int
     bits: int
     scale: torch.dtype | None = None
+    quantises_rows: bool = False
 
     @property
     def quantised(self) -> bool:
         """Whether the values are codes and scales."""
         return self.scale is not None
-
-    @property
-    def quantises_rows(self) -> bool:
-        """Whether products quantise the rows of activations, too, in blocks of `length`."""
-        return self.scale == torch.bfloat16
 
     @property
     def offset(self) -> int:
@@ -103,8 +100,8 @@ FORMATS = {
     for one in (
         WeightFormat("fp32", KINDS["fp32"], length=1, bits=32),
         WeightFormat("bf16", KINDS["bf16"], length=2, bits=16),
-        WeightFormat("int8", KINDS["int8"], length=64, bits=8, scale=torch.bfloat16),
-        WeightFormat("int4", KINDS["int4"], length=32, bits=4, scale=torch.bfloat16),
+        WeightFormat("int8", KINDS["int8"], length=64, bits=8, scale=torch.bfloat16, quantises_rows=True),
+        WeightFormat("int4", KINDS["int4"], length=32, bits=4, scale=torch.bfloat16, quantises_rows=True),
         WeightFormat("fp8", KINDS["fp8"], length=128, bits=8, scale=torch.float32),
     )
 }
