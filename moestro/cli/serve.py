@@ -33,7 +33,7 @@ def serve(
     activations: Activations = "auto",
     threads: Threads = 0,
 ) -> int:
-    """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
+    """Serve the OpenAI API under /v1 and a chat page at /.
 
     Parameters
     ----------
