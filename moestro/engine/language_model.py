@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from moestro.checkpoints.hub import find_cached, is_hub_name
 from moestro.checkpoints.files import DTYPES, ModelFiles, read_json, read_model
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
 from moestro.checkpoints.packing import Source, choose_format, pack_model, write_parts
@@ -129,8 +130,18 @@ def find_model_directory(path: Path) -> Path:
     if (path / "run.json").is_file():
         raise CheckpointError(f"{path} is a run without a checkpoint yet")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face model directory")
+        return find_on_hub(path)
     raise CheckpointError(f"{path} is neither a run with a checkpoint nor a model directory (no config.json)")
+
+
+def find_on_hub(path: Path) -> Path:
+    """The cached directory of a name of the Hugging Face Hub; CheckpointError if it is no name, or not cached."""
+    if not is_hub_name(path):
+        raise CheckpointError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face model directory")
+    directory = find_cached(path.as_posix())
+    if directory is None:
+        raise CheckpointError(f"{path} is no directory; as a model of the Hub, `hf download {path}` puts it in its cache")
+    return directory
 
 
 def load(
@@ -142,6 +153,8 @@ def load(
     activations: str = "auto",
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
+
+    `path` may also be a name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, whose files are in its cache.
 
     `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`.
     """
