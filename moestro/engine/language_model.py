@@ -11,11 +11,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Unpack
 
-from moestro.checkpoints.files import DTYPES, ModelFiles, read_json, read_model
+from moestro.checkpoints.files import DTYPES, ModelFiles, read_model
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
 from moestro.checkpoints.packing import Source, choose_format, pack_model, write_parts
 from moestro.data.tokenizer import Tokenizer
+from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
 from moestro.engine.engine import Engine
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
@@ -34,7 +36,7 @@ class Generation:
 
 
 class LanguageModel:
-    """Model, tokenizer, and the ids that end a text.
+    """Model, tokenizer, the ids that end a text, and how the model's authors recommend to sample it (`defaults`).
 
     `source` is a model or a directory's files; `runtime` and `model` each read what they need from them when first
     used. `weights` is how matrices are packed for serving (None: as they are stored as codes, else as they are computed
@@ -48,13 +50,14 @@ class LanguageModel:
         tokenizer: Tokenizer,
         stop_ids: frozenset[int],
         *,
+        defaults: GenerationDefaults = NO_DEFAULTS,
         weights: str | None = None,
         cache: str = "auto",
         activations: str = "auto",
     ) -> None:
         check_cache(source.config, cache)
         self.source, self.config = source, source.config
-        self.tokenizer = tokenizer
+        self.tokenizer, self.defaults = tokenizer, defaults
         self.stop_ids, self.cache, self.activations = stop_ids, cache, activations
         has_format = isinstance(source, PackedFiles) or (isinstance(source, ModelFiles) and source.scheme is not None)
         self.weights = choose_format(source, weights) if weights or has_format else None
@@ -78,22 +81,15 @@ class LanguageModel:
         """An engine for one sequence at a time; what a prompt shares with the previous one is not computed again."""
         return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=1)
 
-    def stream_ids(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[int]:
+    def stream_ids(self, prompt: Sequence[int], **settings: Unpack[Settings]) -> Iterator[int]:
         """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`.
 
-        Several streams may be read in turn, by one thread. MoestroError if the model fails.
+        `settings`: see `SamplingParams`. Several streams may be read in turn, by one thread. MoestroError if the model
+        fails.
         """
-        if max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        params = SamplingParams(**settings)
+        if params.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, not {params.max_tokens}")
         with closing(self.engine.stream(Request(prompt, params))) as events:
             for event in events:
                 if event.error is not None:
@@ -101,19 +97,13 @@ class LanguageModel:
                 if event.token is not None:
                     yield event.token
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Generation:
-        """Continue a text (as the beginning of a document) or token ids. Greedy by default."""
+    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Generation:
+        """Continue a text (as the beginning of a document) or token ids.
+
+        Greedy by default; `**model.defaults.choose()` samples as the model's authors recommend.
+        """
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
-        stream = self.stream_ids(ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        written = list(stream)
+        written = list(self.stream_ids(ids, **settings))
         stopped = bool(written) and written[-1] in self.stop_ids
         text = self.tokenizer.decode(written[:-1] if stopped else written)
         return Generation(text, written, "stop" if stopped else "length")
@@ -147,8 +137,10 @@ def load(
     """
     source = open_source(Path(path), dtype)
     tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
-    stop_ids = _stop_ids(source.directory, tokenizer)
-    return LanguageModel(source, tokenizer, stop_ids, weights=weights, cache=cache, activations=activations)
+    stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
+    return LanguageModel(
+        source, tokenizer, stop_ids, defaults=defaults, weights=weights, cache=cache, activations=activations
+    )
 
 
 def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
@@ -182,11 +174,3 @@ def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = No
     with write_packed(out, source.directory, format, source.dtype) as save:
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)
-
-
-def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """End-of-sequence ids from the generation config and the tokenizer."""
-    path = directory / "generation_config.json"
-    listed = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset([tokenizer.eos_id, *(i for i in ids if isinstance(i, int))])
