@@ -104,7 +104,8 @@ def make_service(language_model: LanguageModel, path: Path, served_name: str | N
         return Engine(m.runtime, m.tokenizer, m.stop_ids, **limits)  # type: ignore[arg-type]
 
     tokenizer_path = find_model_directory(path) / "tokenizer.json"
-    return Service(make_engine, tokenizer_path, served_name or path.resolve().name)
+    name = served_name or path.resolve().name
+    return Service(make_engine, tokenizer_path, name, defaults=language_model.defaults)
 
 
 def parse_bytes(text: str | None) -> int | None:

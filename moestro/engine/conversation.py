@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moestro.data.template import encode_chat
+from moestro.engine.defaults import Settings
 from moestro.engine.language_model import LanguageModel
+
+USUAL: Settings = {"temperature": 0.7, "top_p": 0.9}  # where neither the user nor the model's authors say
 
 
 @dataclass
 class Conversation:
-    """The messages so far and the sampling settings for replies."""
+    """The messages so far and the sampling settings for replies; None: as the model's authors recommend, or `USUAL`."""
 
     language_model: LanguageModel
     max_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 0.9
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int = 0
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -27,13 +30,13 @@ class Conversation:
         """Say `text`; yield the reply piece by piece. The exchange is kept once the reply has ended."""
         model = self.language_model
         asked, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
-        ids = model.stream_ids(
-            prompt,
+        chosen = model.defaults.choose(
             max_tokens=min(self.max_tokens, max(model.config.max_seq_len - len(prompt), 1)),
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed + len(self.messages),
         )
+        ids = model.stream_ids(prompt, **{**USUAL, **chosen})
         pieces = []
         for piece in model.tokenizer.decode_stream(ids):
             pieces.append(piece)
