@@ -9,7 +9,8 @@ import sys
 
 from cyclopts import App, CycloptsError, Group
 
-from moestro.cli.hints import command_name, spell_commands
+from moestro.cli.hints import command_name
+from moestro.cli.output import print_error, print_note
 from moestro.cli.table import COMMANDS, GROUPS
 from moestro.errors import MoestroError
 from moestro.version import __version__
@@ -40,20 +41,28 @@ def main() -> None:
         for command in COMMANDS:  # imports it: a list of commands says what each does
             _ = app[command.name]
     try:
-        result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
+        result = app(spell_dash(sys.argv[1:]), exit_on_error=False, print_error=False, result_action="return_value")
     except MoestroError as error:
-        print(f"moestro: {spell_commands(error.command_line_text)}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
     except CycloptsError as error:
-        print(f"moestro: {' '.join(str(error).split())}", file=sys.stderr)
+        print_note(f"moestro: {' '.join(str(error).split())}")
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        print(f"moestro: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        print_note(f"moestro: {error.filename or 'files'}: {error.strerror or error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("moestro: interrupted", file=sys.stderr)
+        print_note("moestro: interrupted")
         sys.exit(130)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def spell_dash(words: list[str]) -> list[str]:
+    """The arguments, with a lone - of `generate` as --prompt=-: the parser takes it for an option without a name."""
+    if words[:1] != ["generate"]:
+        return words
+    pairs = zip(["", *words], words, strict=False)
+    return ["--prompt=-" if word == "-" and before != "--prompt" else word for before, word in pairs]

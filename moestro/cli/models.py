@@ -29,9 +29,9 @@ Download = Annotated[
 
 
 def choose_model(model: Path | None, download: bool, *command: str) -> Path:
-    """The directory that `model` means, downloaded if asked for; ConfigError if it is None, after listing what is there.
+    """The directory or the name that `model` means, downloaded if asked for.
 
-    `command` is what the user called, for the commands to type.
+    ConfigError if it is None, after listing what there is. `command` is what the user called, to say what to type.
     """
     from moestro.checkpoints import hub
 
@@ -43,8 +43,8 @@ def choose_model(model: Path | None, download: bool, *command: str) -> Path:
     if download:
         return hub.download(model.as_posix())
     if hub.find_cached(model.as_posix()) is None:
-        ask = format_command(*command, model, "--download")
-        raise MoestroError(f"{model} is not here", hint=f"to fetch it from the Hugging Face Hub: {ask}")
+        fetch = shlex.join(["moestro", *command, str(model), "--download"])
+        raise MoestroError(f"{model} is not here", hint=f"to fetch it from the Hugging Face Hub: {fetch}")
     return model
 
 
@@ -56,7 +56,7 @@ def next_step() -> str | None:
 def list_models(*command: str) -> None:
     """Print, on standard error, the command for every model in runs/, with its date, size and loss."""
     for path in find_models(RUNS):
-        print_note(f"  {format_command(*command, show_path(path))}   {describe_model(path)}")
+        print_note(f"  {format_command(*command, path)}   {describe_model(path)}")
 
 
 def find_models(folder: Path) -> Iterator[Path]:

@@ -29,7 +29,6 @@ from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.attention import check_cache
 from moestro.model.transformer import Transformer
 
-
 MAX_STREAMS = 8  # sequences that are computed at once; a stream beyond them waits until one ends
 
 
