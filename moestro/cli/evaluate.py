@@ -27,7 +27,7 @@ def evaluate(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Bits per byte and loss on text, overall and per domain.
+    """Measure bits per byte and loss on text, overall and per domain.
 
     Parameters
     ----------

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults
 from moestro.engine.engine import Engine
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
@@ -31,6 +32,8 @@ from moestro.server.tools import (
 from moestro.server.worker import EngineWorker
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+# what holds where neither a request nor the model's directory gives a value; the first two are OpenAI's
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class ContextLengthError(ConfigError):
@@ -56,13 +59,23 @@ class PreparedRequest:
 
 
 class Service:
-    """One model, its engine's thread, its template's process, and its metrics."""
+    """One model, its engine's thread, its template's process, and its metrics.
 
-    def __init__(self, make_engine: Callable[[], Engine], tokenizer_path: Path, name: str) -> None:
+    `defaults`: how the model is sampled where a request does not say.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        tokenizer_path: Path,
+        name: str,
+        *,
+        defaults: GenerationDefaults = NO_DEFAULTS,
+    ) -> None:
         self.worker = EngineWorker(make_engine)
         engine = self.worker.engine
         self.tokenizer, self.config = engine.tokenizer, engine.runtime.config
-        self.name, self.created = name, int(time.time())
+        self.name, self.created, self.defaults = name, int(time.time()), defaults
         self.renderer = Renderer(tokenizer_path)
         self.metrics = Metrics(layer_names(self.config))
         self.loads = LoadHistory(self.config)
@@ -87,7 +100,7 @@ class Service:
         for ids in prompts:
             room = self._room(len(ids), wanted)
             scored = body.logprobs if body.echo else None
-            requests.append(Request(ids, make_params(body, room, body.logprobs, scored, grammar)))
+            requests.append(Request(ids, self._params(body, room, body.logprobs, scored, grammar)))
         form = Format(self.tokenizer, body.logprobs is not None, body.token_details)
         choices: list[Choice] = [
             TextChoice(place * n + index, form, ids if body.echo else None)
@@ -117,7 +130,7 @@ class Service:
             thinks=grammar is None and self._thinks(ids),
         )
         choices: list[Choice] = [ChatChoice(index, form) for index in range(n)]
-        params = make_params(body, room, top, None, grammar)
+        params = self._params(body, room, top, None, grammar)
         request = Request(ids, replace(params, spelled_ids=spelled_ids(body, self.tokenizer)))
         return PreparedRequest(body, "chat.completion", [request], choices, begun)
 
@@ -173,30 +186,30 @@ class Service:
             return False
         return end not in tail[tail.index(begin) :]
 
-
-def make_params(
-    body: Sampling, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None, grammar: str | None
-) -> SamplingParams:
-    """A body's sampling settings, with OpenAI's defaults where it has none, and a new seed if it has no seed."""
-    seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
-    temperature = 1.0 if body.temperature is None else body.temperature
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-        top_k=max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None else max(body.top_p, MIN_TOP_P),
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
-        stop_ids=frozenset(body.stop_token_ids or ()),
-        stop=body.stops,
-        seed=seed,
-        n=body.n or 1,
-        logprobs=0 if logprobs is None and body.token_details else logprobs,
-        prompt_logprobs=prompt_logprobs,
-        return_routes=body.return_routes,
-        return_text=True,
-        grammar=grammar,
-    )
+    def _params(
+        self, body: Sampling, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None, grammar: str | None
+    ) -> SamplingParams:
+        """A body's sampling settings, with the model's defaults where it has none, and a new seed without a seed."""
+        given = {name: getattr(body, name) for name in DEFAULTS}
+        chosen: dict[str, Any] = {**DEFAULTS, **self.defaults.choose(**given)}
+        is_greedy = chosen["temperature"] < MIN_TEMPERATURE
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0 if is_greedy else chosen["temperature"],
+            top_k=max(chosen["top_k"], 0),
+            top_p=max(chosen["top_p"], MIN_TOP_P),
+            min_p=chosen["min_p"],
+            repetition_penalty=chosen["repetition_penalty"],
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
+            stop_ids=frozenset(body.stop_token_ids or ()),
+            stop=body.stops,
+            seed=secrets.randbits(62) if body.seed is None else body.seed % 2**62,
+            n=body.n or 1,
+            logprobs=0 if logprobs is None and body.token_details else logprobs,
+            prompt_logprobs=prompt_logprobs,
+            return_routes=body.return_routes,
+            return_text=True,
+            grammar=grammar,
+        )
