@@ -22,6 +22,7 @@ from moestro.checkpoints.packing import Source, choose_format, pack_model, write
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
 from moestro.engine.engine import Engine
+from moestro.engine.paged_cache import check_context
 from moestro.engine.events import Completion, Event, TokenLogprob
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
@@ -55,7 +56,8 @@ class LanguageModel:
     `source` is a model or a directory's files; `runtime` and `model` each read what they need from them when first
     used. `weights` is how matrices are packed for serving (None: as they are stored as codes, else as they are computed
     with), `cache` how latents are cached (auto: in the type of activations; fp8), `activations` what meets fp8 weights
-    (auto: rows as they are; fp8: see `Runtime`).
+    (auto: rows as they are; fp8: see `Runtime`), `max_context` how many tokens a prompt and its continuation may have
+    (None: as many as the model takes and memory holds). Memory is taken for what is asked, not for all of them.
     """
 
     def __init__(
@@ -68,8 +70,11 @@ class LanguageModel:
         weights: str | None = None,
         cache: str = "auto",
         activations: str = "auto",
+        max_context: int | None = None,
     ) -> None:
         check_cache(source.config, cache)
+        check_context(source.config, max_context)
+        self.max_context = max_context
         self.source, self.config = source, source.config
         self.tokenizer, self.defaults = tokenizer, defaults
         self.stop_ids, self.cache, self.activations = stop_ids, cache, activations
@@ -93,7 +98,13 @@ class LanguageModel:
     @cached_property
     def engine(self) -> Engine:
         """An engine for a few sequences; what a prompt shares with previous ones is not computed again."""
-        return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=MAX_STREAMS)
+        limits = {"max_context": self.max_context, "max_running": MAX_STREAMS}
+        return Engine(self.runtime, self.tokenizer, self.stop_ids, grows=True, **limits)  # type: ignore[arg-type]
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a prompt and its continuation may have: what was asked for, or what fits into memory."""
+        return self.engine.room.context
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids of a text as the beginning of a document; ids stay as they are."""
@@ -175,17 +186,25 @@ def load(
     weights: str | None = None,
     cache: str = "auto",
     activations: str = "auto",
+    max_context: int | None = None,
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
     A name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, means its directory in the Hub's cache.
-    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache`, `activations`, `max_context`: see `LanguageModel`.
     """
     source = open_source(Path(path), dtype)
     tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
     stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
     return LanguageModel(
-        source, tokenizer, stop_ids, defaults=defaults, weights=weights, cache=cache, activations=activations
+        source,
+        tokenizer,
+        stop_ids,
+        defaults=defaults,
+        weights=weights,
+        cache=cache,
+        activations=activations,
+        max_context=max_context,
     )
 
 

@@ -147,6 +147,11 @@ class Runtime:
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
 
     @property
+    def mapped_bytes(self) -> int:
+        """Bytes of weights that stay in mapped files, 0 if they have their own memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) if self.packed.mapped else 0
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the model, by the names under which they are saved."""
         saved = [saved_tensors(name, part) for name, part in self.packed.parts.items()]

@@ -12,6 +12,7 @@ from moestro.machine.measure import Measurement as Measurement
 from moestro.machine.measure import measure_machine as measure_machine
 from moestro.machine.memory import GIB as GIB
 from moestro.machine.memory import keep_freed_memory as keep_freed_memory
+from moestro.machine.memory import memory_bytes as memory_bytes
 from moestro.machine.memory import memory_limit as memory_limit
 from moestro.machine.memory import peak_memory_gib as peak_memory_gib
 from moestro.machine.memory import process_memory_gib as process_memory_gib
