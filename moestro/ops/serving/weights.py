@@ -10,6 +10,7 @@ No operation here has a gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
@@ -21,6 +22,9 @@ from moestro.ops.abi import KINDS
 from moestro.ops.serving import formats, reference
 from moestro.ops.serving.codes import Codes, quantize_codes
 from moestro.ops.serving.formats import FORMATS, PANEL, RowSource
+
+
+SIZES_BYTES = 3 * torch.int64.itemsize  # of the format and sizes that are saved beside panels
 
 
 class _Matrices:
@@ -51,6 +55,12 @@ class _Matrices:
         *number, rows, columns = sizes
         panels = formats.new_panels((*number, *formats.panel_shape(rows, columns, format)))
         return cls(panels, format, rows, columns)
+
+    @classmethod
+    def count_bytes(cls, format: str, *sizes: int) -> int:
+        """Bytes of what `tensors` would give for matrices of `sizes`, which need not exist."""
+        *number, rows, columns = sizes
+        return math.prod([*number, *formats.panel_shape(rows, columns, format)]) + SIZES_BYTES
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -173,6 +183,12 @@ class PackedExperts:
         up_shape, down_shape = _expert_panels(format, hidden_dim, expert_dim)
         gate_up, down = formats.new_panels((num_experts, *up_shape)), formats.new_panels((num_experts, *down_shape))
         return cls(gate_up, down, format, hidden_dim, expert_dim)
+
+    @classmethod
+    def count_bytes(cls, format: str, num_experts: int, hidden_dim: int, expert_dim: int) -> int:
+        """Bytes of what `tensors` would give for experts of these sizes."""
+        panels = _expert_panels(format, hidden_dim, expert_dim)
+        return num_experts * sum(map(math.prod, panels)) + SIZES_BYTES
 
     def fill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
         """Pack other experts of the same shapes into the current memory, one matrix at a time."""
