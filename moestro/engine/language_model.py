@@ -22,8 +22,8 @@ from moestro.checkpoints.packing import Source, choose_format, pack_model, write
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
 from moestro.engine.engine import Engine
-from moestro.engine.paged_cache import check_context
 from moestro.engine.events import Completion, Event, TokenLogprob
+from moestro.engine.paged_cache import check_context
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError

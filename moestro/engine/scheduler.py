@@ -21,7 +21,6 @@ from moestro.engine.pages import PAGE_SIZE, PagePool
 from moestro.engine.sequence import Sequence
 from moestro.errors import ConfigError, MoestroError
 
-
 LEAST_BUDGET = 512  # tokens of a step
 
 

@@ -36,7 +36,7 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def usable_bytes() -> int:
-    """Bytes that programs could still be given: free memory, and free swap unless a control group's limit is tighter."""
+    """Bytes that a program could still be given: free memory and swap, within the limit of a control group."""
     memory, limit = psutil.virtual_memory(), memory_limit(MEMBERSHIP, ROOT)
     usable: int = memory.available + psutil.swap_memory().free
     return usable if limit is None else min(usable, limit[1])
