@@ -28,7 +28,7 @@ from moestro.ops.serving import fp8_rows
 from moestro.ops.serving.program import Caches, Eager, Heads, StepLayout
 from moestro.ops.serving.reference import PAGE
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
-from moestro.ops.training import fused
+from moestro.ops.training.fused import sort_by_expert
 from moestro.routing.selection import Selection, add_bias, choose, score_experts, weigh
 
 OPENED_SHARE = 0.8  # of the free memory may go to opened weights
@@ -169,35 +169,22 @@ def _split(rows: Tensor, width: int, heads: Heads) -> tuple[Tensor, Tensor]:
 
 def experts(weight: PackedExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """x [N, D] through the experts ids [N, A] -> [N, D] of its type; see `PackedExperts.__call__`."""
-    kind = product_dtype(x.dtype)
-    if len(x) == 1:
-        return _one_row(weight, _rows(weight, x)[0].to(kind), ids[0].tolist(), weights[0]).to(x.dtype)
-    if weight.values is None or weight.values[0].dtype != kind or weight.rounds_rows:
-        return _expert_by_expert(weight, x, ids, weights, kind)
-    gate_up, down = weight.values
-    return fused.experts_forward(x.to(kind), [gate_up], [down], ids, weights)[0].to(x.dtype)
+    kind, (n, top_k) = product_dtype(x.dtype), ids.shape
+    order, inverse, bounds = sort_by_expert(ids, weight.num_experts)
+    if not int(bounds[-1]):
+        return torch.zeros_like(x)  # every choice was dropped
+    counts = {expert: count for expert, count in enumerate(bounds.diff().tolist()) if count}
+    gate_ups, downs = zip(*(weight.expert(expert, kind) for expert in counts), strict=True)
+    carried = order[: sum(counts.values())]  # of the choices, in the order of experts
+    rows = _rows(weight, x).to(kind).index_select(0, carried // top_k)
+    gate, up = _multiply(rows, gate_ups, list(counts.values())).chunk(2, -1)
+    acts = _rows(weight, F.silu(gate) * up) * weights.flatten()[carried, None]
+    out = _multiply(acts.to(kind), downs, list(counts.values()))
+    out = F.pad(out, (0, 0, 0, n * top_k - len(carried)))
+    return out.index_select(0, inverse).view(n, top_k, -1).sum(1).to(x.dtype)
 
 
-def _one_row(weight: PackedExperts, row: Tensor, ids: Sequence[int], weights: Tensor) -> Tensor:
-    """A row [D] through its experts -> [1, D]."""
-    matrices = [weight.expert(id, row.dtype) for id in ids if id < weight.num_experts]
-    out = row.new_zeros(1, len(row))
-    if matrices:
-        carried = weights if len(matrices) == len(ids) else weights[torch.tensor(ids) < weight.num_experts]
-        gate, up = torch.stack([torch.mv(one.to(row.dtype), row) for one, _ in matrices]).chunk(2, -1)
-        acts = _rows(weight, F.silu(gate) * up).to(row.dtype) * carried[:, None].to(row.dtype)
-        for act, (_, down) in zip(acts, matrices, strict=True):
-            out[0].addmv_(down.to(row.dtype), act)
-    return out
-
-
-def _expert_by_expert(weight: PackedExperts, x: Tensor, ids: Tensor, weights: Tensor, kind: torch.dtype) -> Tensor:
-    """The same as `experts` without the memory for all of them."""
-    out, rows = torch.zeros(x.shape, dtype=kind), _rows(weight, x).to(kind)
-    for expert in ids[ids < weight.num_experts].unique().tolist():
-        gate_up, down = (matrix.to(kind) for matrix in weight.expert(expert, kind))
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(rows[token], gate_up).chunk(2, -1)
-        act = _rows(weight, F.silu(gate) * up).to(kind)
-        out.index_add_(0, token, F.linear(act, down) * weights[token, choice, None].to(kind))
-    return out.to(x.dtype)
+def _multiply(rows: Tensor, matrices: Sequence[Tensor], counts: list[int]) -> Tensor:
+    """counts[0] rows of [n, K] times matrices[0] [M, K], then counts[1] rows times matrices[1], … -> [n, M]."""
+    parts = zip(rows.split(counts), matrices, strict=True)
+    return torch.cat([F.linear(some, matrix.to(some.dtype)) for some, matrix in parts])
