@@ -6,7 +6,7 @@ The same engine that serves many requests writes the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,7 +102,7 @@ class LanguageModel:
 
         Greedy by default; `**model.defaults.choose()` samples as the model's authors recommend.
         """
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         written = list(self.stream_ids(ids, **settings))
         stopped = bool(written) and written[-1] in self.stop_ids
         text = self.tokenizer.decode(written[:-1] if stopped else written)
@@ -130,13 +130,22 @@ def load(
     weights: str | None = None,
     cache: str = "auto",
     activations: str = "auto",
+    log: Callable[[str], None] | None = None,
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
-    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`. `log` is told
+    of what is not as one expects.
     """
     source = open_source(Path(path), dtype)
-    tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(source.directory)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.directory}: the tokenizer has {tokenizer.vocab_size} ids and the model embeds only "
+            f"{source.config.vocab_size}: they do not belong together"
+        )
+    if log is not None and tokenizer.notice is not None:
+        log(f"{source.directory}: {tokenizer.notice}")
     stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
     return LanguageModel(
         source, tokenizer, stop_ids, defaults=defaults, weights=weights, cache=cache, activations=activations
