@@ -13,26 +13,40 @@ from functools import cached_property
 from pathlib import Path
 from typing import Unpack
 
+from torch import Tensor
+
 from moestro.checkpoints.files import DTYPES, ModelFiles, read_model
+from moestro.checkpoints.hub import find_cached, is_hub_name
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
 from moestro.checkpoints.packing import Source, choose_format, pack_model, write_parts
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
 from moestro.engine.engine import Engine
+from moestro.engine.events import Completion, Event, TokenLogprob
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.attention import check_cache
 from moestro.model.transformer import Transformer
 
+MAX_STREAMS = 8  # sequences that are computed at once; a stream beyond them waits until one ends
+
 
 @dataclass(frozen=True)
 class Generation:
-    """The continuation of a prompt: `text` and `ids` without the prompt; `finish_reason` is "stop" or "length"."""
+    """The continuation of a prompt: `text` and `ids` without the prompt; `finish_reason` is "stop" or "length".
+
+    Only where they were asked for: `logprobs`, one for each of `ids`; `routes` [tokens, MoE layers, top_k] int16, the
+    experts of every token of `prompt_ids` and `ids` but the last, which the model never read. Layer i of them is block
+    `config.moe_layers[i]`.
+    """
 
     text: str
     ids: list[int]
     finish_reason: str
+    prompt_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    routes: Tensor | None = None
 
 
 class LanguageModel:
@@ -78,35 +92,58 @@ class LanguageModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """An engine for one sequence at a time; what a prompt shares with the previous one is not computed again."""
-        return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=1)
+        """An engine for a few sequences; what a prompt shares with previous ones is not computed again."""
+        return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=MAX_STREAMS)
+
+    def encode(self, prompt: str | Sequence[int], *, parse_special: bool = False) -> list[int]:
+        """The ids of a text as a prompt, see `Tokenizer.encode_prompt`; ids stay as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt, parse_special=parse_special)
+        return list(prompt)
 
     def stream_ids(self, prompt: Sequence[int], **settings: Unpack[Settings]) -> Iterator[int]:
         """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`.
 
-        `settings`: see `SamplingParams`. Several streams may be read in turn, by one thread. MoestroError if the model
-        fails.
+        `settings`: see `SamplingParams`. Several streams may be read in turn, by one thread; each gets the tokens that
+        it would get alone. MoestroError if the model fails.
         """
-        params = SamplingParams(**settings)
+        for event in self._stream(prompt, SamplingParams(**settings)):
+            if event.token is not None:
+                yield event.token
+
+    def _stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Event]:
+        """The events of one request; MoestroError if it fails."""
         if params.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, not {params.max_tokens}")
         with closing(self.engine.stream(Request(prompt, params))) as events:
             for event in events:
                 if event.error is not None:
                     raise MoestroError(event.error.message)
-                if event.token is not None:
-                    yield event.token
+                yield event
 
-    def generate(self, prompt: str | Sequence[int], **settings: Unpack[Settings]) -> Generation:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        logprobs: int | None = None,
+        routes: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Generation:
         """Continue a text (as the beginning of a document) or token ids.
 
-        Greedy by default; `**model.defaults.choose()` samples as the model's authors recommend.
+        Greedy by default; `**model.defaults.choose()` samples as the model's authors recommend. `logprobs`: how many of
+        the likeliest tokens to report in each place, beside the log-probability of the one written; `routes`: whether
+        to report experts.
         """
-        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        written = list(self.stream_ids(ids, **settings))
-        stopped = bool(written) and written[-1] in self.stop_ids
-        text = self.tokenizer.decode(written[:-1] if stopped else written)
-        return Generation(text, written, "stop" if stopped else "length")
+        ids = self.encode(prompt)
+        params = SamplingParams(**settings, logprobs=logprobs, return_routes=routes)
+        done = Completion()
+        for event in self._stream(ids, params):
+            done.add(event)
+        stopped = bool(done.ids) and done.ids[-1] in self.stop_ids
+        text = self.tokenizer.decode(done.ids[:-1] if stopped else done.ids)
+        scores = None if logprobs is None else done.logprobs
+        return Generation(text, done.ids, "stop" if stopped else "length", ids, scores, done.routes)
 
 
 def find_model_directory(path: Path) -> Path:
@@ -119,8 +156,18 @@ def find_model_directory(path: Path) -> Path:
     if (path / "run.json").is_file():
         raise CheckpointError(f"{path} is a run without a checkpoint yet")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face model directory")
+        return find_on_hub(path)
     raise CheckpointError(f"{path} is neither a run with a checkpoint nor a model directory (no config.json)")
+
+
+def find_on_hub(path: Path) -> Path:
+    """The cached directory of a name of the Hugging Face Hub; CheckpointError if it is no name, or not cached."""
+    if not is_hub_name(path):
+        raise CheckpointError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face model directory")
+    directory = find_cached(path.as_posix())
+    if directory is None:
+        raise CheckpointError(f"{path} is no directory; if it is a model of the Hub: hf download {path}")
+    return directory
 
 
 def load(
@@ -134,6 +181,7 @@ def load(
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
+    A name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, means its directory in the Hub's cache.
     `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`. `log` is told
     of what is not as one expects.
     """
