@@ -82,9 +82,11 @@ class Tokenizer:
         self.specification = specification
         configuration = configuration or {}
         tree = _parse_specification(specification)
-        self.added = _read_added(tree, configuration)
+        added = _read_added(tree, configuration)
+        self._encoder = _build_encoder(tree, added)
+        # the library gives further tokens the next free ids, or the vocabulary's, whatever the file says
+        self.added = [replace(token, id=self._encoder.token_to_id(token.content) or 0) for token in added]
         self.specials: dict[str, int] = {token.content: token.id for token in self.added}
-        self._encoder = _build_encoder(tree, self.added)
         self._finder = AddedTokenFinder(self.added)
         self.pieces = _spell_pieces(self._encoder, self.specials)
         self.vocab_size = len(self.pieces)
@@ -315,10 +317,7 @@ def _parse_specification(text: str) -> dict[str, Any]:
 
 
 def _read_added(tree: dict[str, Any], configuration: dict[str, Any]) -> list[AddedToken]:
-    """The added tokens of a tokenizer.json, and behind them those that only `added_tokens_decoder` has.
-
-    The latter get the next free ids, as in transformers, or the vocabulary's where it has the token.
-    """
+    """The added tokens of a tokenizer.json, and behind them those that only `added_tokens_decoder` has."""
     listed = configuration.get("added_tokens_decoder")
     try:
         added = [AddedToken.from_tree(entry) for entry in tree["added_tokens"]]
@@ -327,19 +326,7 @@ def _read_added(tree: dict[str, Any], configuration: dict[str, Any]) -> list[Add
     except (ValueError, TypeError, KeyError) as error:
         raise DataError("an added token has no id or no content") from error
     known = {token.content for token in added}
-    further = [token for token in further if token.content not in known]
-    if not further:
-        return added
-    model = tree.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict):
-        raise DataError("not a byte-level tokenizer: its model has no vocabulary by token")
-    free = max([*vocabulary.values(), *(token.id for token in added)], default=-1) + 1
-    for token in further:
-        id = vocabulary.get(token.content, free)
-        added.append(replace(token, id=id))
-        free += id == free
-    return added
+    return [token for token in (*added, *(new for new in further if new.content not in known)) if token.content]
 
 
 def _read_names(configuration: dict[str, Any]) -> dict[str, str]:
