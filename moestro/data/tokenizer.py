@@ -91,8 +91,9 @@ class Tokenizer:
         self.pieces = _spell_pieces(self._encoder, self.specials)
         self.vocab_size = len(self.pieces)
         self.named = _read_names(configuration)
-        self.bos_id = self._require("bos")
-        self.eos_id = self._require("eos")
+        bos, eos = self._find("bos"), self._find("eos")
+        self.bos_id = self._require("bos", eos if bos is None else bos)  # what ends documents can begin them, too
+        self.eos_id = self._require("eos", eos)
         pad = self._find("pad")
         self.pad_id = self.eos_id if pad is None else pad
         self.user_id = self._find("user")
@@ -284,8 +285,7 @@ class Tokenizer:
         candidates = (self.named.get(f"{role}_token", ""), *_FALLBACKS[role])
         return next((self.specials[candidate] for candidate in candidates if candidate in self.specials), None)
 
-    def _require(self, role: str) -> int:
-        id = self._find(role)
+    def _require(self, role: str, id: int | None) -> int:
         if id is None:
             raise DataError(
                 f"no {role.upper()} token found (tried {' '.join(_FALLBACKS[role])}); "

@@ -133,6 +133,16 @@ def test_special_tokens_map_counts_where_the_configuration_has_no_decoder(tmp_pa
     assert ours.bos_id == (0 if has_decoder else 3)
 
 
+def test_a_tokenizer_without_bos_loads(tmp_path: Path) -> None:
+    tree = {"bos_token": None, "eos_token": USER}
+    renamed = json.loads(
+        json.dumps(TREE).replace(json.dumps(BOS)[1:-1], "<|x|>").replace(json.dumps(EOS)[1:-1], "<|y|>")
+    )
+    ours = Tokenizer.from_file(write(tmp_path, tree, **renamed))
+    assert (ours.bos_id, ours.eos_id, ours.prefix_ids) == (3, 3, [])
+    assert AutoTokenizer.from_pretrained(tmp_path)("low")["input_ids"] == ours.encode_prompt("low")
+
+
 def test_sections_for_padding_and_truncation_change_no_prompt(tmp_path: Path) -> None:
     padding = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2,
                "pad_type_id": 0, "pad_token": PAD}  # fmt: skip

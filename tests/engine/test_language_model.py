@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,39 @@ def test_packed_weights_are_evaluated_as_they_are_served(
     assert found["tokens"] == expected["tokens"] > 100
     assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=most)
     assert found["bits_per_byte"] != expected["bits_per_byte"] or weights == "fp32"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_and_a_lossy_one_is_said(tiny_run: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(find_model_directory(tiny_run), model)
+    path = model / "tokenizer.json"
+    tree = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**tree, "normalizer": {"type": "Lowercase"}}), "utf-8")
+    said: list[str] = []
+    load(model, log=said.append)
+    (line,) = said
+    assert "does not keep text" in line
+    further = [{**tree["added_tokens"][0], "content": f"<{i}>", "id": 300 + i} for i in range(60)]
+    path.write_text(json.dumps({**tree, "added_tokens": [*tree["added_tokens"], *further]}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 3\d\d ids and the model embeds only 300"):
+        load(model)
+
+
+def test_a_text_is_encoded_as_the_directory_asks(tiny_run: Path) -> None:
+    model = load(tiny_run)
+    assert model.encode("a<｜User｜>") == [0, *model.tokenizer.encode("a<｜User｜>")]
+    assert model.encode("a<｜User｜>", parse_special=True) == [0, *model.tokenizer.encode("a"), 3]
+    assert (
+        model.generate("the cat", max_tokens=3).ids
+        == model.generate([0, *model.tokenizer.encode("the cat")], max_tokens=3).ids
+    )
+
+
+def test_messages_can_be_rendered_elsewhere(written: LanguageModel) -> None:
+    from moestro.server.renderer import encode
+
+    def render(messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return encode([dict(message) for message in messages], {}, written.tokenizer, True)
+
+    here, there = (Conversation(written, max_tokens=6, seed=1, render=how) for how in (None, render))
+    assert list(here.reply("the cat")) == list(there.reply("the cat"))
