@@ -1,4 +1,4 @@
-"""Text to ids and back: byte-level BPE, lossless on every valid UTF-8 text unless `notice` says otherwise.
+"""Text to ids and back: byte-level BPE, lossless on every valid UTF-8 text unless `notices` say otherwise.
 
 `Tokenizer` wraps the `tokenizers` library around one `tokenizer.json`, ours or any other byte-level one
 (GPT-2's kind, including DeepSeek's own). It promises three things beyond the library. No text becomes a special
@@ -56,6 +56,10 @@ _FALLBACKS = {
     "assistant": (ASSISTANT, "<|im_assistant|>", "<|assistant|>"),
 }
 _OURS = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "chat_template": CHAT_TEMPLATE}
+UNHEEDED_FLAG = (
+    "tokenizer_config.json has add_bos_token, but tokenizer.json adds no BOS: texts to continue begin without it, "
+    "as in transformers 5"
+)
 # texts that a tokenizer may lose parts of: white space, case, composed and compatible characters, marks, joined emoji
 _SAMPLES = (
     "a",
@@ -74,7 +78,7 @@ class Tokenizer:
     encoded. `specials` maps every added token to its id, `named` the roles that the configuration names, such as
     `bos_token`, to the tokens. `prefix_ids` and `suffix_ids` stand around every prompt. `pieces[id]` are the bytes an
     id decodes to. `token_bytes`, int32 [vocab_size], says how many bytes of text an id stands for, 0 for added tokens.
-    `chat_templates` has the templates by name, `chat_template` the usual one. `notice` says which text is lost, if any.
+    `chat_templates` has the templates by name, `chat_template` the usual one. `notices` say what one may not expect.
     """
 
     def __init__(self, specification: str, configuration: dict[str, Any] | None = None) -> None:
@@ -109,7 +113,7 @@ class Tokenizer:
         self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self.pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
         self.token_bytes.flags.writeable = False
-        self.notice = self._find_loss()
+        self.notices = self._find_losses()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -122,8 +126,11 @@ class Tokenizer:
             raise DataError(f"{path}: {error}") from error
         if not tokenizer.prefix_ids and was_saved_without_bos(configuration):
             return tokenizer.beginning_with_bos()
-        if path.name == TIKTOKEN and configuration.get("add_bos_token") is True:
+        if configuration.get("add_bos_token") is not True or tokenizer.bos_id in tokenizer.prefix_ids:
+            return tokenizer
+        if path.name == TIKTOKEN:
             return tokenizer.beginning_with_bos()
+        tokenizer.notices = [*tokenizer.notices, UNHEEDED_FLAG]
         return tokenizer
 
     @classmethod
@@ -293,11 +300,11 @@ class Tokenizer:
             )
         return id
 
-    def _find_loss(self) -> str | None:
-        for text in _SAMPLES:
-            if (back := self.decode(self.encode(text))) != text:
-                return f"this tokenizer does not keep text as it is: {text!a} is read as {back!a:.120}"
-        return None
+    def _find_losses(self) -> list[str]:
+        """One notice if samples of text are not kept."""
+        read = ((text, self.decode(self.encode(text))) for text in _SAMPLES)
+        lost = next(((text, back) for text, back in read if text != back), None)
+        return [f"this tokenizer does not keep text as it is: {lost[0]!a} is read as {lost[1]!a:.120}"] if lost else []
 
 
 def _compact(tree: dict[str, Any]) -> str:

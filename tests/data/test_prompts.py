@@ -190,14 +190,20 @@ def test_a_foreign_tokenizer_that_we_trained_with_begins_with_bos_for_everyone(t
 
 
 def test_a_text_that_is_lost_is_said(tmp_path: Path) -> None:
-    assert Tokenizer.from_file(write(tmp_path, NAMES)).notice is None
+    assert Tokenizer.from_file(write(tmp_path, NAMES)).notices == []
     for normalizer in ("NFC", "NFKC", "Lowercase", "StripAccents"):
-        notice = Tokenizer.from_file(write(tmp_path, NAMES, normalizer={"type": normalizer})).notice
-        assert notice is not None
+        (notice,) = Tokenizer.from_file(write(tmp_path, NAMES, normalizer={"type": normalizer})).notices
         assert notice.isascii()
         assert "\n" not in notice
     strip = {"type": "Strip", "strip_left": True, "strip_right": False}
-    assert "' a  b" in str(Tokenizer.from_file(write(tmp_path, NAMES, normalizer=strip)).notice)
+    assert "' a  b" in str(Tokenizer.from_file(write(tmp_path, NAMES, normalizer=strip)).notices)
+
+
+def test_a_flag_that_transformers_does_not_heed_is_said(tmp_path: Path) -> None:
+    (notice,) = Tokenizer.from_file(write(tmp_path, {**NAMES, "add_bos_token": True})).notices
+    assert "begin without it" in notice
+    told = write(tmp_path, {**NAMES, "add_bos_token": True}, post_processor=around(BOS, "A"))
+    assert Tokenizer.from_file(told).notices == []
 
 
 def test_a_post_processor_that_repeats_the_text_is_refused(tmp_path: Path) -> None:
