@@ -85,9 +85,9 @@ def chat(
 
 def converse(conversation: Conversation) -> None:
     """Answer messages and follow commands until the input ends or /exit."""
-    from moestro.cli.chat_commands import Session
+    from moestro.cli.chat_commands import ChatSession
 
-    session = Session(conversation)
+    session = ChatSession(conversation)
     while not session.is_over and (text := read_message()) is not None:
         try:
             question = session.follow(text) if text.startswith("/") else text
