@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_json, print_rows
+from moestro.cli.output import print_json, print_note, print_rows
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 
 
@@ -45,10 +45,9 @@ def evaluate(
     from moestro.engine.language_model import load
     from moestro.training.evaluate import evaluate as score
 
+    directory = choose_model(model, download, "eval")
     use_threads(threads)
-    language_model = load(
-        choose_model(model, download, "eval"), dtype, weights=weights, cache=cache, activations=activations
-    )
+    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
     record = score(language_model, data, split=split, max_tokens=max_tokens, seq_len=seq_len)
     if json_output:
         print_json(record)

@@ -6,7 +6,7 @@ The same engine that serves many requests writes the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,9 +95,11 @@ class LanguageModel:
         """An engine for a few sequences; what a prompt shares with previous ones is not computed again."""
         return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=MAX_STREAMS)
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of a text as the beginning of a document; ids stay as they are."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+    def encode(self, prompt: str | Sequence[int], *, parse_special: bool = False) -> list[int]:
+        """The ids of a text as a prompt, see `Tokenizer.encode_prompt`; ids stay as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt, parse_special=parse_special)
+        return list(prompt)
 
     def stream_ids(self, prompt: Sequence[int], **settings: Unpack[Settings]) -> Iterator[int]:
         """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`.
@@ -175,14 +177,23 @@ def load(
     weights: str | None = None,
     cache: str = "auto",
     activations: str = "auto",
+    log: Callable[[str], None] | None = None,
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
     A name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, means its directory in the Hub's cache.
-    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`. `log` is told
+    of what is not as one expects.
     """
     source = open_source(Path(path), dtype)
-    tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(source.directory)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.directory}: the tokenizer has {tokenizer.vocab_size} ids and the model embeds only "
+            f"{source.config.vocab_size}: they do not belong together"
+        )
+    if log is not None and tokenizer.notice is not None:
+        log(f"{source.directory}: {tokenizer.notice}")
     stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
     return LanguageModel(
         source, tokenizer, stop_ids, defaults=defaults, weights=weights, cache=cache, activations=activations
