@@ -79,6 +79,12 @@ def test_two_streams_of_one_model_do_not_mix(written: LanguageModel) -> None:
     assert next(left) == alone[0][0]
     assert list(written.stream_ids(prompts[1], max_tokens=8)) == alone[1]
     assert list(left) == alone[0][1:]
+    streams = [written.stream_ids(prompt, max_tokens=8) for prompt in prompts]
+    for stream in streams:
+        next(stream)
+    assert written.engine.stats().running == 2  # neither waits for the other's end
+    for stream in streams:
+        stream.close()
 
 
 def test_a_stop_id_ends_the_text(written: LanguageModel) -> None:
@@ -123,9 +129,15 @@ def test_a_conversation_streams_its_replies_and_remembers_them(written: Language
     list(conversation.reply("and"))
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
     stopped = conversation.reply("never finished")
-    next(stopped)
+    half = next(stopped) + next(stopped)
     stopped.close()
-    assert len(conversation.messages) == 4
+    assert conversation.messages[4:] == [
+        {"role": "user", "content": "never finished"},
+        {"role": "assistant", "content": half},
+    ]
+    with pytest.raises(ConfigError, match="exceed"):
+        list(conversation.reply("too long " * 200))
+    assert len(conversation.messages) == 6
 
 
 def test_a_run_a_checkpoint_and_a_copy_are_the_same_model(tiny_run: Path) -> None:
