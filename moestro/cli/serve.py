@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moestro.cli.models import Download, Model, choose_model
+from moestro.cli.output import print_note
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 from moestro.errors import ConfigError
 
@@ -70,7 +71,7 @@ def serve(
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
-        language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations)
+        language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
         service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 

@@ -6,7 +6,7 @@ on conversations; it continues the text of all messages.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moestro.data.specials import CHAT_TEMPLATE
@@ -15,6 +15,7 @@ from moestro.data.tokenizer import Tokenizer
 from moestro.engine.defaults import Settings
 from moestro.engine.language_model import LanguageModel
 
+Render = Callable[[Sequence[Mapping[str, str]]], list[int]]
 USUAL: Settings = {"temperature": 0.7, "top_p": 0.9}  # where neither the user nor the model's authors say
 
 
@@ -23,12 +24,18 @@ def is_base_model(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template in (None, CHAT_TEMPLATE)
 
 
+def choose_settings(model: LanguageModel, **given: float | None) -> Settings:
+    """How to sample: what is `given` (None: it is not), else what the model's authors recommend, else `USUAL`."""
+    return {**USUAL, **model.defaults.choose(**given)}
+
+
 @dataclass
 class Conversation:
     """The messages so far and the sampling settings for replies; None: as the model's authors recommend, or `USUAL`.
 
     `plain`: continue the messages as one text instead of using the chat template. `num_forgotten` counts the exchanges
-    that had to leave the context for the latest reply.
+    that had to leave the context for the latest reply. `render` gives the ids of messages; by default the template runs
+    in this process, with no bound on its time.
     """
 
     language_model: LanguageModel
@@ -41,6 +48,7 @@ class Conversation:
     plain: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
     num_forgotten: int = 0
+    render: Render | None = None
 
     def reply(self, text: str) -> Generator[str, None, None]:
         """Say `text`; yield the reply piece by piece.
@@ -65,7 +73,8 @@ class Conversation:
 
     def _choose_settings(self, prompt_tokens: int) -> Settings:
         model = self.language_model
-        chosen = model.defaults.choose(
+        return choose_settings(
+            model,
             max_tokens=min(self.max_tokens, max(model.context - prompt_tokens, 1)),
             temperature=self.temperature,
             top_p=self.top_p,
@@ -73,9 +82,10 @@ class Conversation:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed + len(self.messages),
         )
-        return {**USUAL, **chosen}
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self.plain and self.render is not None:
+            return self.render(messages)
         if not self.plain:
             return encode_chat(messages, self.language_model.tokenizer)
         parts = [("" if m["role"] == "assistant" else "\n") + m["content"] for m in messages]

@@ -6,7 +6,7 @@ The same engine that serves many requests writes the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +15,11 @@ from typing import Unpack
 
 from torch import Tensor
 
+from moestro import machine
 from moestro.checkpoints.files import DTYPES, ModelFiles, read_model
 from moestro.checkpoints.hub import find_cached, is_hub_name
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
-from moestro.checkpoints.packing import Source, choose_format, pack_model, write_parts
+from moestro.checkpoints.packing import Source, choose_format, pack_model, packed_bytes, write_parts
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
 from moestro.engine.engine import Engine
@@ -29,7 +30,13 @@ from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.attention import check_cache
 from moestro.model.transformer import Transformer
+from moestro.sizes import format_bytes
 
+LARGE = 10**9  # bytes: beyond them, memory is told of
+WITHOUT_KERNELS = (
+    "The native kernels cannot run here, so that products are those of torch's library: a text may differ in rare "
+    "tokens with what is computed beside it (moestro doctor)."
+)
 MAX_STREAMS = 8  # sequences that are computed at once; a stream beyond them waits until one ends
 
 
@@ -71,10 +78,11 @@ class LanguageModel:
         cache: str = "auto",
         activations: str = "auto",
         max_context: int | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         check_cache(source.config, cache)
         check_context(source.config, max_context)
-        self.max_context = max_context
+        self.max_context, self._log = max_context, log or (lambda text: None)
         self.source, self.config = source, source.config
         self.tokenizer, self.defaults = tokenizer, defaults
         self.stop_ids, self.cache, self.activations = stop_ids, cache, activations
@@ -87,28 +95,50 @@ class LanguageModel:
         if isinstance(self.source, PackedFiles):
             raise CheckpointError(f"{self.source.directory} holds weights packed for serving: this needs the original")
         if isinstance(self.source, ModelFiles):
-            return read_model(self.source)
+            with machine.explain_memory_errors("to load this model"):
+                return read_model(self.source)
         return self.source.eval()
 
     @cached_property
     def runtime(self) -> Runtime:
-        """The model packed for serving."""
-        return Runtime(pack_model(self.source, self.weights), self.cache, self.activations)
+        """The model packed for serving. MemoryShortageError if its weights do not fit into memory."""
+        needed, is_mapped = self.weights_bytes, isinstance(self.source, PackedFiles)
+        usable = machine.usable_bytes()
+        if needed >= LARGE:
+            where = "mapped from their files" if is_mapped else f"{format_bytes(usable)} of memory are free"
+            self._log(f"Weights take {format_bytes(needed)}; {where}.")
+        if not is_mapped:
+            machine.require_memory(needed, "this model's weights take")
+        with machine.explain_memory_errors("to load this model"):
+            runtime = Runtime(pack_model(self.source, self.weights), self.cache, self.activations)
+        if runtime.is_plain:
+            self._log(WITHOUT_KERNELS)
+        return runtime
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights as they are served."""
+        return sum(packed_bytes(self.source, self.weights).values())
 
     @cached_property
     def engine(self) -> Engine:
         """An engine for a few sequences; what a prompt shares with previous ones is not computed again."""
         limits = {"max_context": self.max_context, "max_running": MAX_STREAMS}
-        return Engine(self.runtime, self.tokenizer, self.stop_ids, grows=True, **limits)  # type: ignore[arg-type]
+        engine = Engine(self.runtime, self.tokenizer, self.stop_ids, grows=True, **limits)  # type: ignore[arg-type]
+        if self.max_context is None and engine.room.context < self.config.max_seq_len:
+            self._log(f"The context is {engine.describe_context()}: no more fits into memory.")
+        return engine
 
     @property
     def context(self) -> int:
         """The most tokens that a prompt and its continuation may have: what was asked for, or what fits into memory."""
         return self.engine.room.context
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids of a text as the beginning of a document; ids stay as they are."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+    def encode(self, prompt: str | Sequence[int], *, parse_special: bool = False) -> list[int]:
+        """The ids of a text as a prompt, see `Tokenizer.encode_prompt`; ids stay as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt, parse_special=parse_special)
+        return list(prompt)
 
     def stream_ids(self, prompt: Sequence[int], **settings: Unpack[Settings]) -> Iterator[int]:
         """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`.
@@ -187,14 +217,24 @@ def load(
     cache: str = "auto",
     activations: str = "auto",
     max_context: int | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
     A name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, means its directory in the Hub's cache.
     `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache`, `activations`, `max_context`: see `LanguageModel`.
+    `log` is told of what is not as one expects, and what a large model takes.
     """
     source = open_source(Path(path), dtype)
-    tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(source.directory)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.directory}: the tokenizer has {tokenizer.vocab_size} ids and the model embeds only "
+            f"{source.config.vocab_size}: they do not belong together"
+        )
+    if log is not None:
+        for notice in tokenizer.notices:
+            log(f"{source.directory}: {notice}")
     stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
     return LanguageModel(
         source,
@@ -205,6 +245,7 @@ def load(
         cache=cache,
         activations=activations,
         max_context=max_context,
+        log=log,
     )
 
 
@@ -230,12 +271,21 @@ class PackedSize:
     nbytes: int
 
 
-def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> PackedSize:
+def pack(
+    path: Path,
+    out: Path,
+    dtype: str = "auto",
+    *,
+    weights: str | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> PackedSize:
     """Pack a run, a checkpoint or a Hugging Face directory into `out`, one part at a time; see `write_packed`."""
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
     format = choose_format(source, weights)
-    with write_packed(out, source.directory, format, source.dtype) as save:
+    if (needed := sum(packed_bytes(source, format).values())) >= LARGE:
+        log(f"Writing {format_bytes(needed)} of {format} weights.")
+    with machine.explain_memory_errors("to pack this model"), write_packed(out, source.directory, format, source.dtype) as save:
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)

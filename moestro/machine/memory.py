@@ -43,11 +43,11 @@ def usable_bytes() -> int:
 
 
 def require_memory(needed: int, what: str) -> None:
-    """Raise MemoryShortageError if `what` takes more bytes than `usable_bytes`."""
+    """Raise MemoryShortageError, "`what` … of memory", if more bytes are `needed` than `usable_bytes`."""
     usable = usable_bytes()
     if needed > usable:
         raise MemoryShortageError(
-            f"{what} takes {needed / 1e9:,.2f} GB of memory, and {usable / 1e9:,.2f} GB are free",
+            f"{what} {needed / 1e9:,.2f} GB of memory, and {usable / 1e9:,.2f} GB are free",
             hint="moestro inspect shows what would fit",
         )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moestro.data.template import choose_template
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults
 from moestro.engine.engine import Engine
 from moestro.engine.sequence import Request, SamplingParams
@@ -93,7 +94,7 @@ class Service:
         begun = time.monotonic()
         n = body.n or 1
         self.worker.check_room(len(body.prompts) * n)
-        prompts = await asyncio.to_thread(self._encode_all, body.prompts)
+        prompts = await asyncio.to_thread(self._encode_all, body.prompts, body)
         grammar = await asyncio.to_thread(structured_grammar, body.structured_outputs)
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = []
@@ -116,7 +117,8 @@ class Service:
         self.worker.check_room(n)
         self._check_chars(sum(len(message.text) for message in body.messages))
         grammar = await asyncio.to_thread(chat_grammar, body)
-        ids = await self._render(*template_input(body, self.tokenizer.chat_template))
+        template = choose_template(self.tokenizer, has_tools=uses_tools(body))
+        ids = await self._render(*template_input(body, template))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = self._room(len(ids), asked)
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -138,9 +140,7 @@ class Service:
         """Ids of a text or of a conversation, as the other routes would compute them."""
         if body.messages is None:
             assert body.prompt is not None
-            if not body.add_special_tokens:
-                return await asyncio.to_thread(self.tokenizer.encode, body.prompt)
-            return (await asyncio.to_thread(self._encode_all, [body.prompt]))[0]
+            return await asyncio.to_thread(self._encode, body.prompt, body)
         messages = template_messages(body.messages, self.tokenizer.chat_template)
         return await self._render(messages, {}, body.add_generation_prompt)
 
@@ -154,13 +154,14 @@ class Service:
 
         return await asyncio.get_running_loop().run_in_executor(self._template_thread, render)
 
-    def _encode_all(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Encode each text as the beginning of a document; ids are taken as they are."""
-        return [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    def _encode_all(self, prompts: Sequence[str | list[int]], body: CompletionRequest) -> list[list[int]]:
+        """Encode each text; ids are taken as they are."""
+        return [self._encode(prompt, body) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, body: CompletionRequest | TokenizeRequest) -> list[int]:
         self._check_chars(len(text))
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        special = {"add_special_tokens": body.add_special_tokens, "parse_special": body.parse_special}
+        return self.tokenizer.encode_prompt(text, **special)
 
     def _check_chars(self, count: int) -> None:
         """Refuse, before encoding, text that no encoding can make short enough."""
