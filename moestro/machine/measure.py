@@ -47,12 +47,15 @@ class Measurement:
         return found
 
 
-def measure_machine(seconds: float = 3.0) -> Measurement:
-    """Measure memory bandwidth and matrix products within about `seconds`, with torch's current threads."""
+def measure_machine(seconds: float = 3.0, most_bytes: int = 4 * GIB) -> Measurement:
+    """Measure memory bandwidth and matrix products within about `seconds`, with torch's current threads.
+
+    Bandwidth is that of reading a buffer of at most `most_bytes`; filling it first takes time, too.
+    """
     import torch
 
     start = time.perf_counter()
-    read, buffer_bytes = _measure_read(seconds / 4)
+    read, buffer_bytes = _measure_read(seconds / 4, most_bytes)
     fp32 = _measure_product(torch.float32, seconds / 4)
     bf16 = _measure_product(torch.bfloat16, seconds / 4)
     return Measurement(
@@ -66,12 +69,12 @@ def measure_machine(seconds: float = 3.0) -> Measurement:
     )
 
 
-def _measure_read(budget: float) -> tuple[float, int]:
+def _measure_read(budget: float, most_bytes: int) -> tuple[float, int]:
     """Best bytes per second of summing a buffer meant to exceed every cache, and the buffer's bytes."""
     import torch
 
     available = memory_bytes()[1]
-    size = min(max(GIB, 4 * _last_cache_bytes()), max(available // 4, 64 * 2**20), 4 * GIB)
+    size = min(max(GIB, 4 * _last_cache_bytes()), max(available // 4, 64 * 2**20), most_bytes)
     buffer = torch.ones(size // 4)  # filled, because untouched pages would cost faults, not reads
     return size / _best_seconds(lambda: torch.sum(buffer), budget), size
 

@@ -79,7 +79,7 @@ def run_service(service: Service, listener: socket.socket, key: str | None, drai
     """Serve until a signal; returns the process's exit code, 0 if everything under way could finish."""
 
     def announce() -> None:
-        print(f"Serving {service.name} at {address_of(listener)}", flush=True)
+        print(f"Serving {service.name} at {address_of(listener)}/", flush=True)
 
     try:
         server = DrainingServer(create_app(service, key=key), service.worker, drain_seconds, announce)
