@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from moestro import machine
 from moestro.checkpoints.packing import Source, packed_bytes
 from moestro.config import ModelConfig
 from moestro.engine.paged_cache import page_bytes
@@ -43,12 +44,13 @@ class ServingNeeds:
         return self.total - (0 if self.private else self.weights) <= usable
 
     def most_tokens_per_second(self, bytes_per_second: float) -> float:
-        """The upper bound of decoding one text."""
+        """The upper bound of decoding one text; only for what is larger than the caches, which are faster."""
         return bytes_per_second / self.read
 
     def describe(self, usable: int, bytes_per_second: float | None) -> dict[str, object]:
         """All of it as JSON."""
-        speed = None if bytes_per_second is None else self.most_tokens_per_second(bytes_per_second)
+        is_cached = self.read <= machine.last_cache_bytes()
+        speed = None if bytes_per_second is None or is_cached else self.most_tokens_per_second(bytes_per_second)
         return {**asdict(self), "total": self.total, "fits": self.fits(usable), "most_tokens_per_second": speed}
 
 
