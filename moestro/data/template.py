@@ -97,6 +97,15 @@ def _mark_value(value: Any, starts: re.Pattern[str], mark: str) -> Any:
     return value
 
 
+def has_own_template(tokenizer: Tokenizer) -> bool:
+    """Whether a checkpoint brings a chat template of its own, as models trained on conversations do.
+
+    Ours is in every checkpoint that we write, whatever it was trained on, and training reads plain text. So a model
+    with no template but ours continues text rather than answers.
+    """
+    return tokenizer.chat_template not in (None, CHAT_TEMPLATE)
+
+
 def _render(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer, add_prompt: bool) -> str:
     names = {id: name for name, id in tokenizer.specials.items()}
     parts: list[str] = []

@@ -24,8 +24,9 @@ from moestro.model.parts import Parts, count_bytes, saved_tensors
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
 from moestro.model.transformer import Transformer
 from moestro.ops import library
-from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
+from moestro.ops.serving.program import Caches, Eager, Operand, Operations, Tape, Value
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
+from moestro.routing.selection import Selection
 
 SCORED_ROWS = 1024  # rows whose logits over the whole vocabulary are in memory at a time
 CHOOSE = -1  # as an expert id: the router chooses
@@ -68,6 +69,18 @@ class Forward(Protocol):
     def __call__(self, rows: Operations[Value], inputs: Sequence[Value], layer: int) -> Value: ...
 
 
+class Watching(Eager):
+    """Runs operations at once and keeps the `weights` [N, A] of every router."""
+
+    def __init__(self, layout: StepInput, layers: Sequence[Caches], ids: Tensor) -> None:
+        super().__init__(layout, layers, ids)
+        self.weights: list[Tensor] = []
+
+    def route(self, index: int, logits: Tensor | None, selection: Selection) -> Tensor:
+        self.weights.append(super().route(index, logits, selection))
+        return self.weights[-1]
+
+
 class Pass:
     """A forward pass through some blocks: on a tape made once if the kernels are built, else operation by operation.
 
@@ -100,8 +113,18 @@ class Pass:
         if self.tape is not None:
             hidden = self.tape.run(list(zip(self.inputs, inputs, strict=True)), step, cache.layers, ids, self.output)
             return StepOutput(hidden, ids)
-        eager = Eager(step, cache.layers, ids)
-        return StepOutput(self.forward(eager, [x.to(self.dtype)[:, None] for x in inputs], self.layer).flatten(1), ids)
+        return self._run(Eager(step, cache.layers, ids), inputs)
+
+    def watch(self, inputs: Sequence[Tensor], step: StepInput, cache: PagedCache) -> tuple[StepOutput, Tensor]:
+        """The same operation by operation, and the weights [L, N, A] fp32 of the experts."""
+        ids = self._begin_routes(step.tokens, cache.routes.shape[-1], None)
+        rows = Watching(step, cache.layers, ids)
+        output = self._run(rows, inputs)
+        return output, torch.stack(rows.weights) if rows.weights else ids.float()
+
+    def _run(self, rows: Eager, inputs: Sequence[Tensor]) -> StepOutput:
+        hidden = self.forward(rows, [x.to(self.dtype)[:, None] for x in inputs], self.layer)
+        return StepOutput(hidden.flatten(1), rows.ids)
 
     def _begin_routes(self, tokens: Tensor, top_k: int, replayed: Tensor | None) -> Tensor:
         """The ids [L, N, A] that are known before the pass: replayed, or hashed from the tokens."""
@@ -169,6 +192,10 @@ class Runtime:
         routers' own scores. For rows of −1 the routers choose as usual. ValueError for ids that do not fit.
         """
         return self._main([self.embedding.index_select(0, step.tokens)], step, cache, ids)
+
+    def watch(self, step: StepInput, cache: PagedCache) -> tuple[StepOutput, Tensor]:
+        """`forward`, more slowly, and with what weights [L, N, A] fp32 the experts' outputs are added."""
+        return self._main.watch([self.embedding.index_select(0, step.tokens)], step, cache)
 
     def forward_mtp(self, depth: int, hidden: Tensor, step: StepInput, cache: PagedCache) -> Tensor:
         """Module `depth` (from 0) on the hidden states [N, D] of the depth before -> its own [N, D].

@@ -18,13 +18,15 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from moestro.data.template import has_own_template
 from moestro.engine.scheduler import QueueFullError
 from moestro.errors import MoestroError
-from moestro.server.answers import answer
+from moestro.server.answers import ClientGoneError, answer, while_connected
 from moestro.server.guard import Guard, error_tree
 from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
 from moestro.server.service import ContextLengthError, Service
+from moestro.server.traces import TraceRequest, Tracing
 from moestro.server.worker import ClosedError, EngineError
 from moestro.version import __version__
 
@@ -58,6 +60,7 @@ def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> 
     _add_error_handlers(app, service)
     _add_completions(app, service)
     _add_token_routes(app, service)
+    _add_trace(app, service)
     _add_status(app, service)
     _add_page(app, web)
     return app
@@ -102,6 +105,7 @@ def _describe_model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "moestro",
         "max_model_len": service.config.max_seq_len,
+        "chat": has_own_template(service.tokenizer),
     }
 
 
@@ -115,6 +119,17 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, skip_special=False)
         return {"prompt": text}
+
+
+def _add_trace(app: FastAPI, service: Service) -> None:
+    tracing = Tracing(service)
+
+    @app.post("/trace")
+    async def trace(body: TraceRequest, http: Request) -> Response:
+        try:
+            return JSONResponse(await while_connected(http.receive, tracing.trace(body)))
+        except ClientGoneError:
+            return Response(status_code=499)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
