@@ -57,7 +57,7 @@ async function explain(response) {
   const { status, headers } = response;
   let error = {};
   try {
-    error = (await response.json()).error;
+    error = (await response.json()).error ?? {};
   } catch {
     error = {}; // not an error object: the status has to do
   }

@@ -84,14 +84,14 @@ export class Asker {
 
   async prepareChat(conversation, message, signal) {
     const { messages } = this.askedWith(conversation, message);
-    const fitted = await fitMessages(messages, this.settings.maxTokens, signal);
+    const fitted = await fitMessages(messages, this.settings.maxTokens(), signal);
     this.noteDropped(message, fitted.dropped);
     return this.body({ messages: fitted.messages }, fitted.maxTokens);
   }
 
   async prepareText(conversation, message, signal) {
     const { text } = this.askedWith(conversation, message);
-    const fitted = await fitText(text, this.settings.maxTokens, signal);
+    const fitted = await fitText(text, this.settings.maxTokens("text"), signal);
     this.noteDropped(message, fitted.dropped);
     return this.body({ prompt: fitted.prompt }, fitted.maxTokens);
   }
@@ -108,7 +108,7 @@ export class Asker {
     ids.push(...await this.ownIds(message, signal));
     const room = (model.limit ?? Infinity) - ids.length;
     if (room <= 0) throw new ApiError(t("error.full", { limit: model.limit }), "context");
-    return this.body({ prompt: ids }, Math.min(this.settings.maxTokens, room));
+    return this.body({ prompt: ids }, Math.min(this.settings.maxTokens(), room));
   }
 
   async ownIds(message, signal) {

@@ -25,13 +25,13 @@ function quantiles(values) {
   return [...new Set(ends)].filter((end) => end < sorted.at(-1));
 }
 
-/** Levels by the class of a value; `name(low, high)` for the legend, undefined at the open ends. */
-function classify(values, ends, name) {
-  const known = values.filter((value) => value !== null);
+/** Levels by the class of a value; `name(low, high)` for the legend of the first `count`, undefined at the open ends. */
+function classify(values, count, ends, name) {
+  const known = values.slice(0, count).filter((value) => value !== null);
   const classOf = (value) => ends.filter((end) => value > end).length;
   const scale = Math.max(1, ends.length);
   const counts = Array.from({ length: ends.length + 1 }, (_, at) => known.filter((value) => classOf(value) === at).length);
-  const legend = known.length ? counts.map((count, at) => ({ level: at / scale, text: name(ends[at - 1], ends[at]), count })) : [];
+  const legend = known.length ? counts.map((number, at) => ({ level: at / scale, text: name(ends[at - 1], ends[at]), count: number })) : [];
   return { marks: values.map((value) => (value === null ? {} : { level: classOf(value) / scale })), legend };
 }
 
@@ -48,22 +48,22 @@ function nameEntropy(low, high) {
   return to === undefined ? `> ${from}` : `${from} – ${to}`;
 }
 
-function byRank(tokens) {
+function byRank(tokens, count) {
   const values = tokens.map(({ rank }) => rank ?? null);
   const name = (low, high) => {
     if (high === undefined) return `> ${low}`;
     return low === undefined || high - low === 1 ? whole(high) : `${low + 1} – ${high}`;
   };
-  return classify(values, RANKS.slice(0, -1), name);
+  return classify(values, count, RANKS.slice(0, -1), name);
 }
 
-function byExpert(tokens, layer) {
+function byExpert(tokens, count, layer) {
   const experts = tokens.map((token) => strongest(token, layer));
   const counts = new Map();
-  experts.filter((expert) => expert !== undefined).forEach((expert) => counts.set(expert, (counts.get(expert) ?? 0) + 1));
+  experts.slice(0, count).filter((expert) => expert !== undefined).forEach((expert) => counts.set(expert, (counts.get(expert) ?? 0) + 1));
   const order = [...counts].sort(([a, m], [b, n]) => n - m || a - b);
-  const legend = order.slice(0, MANY_HUES).map(([expert, count]) => ({ hue: hueOf(expert), text: t("expert", { expert: String(expert) }), count }));
-  const rest = order.slice(MANY_HUES).reduce((total, [, count]) => total + count, 0);
+  const legend = order.slice(0, MANY_HUES).map(([expert, number]) => ({ hue: hueOf(expert), text: t("expert", { expert: String(expert) }), count: number }));
+  const rest = order.slice(MANY_HUES).reduce((total, [, number]) => total + number, 0);
   if (rest) legend.push({ text: t("legend.others", { count: order.length - MANY_HUES }), count: rest });
   return { marks: experts.map((expert) => (expert === undefined ? {} : { hue: hueOf(expert) })), legend };
 }
@@ -74,13 +74,16 @@ export const listWays = (names) => [
   ...names.map((name, index) => [`layer-${index}`, t("colour.layer", { layer: layerName(name) })]),
 ];
 
-/** `{ marks, legend, note }`: a mark `{ level }` or `{ hue }` for each token, empty where it is not known. */
-export function colourTokens(tokens, way) {
-  if (way.startsWith("layer-")) return { ...byExpert(tokens, Number(way.slice(6))), note: t("legend.expert") };
-  if (way === "rank") return { ...byRank(tokens), note: t("legend.rank") };
+/**
+ * `{ marks, legend, note }`: a mark `{ level }` or `{ hue }` for each token, empty where it is not known. Classes and
+ * legend are those of the first `count` tokens, the answer; others are coloured by them.
+ */
+export function colourTokens(tokens, count, way) {
+  if (way.startsWith("layer-")) return { ...byExpert(tokens, count, Number(way.slice(6))), note: t("legend.expert") };
+  if (way === "rank") return { ...byRank(tokens, count), note: t("legend.rank") };
   if (way === "none") return { marks: tokens.map(() => ({})), legend: [], note: "" };
   const isSurprise = way === "surprise";
   const values = tokens.map(({ logprob, entropy }) => (isSurprise ? (logprob === null ? null : -logprob) : entropy ?? null));
-  const ends = quantiles(values.filter((value) => value !== null));
-  return { ...classify(values, ends, isSurprise ? nameSurprise : nameEntropy), note: t(isSurprise ? "legend.surprise" : "legend.entropy") };
+  const ends = quantiles(values.slice(0, count).filter((value) => value !== null));
+  return { ...classify(values, count, ends, isSurprise ? nameSurprise : nameEntropy), note: t(isSurprise ? "legend.surprise" : "legend.entropy") };
 }

@@ -77,7 +77,7 @@ export class AnswerView {
     this.error = element("div", { class: "error", role: "alert" });
     this.stats = element("span", { class: "stats" });
     this.toggle = toggleButton(t("tokens"), () => this.switchView());
-    this.compare = toggleButton(t("compare"), () => context.compare.choose(message), { title: t("compare.hint") });
+    this.compare = toggleButton(t("compare"), () => context.compare.choose(message), { class: "toggle-compare", title: t("compare.hint") });
     this.more = textButton(t("continue"), () => context.extend(message), { class: "plain more", title: t("continue.hint") });
     this.copy = copyButton(() => message.content);
     this.again = iconButton("again", t("again"), () => context.regenerate(message));

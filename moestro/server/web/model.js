@@ -2,7 +2,8 @@
 
 import { getJson, server } from "./api.js";
 
-export const USUAL = { temperature: 0.8, top_p: 0.95, max_tokens: 512 }; // where the model's own settings say nothing
+export const USUAL = { temperature: 0.8, top_p: 0.95, max_tokens: 512 };
+export const TEXT_TOKENS = 128; // a text is continued in smaller steps: more is one press away // where the model's own settings say nothing
 const WAIT_MS = [1000, 2000, 4000, 8000]; // between attempts to reach a server that is gone
 
 /** `id` is null until the server has told; `limit` is the context in tokens; `chat` whether it answers or continues. */

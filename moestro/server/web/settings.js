@@ -2,7 +2,7 @@
 
 import { getKey, setKey } from "./api.js";
 import { byId } from "./dom.js";
-import { model } from "./model.js";
+import { TEXT_TOKENS, model } from "./model.js";
 import { setLanguage, t } from "./strings.js";
 
 const KEY = "moestro.settings";
@@ -92,9 +92,9 @@ export class Settings {
     byId("theme").querySelector("use").setAttribute("href", `#i-${theme}`);
   }
 
-  /** The most tokens of an answer. */
-  get maxTokens() {
-    return this.values.max_tokens ?? model.defaults.max_tokens;
+  /** The most tokens of an answer, or of one step of a text. */
+  maxTokens(kind = "chat") {
+    return this.values.max_tokens ?? Math.min(model.defaults.max_tokens, kind === "text" ? TEXT_TOKENS : Infinity);
   }
 
   /** How to draw tokens, as a part of a request: what is set here, else the model's own. */

@@ -72,7 +72,8 @@ export class TokenView {
     this.answer = new TokenFlow(t("tokens.answer"), (index) => this.show(index));
     this.prompt = new TokenFlow(t("tokens.prompt"), (index) => this.showPrompt(index));
     this.promptHead = element("summary");
-    this.promptBox = element("details", { class: "prompt-tokens", hidden: true }, this.promptHead, this.prompt.node);
+    const isText = context.conversation.kind === "text"; // its beginning is read with its continuation
+    this.promptBox = element("details", { class: "prompt-tokens", hidden: true, open: isText }, this.promptHead, this.prompt.node);
     this.select = element("select", { on: { change: () => this.choose() } });
     this.legend = element("ul", { class: "token-legend" });
     this.legendNote = element("p", { class: "note" });
@@ -82,7 +83,6 @@ export class TokenView {
       element("div", { class: "token-bar" }, element("label", {}, t("colour.label"), this.select), this.legend, this.lightNote),
       this.legendNote, this.note, this.promptBox, this.answer.node);
     this.offer([]);
-    this.update();
   }
 
   /** The tokens of the answer, with what the trace knows of them beside what the stream told. */
@@ -140,7 +140,7 @@ export class TokenView {
     const way = this.select.value;
     const { tokens } = this;
     const prompt = this.trace?.prompt ?? [];
-    const { marks, legend, note } = colourTokens([...tokens, ...prompt], way);
+    const { marks, legend, note } = colourTokens([...tokens, ...prompt], tokens.length, way);
     const lit = this.spotlight && [...tokens, ...prompt].map(({ routes }) => routes?.[this.spotlight.layer]?.includes(this.spotlight.expert));
     this.answer.paint(marks.slice(0, tokens.length), way, lit?.slice(0, tokens.length));
     if (prompt.length) this.prompt.paint(marks.slice(tokens.length), way, lit?.slice(tokens.length));

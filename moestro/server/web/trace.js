@@ -13,11 +13,16 @@ export async function traceAnswer(message, asked) {
   const ids = message.tokens.map(({ id }) => id);
   const found = kept.get(message);
   if (found?.count === ids.length) return found.trace;
+  const trace = fetchTrace(ids, asked);
+  kept.set(message, { count: ids.length, trace });
+  trace.catch(() => kept.delete(message)); // the next look tries again
+  return trace;
+}
+
+async function fetchTrace(ids, asked) {
   const prompt = await promptIds(asked);
   if (prompt.length + ids.length > MOST_TOKENS) throw new Error(t("trace.tooLong", { most: MOST_TOKENS }));
   const { tokens, vocab_size: vocabSize } = await postJson("trace", { tokens: [...prompt, ...ids] });
-  const read = tokens.map(({ text, experts, ...rest }) => ({ ...rest, text, routes: experts.length ? experts : null }));
-  const trace = { prompt: read.slice(0, prompt.length), answer: read.slice(prompt.length), vocabSize };
-  kept.set(message, { count: ids.length, trace });
-  return trace;
+  const read = tokens.map(({ experts, ...rest }) => ({ ...rest, routes: experts.length ? experts : null }));
+  return { prompt: read.slice(0, prompt.length), answer: read.slice(prompt.length), vocabSize };
 }
