@@ -18,14 +18,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from moestro.data.template import has_own_template
+from moestro.engine.conversation import REPLY_TOKENS, TEXT_TOKENS, USUAL, is_base_model
 from moestro.engine.scheduler import QueueFullError
 from moestro.errors import MoestroError
 from moestro.server.answers import ClientGoneError, answer, while_connected
 from moestro.server.guard import Guard, error_tree
 from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
-from moestro.server.service import ContextLengthError, Service
+from moestro.server.service import DEFAULTS, ContextLengthError, Service
 from moestro.server.traces import TraceRequest, Tracing
 from moestro.server.worker import ClosedError, EngineError
 from moestro.version import __version__
@@ -105,7 +105,10 @@ def _describe_model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "moestro",
         "max_model_len": service.config.max_seq_len,
-        "chat": has_own_template(service.tokenizer),
+        "defaults": DEFAULTS | service.defaults.choose(),  # an extension: what holds where a request gives no value
+        "base": is_base_model(service.tokenizer),  # an extension: it continues texts
+        # an extension: how our page and command line write with it
+        "usual": {"reply_tokens": REPLY_TOKENS, "text_tokens": TEXT_TOKENS, **USUAL, **service.defaults.choose()},
     }
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+from collections.abc import Callable
 
 import pytest
 from live import Live
 
+from moestro.cli.chat import chat
+from moestro.cli.generate import generate
 from moestro.data.tokenizer import Tokenizer
+from moestro.engine.conversation import USUAL
+from moestro.engine.defaults import GenerationDefaults
 from moestro.engine.scheduler import QueueFullError
 from moestro.server.traces import MAX_TRACED, MAX_WAITING, TraceRequest, Tracing
 
@@ -47,9 +53,19 @@ def test_few_may_wait(live: Live) -> None:
     assert [isinstance(reply, QueueFullError) for reply in replies] == [False] * MAX_WAITING + [True]
 
 
-def test_the_model_says_whether_it_was_made_for_chat(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_says_what_it_is_and_how_to_write_with_it(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     (model,) = live.http.get("/v1/models").json()["data"]
-    assert model["chat"] is False  # our template alone tells nothing
+    assert model["base"] is True  # our template alone tells nothing
+    assert model["usual"] == {
+        "reply_tokens": default_of(chat, "max_tokens"), "text_tokens": default_of(generate, "max_tokens"), **USUAL
+    }  # fmt: skip
     monkeypatch.setattr(live.service.tokenizer, "chat_template", "{{ messages[0].content }}")
+    monkeypatch.setattr(live.service, "defaults", GenerationDefaults(temperature=0.3, top_k=5))
     (model,) = live.http.get("/v1/models").json()["data"]
-    assert model["chat"] is True
+    assert model["base"] is False
+    assert (model["usual"]["temperature"], model["usual"]["top_k"], model["usual"]["top_p"]) == (0.3, 5, USUAL["top_p"])
+
+
+def default_of(command: Callable[..., object], name: str) -> object:
+    """What the command line takes if nothing is given."""
+    return inspect.signature(command).parameters[name].default

@@ -87,7 +87,7 @@ def tokens_of(text: str, first_id: int = 0) -> list[dict[str, Any]]:
 def count_tokens(body: dict[str, Any]) -> int:
     """One token a word, and one more for every message."""
     texts = [message["content"] for message in body.get("messages", ())]
-    return sum(1 + len(split(text)) for text in texts) if texts else len(split(body["prompt"])) + 1
+    return sum(1 + len(split(text)) for text in texts) if texts else len(split(body["prompt"])) + body.get("add_special_tokens", True)
 
 
 def trace_of(token_id: int, is_first: bool) -> dict[str, Any]:
@@ -145,8 +145,8 @@ class Stub(ThreadingHTTPServer):
         self.routing: dict[str, Any] | None = make_routing(even_load())
         self.num_polls = 0
         self.missing = ""  # a file of the page that is not found
-        self.limit, self.chat = 4096, True  # the model's context, and whether it answers
-        self.defaults: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
+        self.limit, self.is_base = 4096, False  # the model's context, and whether it continues texts
+        self.usual: dict[str, Any] = {"reply_tokens": 512, "text_tokens": 128, "temperature": 0.7, "top_p": 0.9}
         self.traced: list[list[int]] = []
         self.is_gone = False  # connections are closed without an answer
         self.failures: list[tuple[int, str, dict[str, str]]] = []  # status, message, headers: one an answer
@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not self.has_key():
             self.send_failure(401, "wrong key")
         elif self.path == "/v1/models":
-            told = {"max_model_len": self.server.limit, "chat": self.server.chat, "defaults": self.server.defaults}
+            told = {"max_model_len": self.server.limit, "base": self.server.is_base, "usual": self.server.usual}
             self.send_json({"object": "list", "data": [{"id": MODEL, "object": "model", **told}]})
         elif self.path == "/health":
             self.send_json({"status": "ok"})

@@ -134,7 +134,7 @@ const context = {
 };
 
 const isRunning = (id) => asker.running?.message.id === id;
-const preferredKind = () => settings.values.mode ?? (model.chat ? "chat" : "text");
+const preferredKind = () => settings.values.mode ?? (model.isBase ? "text" : "chat");
 const newConversation = () => new Conversation({ kind: preferredKind() });
 
 function tokensOf(scope) {
@@ -229,7 +229,7 @@ function renderEmpty() {
   if (path.length) return;
   byId("mode").elements.mode.value = kind;
   byId("hello").textContent = t(kind === "text" ? "hello.text" : "hello.chat");
-  byId("about-mode").textContent = t(kind === "text" ? "about.text" : model.chat ? "about.chat" : "about.base");
+  byId("about-mode").textContent = t(kind === "text" ? "about.text" : model.isBase ? "about.base" : "about.chat");
   byId("example-list").replaceChildren(...EXAMPLES[kind].map((key) => textButton(t(key), () => tryExample(t(key)))));
 }
 

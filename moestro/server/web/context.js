@@ -15,7 +15,14 @@ const roomFor = (wanted) => Math.min(wanted, Math.floor(model.limit / ROOM_SHARE
 /** The token ids of what was asked for an answer: of messages, or of a text whose beginning may be left out. */
 export async function promptIds({ messages, text, dropped = 0 }, signal) {
   const { tokens } = await tokenize(messages ? { messages } : { prompt: text }, signal);
-  return messages || !dropped ? tokens : [tokens[0], ...tokens.slice(1 + dropped)];
+  return messages ? tokens : cutText(text, tokens, dropped, signal);
+}
+
+/** The ids of a text without its first `dropped` ones; what begins every document stays in front. */
+async function cutText(text, tokens, dropped, signal) {
+  if (!dropped) return tokens;
+  const head = tokens.length - (await tokenize({ prompt: text, add_special_tokens: false }, signal)).count;
+  return [...tokens.slice(0, head), ...tokens.slice(head + dropped)];
 }
 
 /** Messages without the oldest `count` exchanges; the system prompt stays. */
@@ -51,7 +58,7 @@ export async function fitText(text, wanted, signal) {
   if (!model.limit) return { prompt: text, dropped: 0, maxTokens: wanted };
   const { tokens } = await tokenize({ prompt: text }, signal);
   const dropped = Math.max(0, tokens.length + roomFor(wanted) - model.limit);
-  const prompt = dropped ? [tokens[0], ...tokens.slice(1 + dropped)] : text;
+  const prompt = dropped ? await cutText(text, tokens, dropped, signal) : text;
   return { prompt, dropped, maxTokens: Math.min(wanted, model.limit - tokens.length + dropped) };
 }
 

@@ -2,19 +2,16 @@
 
 import { getJson, server } from "./api.js";
 
-export const USUAL = { temperature: 0.8, top_p: 0.95, max_tokens: 512 };
-export const TEXT_TOKENS = 128; // a text is continued in smaller steps: more is one press away // where the model's own settings say nothing
 const WAIT_MS = [1000, 2000, 4000, 8000]; // between attempts to reach a server that is gone
 
-/** `id` is null until the server has told; `limit` is the context in tokens; `chat` whether it answers or continues. */
-export const model = { id: null, limit: null, chat: true, defaults: { ...USUAL } };
+/** `id` is null until the server has told; `limit` is the context in tokens; a `base` model continues texts. */
+export const model = { id: null, limit: null, isBase: false, replyTokens: 512, textTokens: 128, sampling: {} };
 
 /** Ask the server. Throws ApiError. */
 export async function readModel() {
-  const { data } = await getJson("v1/models");
-  const { id = null, max_model_len: limit = null, chat = true, defaults = {} } = data[0] ?? {};
-  const given = Object.fromEntries(Object.entries(defaults).filter(([, value]) => value !== null));
-  Object.assign(model, { id, limit, chat, defaults: { ...USUAL, ...given } });
+  const { data: [{ id = null, max_model_len: limit = null, base: isBase = false, usual = {} } = {}] } = await getJson("v1/models");
+  const { reply_tokens: replyTokens = 512, text_tokens: textTokens = 128, ...sampling } = usual;
+  Object.assign(model, { id, limit, isBase, replyTokens, textTokens, sampling });
 }
 
 /** Calls `onGone` when the server is lost, and `onBack` once it answers again, asking by itself meanwhile. */

@@ -2,7 +2,7 @@
 
 import { getKey, setKey } from "./api.js";
 import { byId } from "./dom.js";
-import { TEXT_TOKENS, model } from "./model.js";
+import { model } from "./model.js";
 import { setLanguage, t } from "./strings.js";
 
 const KEY = "moestro.settings";
@@ -55,7 +55,7 @@ export class Settings {
     const { elements } = this.form;
     NUMBERS.forEach((name) => {
       elements[name].value = this.values[name] ?? "";
-      elements[name].placeholder = name === "seed" ? t("settings.random") : String(model.defaults[name]);
+      elements[name].placeholder = { seed: t("settings.random"), max_tokens: this.usualLength }[name] ?? model.sampling[name] ?? "";
     });
     elements.language.value = this.values.language;
     elements.system.value = this.values.system;
@@ -76,6 +76,10 @@ export class Settings {
     this.set(changes);
   }
 
+  get usualLength() {
+    return t("settings.lengths", { reply: model.replyTokens, text: model.textTokens });
+  }
+
   turnTheme() {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const order = dark ? ["system", "light", "dark"] : ["system", "dark", "light"];
@@ -94,13 +98,12 @@ export class Settings {
 
   /** The most tokens of an answer, or of one step of a text. */
   maxTokens(kind = "chat") {
-    return this.values.max_tokens ?? Math.min(model.defaults.max_tokens, kind === "text" ? TEXT_TOKENS : Infinity);
+    return this.values.max_tokens ?? (kind === "text" ? model.textTokens : model.replyTokens);
   }
 
-  /** How to draw tokens, as a part of a request: what is set here, else the model's own. */
+  /** How to draw tokens, as a part of a request: what is set here, else what is usual for the model. */
   get sampling() {
-    const { max_tokens: _, ...own } = model.defaults;
     const given = NUMBERS.filter((name) => name !== "max_tokens" && this.values[name] !== null).map((name) => [name, this.values[name]]);
-    return { ...own, ...Object.fromEntries(given), ...(this.values.details && { token_details: true, return_routes: true }) };
+    return { ...model.sampling, ...Object.fromEntries(given), ...(this.values.details && { token_details: true, return_routes: true }) };
   }
 }

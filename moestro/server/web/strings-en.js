@@ -163,6 +163,7 @@ export const en = {
   "settings.key": "API key",
   "settings.language": "Language",
   "settings.languageAuto": "As the browser",
+  "settings.lengths": "{reply}, {text} for a text",
   "settings.maxTokens": "Longest answer, tokens",
   "settings.random": "random",
   "settings.save": "Save",

@@ -163,6 +163,7 @@ export const ko = {
   "settings.key": "API 키",
   "settings.language": "언어",
   "settings.languageAuto": "브라우저 설정",
+  "settings.lengths": "{reply}, 글은 {text}",
   "settings.maxTokens": "답변 최대 길이(토큰)",
   "settings.random": "무작위",
   "settings.save": "저장",
