@@ -182,7 +182,8 @@ class TestTokens:
             names = [cell.text for cell in page.all("#inspector .routes th")]
             assert names == [f"layer {name}" if name.isdigit() else name for name in LAYERS]
         overlap = page.js(
-            "const [a, b] = ['#inspector', '#thread'].map((css) => document.querySelector(css).getBoundingClientRect());"
+            "const box = (css) => document.querySelector(css).getBoundingClientRect();"
+            "const [a, b] = [box('#inspector'), box('#thread')];"
             "return Math.min(a.right, b.right) > Math.max(a.left, b.left)"
         )
         assert not overlap
@@ -241,7 +242,8 @@ class TestTokens:
 
     def test_the_final_chunk_fills_what_was_open(self, page: Page) -> None:
         page.js(
-            "window.fetch = ((real) => (path, options) => path === 'trace' ? new Promise(() => {}) : real(path, options))(fetch)"
+            "const real = window.fetch;"
+            "window.fetch = (path, options) => path === 'trace' ? new Promise(() => {}) : real(path, options);"
         )
         spans = self.show(page, "late")
         page.hover(spans[1])

@@ -87,7 +87,9 @@ def tokens_of(text: str, first_id: int = 0) -> list[dict[str, Any]]:
 def count_tokens(body: dict[str, Any]) -> int:
     """One token a word, and one more for every message."""
     texts = [message["content"] for message in body.get("messages", ())]
-    return sum(1 + len(split(text)) for text in texts) if texts else len(split(body["prompt"])) + body.get("add_special_tokens", True)
+    if texts:
+        return sum(1 + len(split(text)) for text in texts)
+    return len(split(body["prompt"])) + bool(body.get("add_special_tokens", True))
 
 
 def trace_of(token_id: int, is_first: bool) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class Stub(ThreadingHTTPServer):
         self.usual: dict[str, Any] = {"reply_tokens": 512, "text_tokens": 128, "temperature": 0.7, "top_p": 0.9}
         self.traced: list[list[int]] = []
         self.is_gone = False  # connections are closed without an answer
-        self.failures: list[tuple[int, str, dict[str, str]]] = []  # status, message, headers: one an answer
+        self.failures: list[tuple[Any, ...]] = []  # status, message, headers, code: one an answer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections that the browser gives up are no news."""
@@ -216,8 +218,10 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, tree: object) -> None:
         self.send_body(200, json.dumps(tree).encode(), "application/json", {})
 
-    def send_failure(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        error = {"error": {"message": message, "type": "error", "param": None, "code": None}}
+    def send_failure(
+        self, status: int, message: str, headers: dict[str, str] | None = None, code: str | None = None
+    ) -> None:
+        error = {"error": {"message": message, "type": "error", "param": None, "code": code}}
         self.send_body(status, json.dumps(error).encode(), "application/json", headers or {})
 
     def send_body(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:

@@ -39,7 +39,6 @@ const settings = new Settings(() => {
 const store = new Store();
 
 let conversation = new Conversation();
-let draft = ""; // of a text, beyond what was continued
 let views = new Map();
 let looked = null; // the answer whose load is shown
 let follows = true;
@@ -85,20 +84,20 @@ const asker = new Asker(settings, {
 const writer = new Writer({
   write(text) {
     if (!text.trim() || asker.running) return;
-    draft = "";
+    conversation.draft = "";
     asker.answer(conversation, conversation.add(conversation.path.at(-1), "user", text));
   },
   stop: () => asker.stop(),
   undo() {
     const { user } = lastText();
     if (!user) return;
-    draft = user.content;
+    conversation.draft = user.content;
     conversation.leaf = user.parent;
     save();
     render();
   },
   change(text) {
-    draft = text;
+    conversation.draft = text;
     byId("examples").hidden = Boolean(text);
     meter.refresh();
   },
@@ -193,14 +192,14 @@ function lastText() {
 function showText(message) {
   if (conversation.kind !== "text") return;
   const last = lastText();
-  const text = draft || (last.message ? last.user.content + last.message.content : "");
+  const text = conversation.draft || (last.message ? last.user.content + last.message.content : "");
   if (!message || message === last.message) writer.show(text, { isLive: Boolean(last.message && isRunning(last.message.id)), canUndo: Boolean(last.message) });
 }
 
 function makeViews() {
   if (conversation.kind === "chat") return conversation.path.map((message) => [message.id, new (message.role === "user" ? UserView : AnswerView)(message, context)]);
   const { message } = lastText();
-  return message && !draft ? [[message.id, new AnswerView(message, context, true)]] : [];
+  return message && !conversation.draft ? [[message.id, new AnswerView(message, context, true)]] : [];
 }
 
 function render() {
@@ -225,7 +224,7 @@ function render() {
 function renderEmpty() {
   const { kind, path } = conversation;
   byId("empty").hidden = path.length > 0;
-  byId("examples").hidden = Boolean(draft);
+  byId("examples").hidden = Boolean(conversation.draft);
   if (path.length) return;
   byId("mode").elements.mode.value = kind;
   byId("hello").textContent = t(kind === "text" ? "hello.text" : "hello.chat");
@@ -248,7 +247,6 @@ function renderAll() {
 
 function open(one) {
   conversation = one;
-  draft = "";
   follows = true;
   drawers.close("list-open");
   render();
@@ -275,7 +273,7 @@ async function refreshModel() {
   try {
     await readModel();
     showModel();
-    const isFresh = !conversation.messages.length && !draft && !question.value;
+    const isFresh = !conversation.messages.length && !conversation.draft && !question.value;
     if (isFresh && conversation.kind !== preferredKind()) open(newConversation());
     else meter.refresh();
   } catch (error) {
@@ -363,7 +361,10 @@ function listenToPage() {
     drawers.open("list-open");
     byId("search").focus();
   });
-  addEventListener("pagehide", () => { if (asker.running) save(asker.running.conversation); });
+  addEventListener("pagehide", () => {
+    if (conversation.draft) save();
+    if (asker.running) save(asker.running.conversation);
+  });
   addEventListener("languagechange", () => settings.set({ language: settings.values.language }));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => panel.buildScale());
   watchServer(() => showModel(t("model.gone")), () => {

@@ -10,8 +10,8 @@ const KINDS = ["chat", "text"]; // questions and answers; a text and its continu
 const FORMAT = "moestro-conversations";
 
 export class Conversation {
-  constructor({ id = newId(), updated = Date.now(), kind = "chat", messages = [], leaf = null } = {}) {
-    Object.assign(this, { id, updated, kind, messages, leaf });
+  constructor({ id = newId(), updated = Date.now(), kind = "chat", draft = "", messages = [], leaf = null } = {}) {
+    Object.assign(this, { id, updated, kind, draft, messages, leaf }); // draft: a text that was changed and not continued
   }
 
   find(id) {
@@ -74,7 +74,8 @@ function readConversation(tree) {
   });
   const leaf = known.has(tree.leaf) ? tree.leaf : messages.at(-1)?.id ?? null;
   const kind = KINDS.includes(tree.kind) ? tree.kind : "chat";
-  return new Conversation({ id: tree.id, updated: Number(tree.updated) || 0, kind, messages, leaf });
+  const draft = typeof tree.draft === "string" ? tree.draft : "";
+  return new Conversation({ id: tree.id, updated: Number(tree.updated) || 0, kind, draft, messages, leaf });
 }
 
 function readMessage({ id, parent, role, content, reasoning, tokens, usage, timing, finish, error, problem, system, dropped }) {

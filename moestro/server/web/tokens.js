@@ -78,7 +78,7 @@ export class TokenView {
     this.legend = element("ul", { class: "token-legend" });
     this.legendNote = element("p", { class: "note" });
     this.note = element("p", { class: "note", role: "status", hidden: true });
-    this.lightNote = element("button", { type: "button", class: "chip", hidden: true, on: { click: () => context.light(null) } });
+    this.lightNote = element("button", { type: "button", class: "chip", hidden: true, on: { click: () => context.light(null) } }, "✕");
     this.node = element("div", { class: "token-view" },
       element("div", { class: "token-bar" }, element("label", {}, t("colour.label"), this.select), this.legend, this.lightNote),
       this.legendNote, this.note, this.promptBox, this.answer.node);
