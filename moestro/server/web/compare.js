@@ -5,7 +5,7 @@ import { shape } from "./inspector.js";
 import { compareRoutes } from "./loads.js";
 import { t } from "./strings.js";
 
-const MAP = { left: 64, width: 460, row: 14 };
+const MAP = { left: 64, width: 620, row: 14 };
 const QUOTE = 90; // characters of an answer in the head of the comparison
 
 const quote = (text) => {

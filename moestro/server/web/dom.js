@@ -33,7 +33,7 @@ export const fixed = (value, digits) => (Number.isFinite(value) ? value.toFixed(
 export const layerName = (name) => (/^\d+$/.test(name) ? t("layer", { name }) : name);
 
 /** A share as a percentage, with as many digits as say something. */
-export const percent = (share) => `${fixed(100 * share, share >= 0.995 || share < 0.0005 ? 0 : share >= 0.1 ? 0 : 1)} %`;
+export const percent = (share, digits = share >= 0.1 || share < 0.0005 ? 0 : 1) => t("percent", { value: fixed(100 * share, digits) });
 
 /** Also where the page is not served over TLS or from this machine, and there is no crypto.randomUUID. */
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");

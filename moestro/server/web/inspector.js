@@ -75,7 +75,7 @@ function describeAlternatives({ top, id }) {
 
 function describeChance({ logprob, rank, entropy }, vocabSize) {
   if (logprob === null || logprob === undefined) return [element("p", { class: "note" }, t("token.first"))];
-  const parts = [t("token.probability", { share: `${fixed(100 * Math.exp(logprob), 1)} %` }), t("token.surprise", { bits: fixed(bits(-logprob), 1) })];
+  const parts = [t("token.probability", { share: percent(Math.exp(logprob), 1) }), t("token.surprise", { bits: fixed(bits(-logprob), 1) })];
   if (rank) parts.push(t("token.rank", { rank, of: vocabSize }));
   if (entropy !== null && entropy !== undefined) parts.push(t("token.entropy", { bits: fixed(bits(entropy), 1) }));
   return [element("p", { class: "chance" }, parts.join(" · "))];

@@ -152,6 +152,7 @@ export const en = {
   "path.note": "Each row is a layer, each place an expert. Dots grow with the weight; the line joins the strongest.",
   "path.title": "Its path: {count} MoE layer, {experts} experts|Its path: {count} MoE layers, {experts} experts",
   "path.words": "The strongest experts, layer by layer: {experts}",
+  "percent": "{value} %",
   "routes.open": "Experts, layer by layer",
   "routes.plain": "Experts chosen",
   "routes.weighted": "Experts chosen, and the weight of each",
