@@ -53,8 +53,8 @@ def test_text_tokens_and_experts_are_those_of_the_api(page: Page, live: Live) ->
         scored = choice["logprobs"]["content"][index]
         shown = page.text("#inspector")
         assert f"probability {100 * np.exp(scored['logprob']):.1f} %" in shown
-        best = [row.text.split() for row in page.all(".alternatives code")]
-        assert best == [[visible(bytes(one["bytes"]))] for one in scored["top_logprobs"]]
+        best = page.js("return [...document.querySelectorAll('.alternatives code')].map((node) => node.textContent)")
+        assert best == [visible(bytes(one["bytes"])) for one in scored["top_logprobs"]]
     assert page.text(".prompt-tokens summary") == f"Prompt: {reply['usage']['prompt_tokens']} tokens"
     assert [entry for entry in page.driver.get_log("browser") if entry["source"] != "network"] == []
 
@@ -67,7 +67,8 @@ def experts_shown(page: Page) -> list[list[int]]:
 def visible(piece: bytes) -> str:
     """A token as the page spells it; half a character as its bytes."""
     try:
-        return piece.decode().replace("\n", "⏎").replace(" ", "␣")
+        signs = {code: 0x2400 + code for code in range(32)} | {9: "⇥", 10: "⏎", 32: "␣", 127: "␡"}
+        return piece.decode().translate(signs)
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 

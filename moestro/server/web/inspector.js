@@ -17,7 +17,9 @@ export function fit(routes) {
   return { names, numExperts: Math.max(shape.numExperts, largest + 1) };
 }
 
-export const visible = ({ text, name }) => (text || (name ?? "")).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || t("token.noText");
+/** Text with signs for what cannot be seen: line ends, tabs, spaces, control characters. */
+export const visible = ({ text, name }) => (text || (name ?? "")).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣")
+  .replace(/[\x00-\x1f]/g, (letter) => String.fromCharCode(0x2400 + letter.charCodeAt(0))).replace(/\x7f/g, "␡") || t("token.noText");
 
 /** The layers from top to bottom, experts from left to right: dots by weight, one line through the strongest. */
 export function drawPath(token) {
