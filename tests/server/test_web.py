@@ -208,7 +208,7 @@ class TestTokens:
         page.wait(lambda: self.token(page) == "id 901")
         assert self.experts(page) == routes_of(901) and "rank 2 of" in page.text("#inspector")
         page.hover(first)
-        page.wait(lambda: "not known" in page.text("#inspector-body"))
+        page.wait(lambda: "not known" in page.text("#inspector-chance"))
 
     def test_a_trace_that_fails_leaves_what_the_stream_told(self, page: Page) -> None:
         page.js(

@@ -114,6 +114,13 @@ class TestErrors:
         assert page.text(".answer > .markdown") == "You said: and so on" and not page.all(".error")
         assert stub.requests[-1]["prompt"] == [900, 901, 0, 1]  # of the question, then of the answer so far
 
+    def test_a_server_that_is_closing_is_asked_again(self, page: Page, stub: Stub) -> None:
+        stub.failures = [(503, "the server is shutting down", {"Retry-After": "5"})]
+        page.ask("hello")
+        page.wait(lambda: page.text(".answer > .markdown") == "You said: hello")
+        page.finish()
+        assert len(stub.requests) == 2 and not page.all(".error")
+
     def test_the_page_goes_on_when_the_server_is_back(self, page: Page, stub: Stub) -> None:
         stub.is_gone = True
         page.ask("hello")

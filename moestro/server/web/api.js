@@ -3,6 +3,7 @@
 import { t } from "./strings.js";
 
 const KEY = "moestro.key";
+const CLOSING = 503; // the server is shutting down, or not ready yet
 let keyHere = ""; // where the browser keeps nothing, the key lasts as long as the page
 
 /** Tells of the server: "gone" when it cannot be reached, "there" when it answers, whatever it says. */
@@ -48,7 +49,7 @@ async function request(path, options) {
     server.dispatchEvent(new Event("gone"));
     throw new ApiError(t("error.gone"), "gone");
   }
-  server.dispatchEvent(new Event("there"));
+  server.dispatchEvent(new Event(response.status === CLOSING ? "gone" : "there"));
   if (!response.ok) throw await explain(response);
   return response;
 }
@@ -65,7 +66,7 @@ async function explain(response) {
   const said = error.message ? t("error.said", { message: error.message, status }) : t("error.status", { status });
   if (status === 401) return new ApiError(t(getKey() ? "error.wrongKey" : "error.noKey"), "key", { status });
   if (status === 429) return new ApiError(error.message ? t("error.busyBecause", { why: error.message }) : t("error.busy"), "busy", { status, wait });
-  if (status === 503) return new ApiError(t("error.closing"), "gone", { status, wait });
+  if (status === CLOSING) return new ApiError(t("error.closing"), "gone", { status, wait });
   if (error.code === "context_length_exceeded") return new ApiError(said, "context", { status });
   return new ApiError(said, status >= 500 ? "server" : "request", { status });
 }

@@ -89,10 +89,14 @@ const writer = new Writer({
   },
   stop: () => asker.stop(),
   undo() {
-    const { user } = lastText();
+    const { user, message } = lastText();
+    const { draft } = conversation;
     if (!user) return;
-    conversation.draft = user.content;
-    conversation.leaf = user.parent;
+    if (draft && draft !== user.content + message.content) { // what was typed goes first
+      conversation.draft = "";
+    } else {
+      Object.assign(conversation, { draft: user.content, leaf: user.parent });
+    }
     save();
     render();
   },

@@ -76,11 +76,11 @@ function describeAlternatives({ top, id }) {
 }
 
 function describeChance({ logprob, rank, entropy }, vocabSize) {
-  if (logprob === null || logprob === undefined) return [element("p", { class: "note" }, t("token.first"))];
+  if (logprob === null || logprob === undefined) return t("token.first");
   const parts = [t("token.probability", { share: percent(Math.exp(logprob), 1) }), t("token.surprise", { bits: fixed(bits(-logprob), 1) })];
   if (rank) parts.push(t("token.rank", { rank, of: vocabSize }));
   if (entropy !== null && entropy !== undefined) parts.push(t("token.entropy", { bits: fixed(bits(entropy), 1) }));
-  return [element("p", { class: "chance" }, parts.join(" · "))];
+  return parts.join(" · ");
 }
 
 export class Inspector {
@@ -101,7 +101,8 @@ export class Inspector {
   show(token, { whyNot = "", vocabSize = 0 } = {}) {
     byId("inspector-token").textContent = visible(token);
     byId("inspector-id").textContent = t("token.id", { id: String(token.id) });
-    this.body.replaceChildren(...describeChance(token, vocabSize), ...describeAlternatives(token), ...describeExperts(token, whyNot, this.onExpert));
+    byId("inspector-chance").textContent = describeChance(token, vocabSize);
+    this.body.replaceChildren(...describeAlternatives(token), ...describeExperts(token, whyNot, this.onExpert));
     this.node.hidden = false;
   }
 
