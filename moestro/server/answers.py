@@ -128,6 +128,7 @@ def usage(prepared: PreparedRequest) -> Tree:
         "prompt_tokens": prepared.num_prompt_tokens,
         "completion_tokens": written,
         "total_tokens": prepared.num_prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": prepared.num_cached},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.num_reasoning for choice in prepared.choices)},
     }
 

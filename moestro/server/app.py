@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,16 +20,16 @@ from starlette.staticfiles import StaticFiles
 from moestro.engine.scheduler import QueueFullError
 from moestro.errors import MoestroError
 from moestro.server.answers import answer
+from moestro.server.body import BodyRoute, describe_error
 from moestro.server.guard import Guard, error_tree
 from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
-from moestro.server.service import ContextLengthError, Service
+from moestro.server.service import ContextLengthError, Service, UnknownModelError
 from moestro.server.worker import ClosedError, EngineError
 from moestro.version import __version__
 
 WEB = Path(__file__).with_name("web")
 RETRY_SECONDS = 1
-FIELD = re.compile("[a-z][a-z0-9_]*")  # other parts of an error's location are type names
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 log = logging.getLogger("moestro.server")
@@ -54,6 +53,7 @@ def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> 
         lifespan=sample_loads,
         responses=ERRORS,
     )
+    app.router.route_class = BodyRoute
     app.add_middleware(Guard, key=key)
     _add_error_handlers(app, service)
     _add_completions(app, service)
@@ -90,8 +90,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> dict[str, Any]:
-        if name != service.name:
-            raise HTTPException(404, f"there is no model '{name[:256]}' here")
+        service.check_model(name)
         return _describe_model(service)
 
 
@@ -151,20 +150,11 @@ def _add_page(app: FastAPI, web: Path) -> None:
         app.mount("/web", StaticFiles(directory=web))
 
 
-def describe_error(error: RequestValidationError) -> tuple[str, str]:
-    """The field at fault and what is wrong with it. Reports the most deeply nested error: it says most."""
-    found = max(error.errors(), key=lambda entry: len(entry["loc"]))
-    names = [str(part) for part in found["loc"][1:] if isinstance(part, int) or FIELD.fullmatch(str(part))]
-    return ".".join(names)[:256], str(found["msg"]).removeprefix("Value error, ")[:1024]
-
-
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         place, text = describe_error(error)
-        return JSONResponse(
-            error_tree(f"{place}: {text}" if place else text, "invalid_request_error", place or None), 400
-        )
+        return JSONResponse(error_tree(f"{place}: {text}" if place else text, "invalid_request_error", place), 400)
 
     @app.exception_handler(MoestroError)
     async def refused(_: Request, error: MoestroError) -> Response:
@@ -172,6 +162,9 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
             service.metrics.rejected.labels("queue_full").inc()
             tree = error_tree(str(error), "rate_limit_error", code="queue_full")
             return JSONResponse(tree, 429, {"Retry-After": str(RETRY_SECONDS)})
+        if isinstance(error, UnknownModelError):
+            service.metrics.rejected.labels("model_not_found").inc()
+            return JSONResponse(error_tree(str(error), "invalid_request_error", "model", "model_not_found"), 404)
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         service.metrics.rejected.labels(code or "invalid").inc()
         return JSONResponse(error_tree(str(error), "invalid_request_error", code=code), 400)
