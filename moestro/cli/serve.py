@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 from moestro.errors import ConfigError
@@ -27,6 +27,7 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
+    log_level: Literal["debug", "info", "warning", "error"] = "info",
     dtype: Dtype = "auto",
     weights: Weights = None,
     cache: Cache = "auto",
@@ -57,13 +58,17 @@ def serve(
         Tokens that the model's MTP modules draft a step; 0 for none, by default one if the model has such modules.
     drain_seconds
         How long running requests may take to finish after SIGTERM.
+    log_level
+        What goes to stderr: from info on a line for every request, never what it says.
     """
     from moestro.engine.language_model import load
 
     num_bytes = parse_bytes(memory)
     require_extra()
+    from moestro.server.log import configure_logging
     from moestro.server.run import bind, run_service
 
+    configure_logging(log_level)
     key = check_access(host, api_key_file)
     if not 0 <= drain_seconds < float("inf"):
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")

@@ -1,6 +1,6 @@
 """Says what in a JSON schema cannot be followed, and where: the compiler tells the reason, but not the place.
 
-    schema -> every schema in it, alone -> the first that the compiler refuses -> "at #/properties/p: …"
+schema -> every schema in it, alone -> the first that the compiler refuses -> "at #/properties/p: …"
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Keywords with a schema, with schemas by name, and with a list of schemas.
-ONE = ("items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "propertyNames")
-ONE += ("not", "if", "then", "else", "contains", "contentSchema")
+ONE = ("items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "propertyNames",
+       "not", "if", "then", "else", "contains", "contentSchema")  # fmt: skip
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTED = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _REGEX = re.compile(r"regex parse error:\n(?P<lines>.*)\nerror: (?P<reason>[^\n]*)", re.DOTALL)
@@ -77,11 +77,11 @@ def _alone(node: Mapping[str, Any]) -> dict[str, Any]:
         if key in ("$ref", "$id", "$defs", "definitions") and not str(value).startswith("http"):
             continue
         if key in LISTED and isinstance(value, list):
-            plain[key] = [{}] * len(value)
+            plain[key] = [True] * len(value)
         elif key in NAMED and isinstance(value, Mapping):
-            plain[key] = dict.fromkeys(value, {})
+            plain[key] = dict.fromkeys(value, True)
         else:
-            plain[key] = {} if key in ONE and isinstance(value, Mapping) else value
+            plain[key] = True if key in ONE and isinstance(value, Mapping) else value
     return plain
 
 

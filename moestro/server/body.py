@@ -98,7 +98,7 @@ def describe_error(error: RequestValidationError) -> tuple[str | None, str]:
 
 
 def _path_in(body: Any, place: Sequence[str | int]) -> Iterator[str | int]:
-    """The parts of a validator's location that exist in the body; others are names of types. The last may be missing."""
+    """The parts of a validator's location that are in the body; others name types. The last may be missing."""
     for index, part in enumerate(place):
         is_item = isinstance(body, list) and isinstance(part, int) and part < len(body)
         if is_item or (isinstance(body, dict) and part in body):

@@ -25,7 +25,8 @@ _WHOLE = "the whole prompt is always used"
 _ENDS = "a text ends at its end token, or after max_tokens"
 
 # field -> (values that ask for nothing, what to do instead or why not)
-REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+REFUSED: Refusals = {
     "functions": ((), _TOOLS),
     "function_call": ((), _TOOLS),
     "modalities": ((["text"],), _TEXT),
@@ -79,8 +80,27 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "logit_processor": ((), "requests run no code"),
 }  # fmt: skip
 
+# in `/v1/completions`
+TEXT_REFUSED: Refusals = {
+    **REFUSED,
+    "tools": (([],), "use /v1/chat/completions"),
+    "tool_choice": (("none", "auto"), "use /v1/chat/completions"),
+    "reasoning_effort": ((), "use /v1/chat/completions"),
+    "chat_template_kwargs": (({},), "use /v1/chat/completions"),
+    "max_completion_tokens": ((), "it is called max_tokens"),
+    "top_logprobs": ((0,), "it is called logprobs"),
+}
+
+# in `/v1/chat/completions`
+CHAT_REFUSED: Refusals = {
+    **REFUSED,
+    "echo": ((False,), "use /v1/completions"),
+    "best_of": ((1,), "ask for n and choose"),
+    "max_output_tokens": ((), "it is called max_completion_tokens"),
+}
+
 # in a message
-MESSAGE_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+MESSAGE_REFUSED: Refusals = {
     "function_call": ((), "use tool_calls"),
     "audio": ((), _TEXT),
     "prefix": ((False,), "use /v1/completions to go on with a text"),
@@ -88,8 +108,10 @@ MESSAGE_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 # in `/v1/responses`
-RESPONSES_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+RESPONSES_REFUSED: Refusals = {
     **REFUSED,
+    "echo": ((False,), "use /v1/completions"),
+    "best_of": ((1,), "a response is one answer"),
     "previous_response_id": ((), "nothing is kept after an answer: send the items of the conversation as input"),
     "conversation": ((), "nothing is kept after an answer: send the items of the conversation as input"),
     "prompt": ((), "no prompts are stored here: send instructions and input"),
@@ -99,8 +121,14 @@ RESPONSES_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "image": ((), _TEXT),
     "context_management": (([],), _WHOLE),
     "max_tool_calls": ((), "it bounds tools that the server runs, and it runs none"),
-    "include": (([], ["reasoning.encrypted_content"]), "only what is in the answer anyway can be included"),
-    "multi_agent": ((), "one model answers"),
+    "messages": ((), "it is called input"),
+    "n": ((1,), "a response is one answer"),
+    "max_tokens": ((), "it is called max_output_tokens"),
+    "max_completion_tokens": ((), "it is called max_output_tokens"),
+    "response_format": ((), "it is called text.format"),
+    "reasoning_effort": ((), "it is called reasoning.effort"),
+    "return_routes": ((False,), "use /v1/chat/completions"),
+    "token_details": ((False,), "use /v1/chat/completions"),
 }
 
 
@@ -112,7 +140,7 @@ class FieldError(ValueError):
         self.field = field
 
 
-def refuse_fields(body: Mapping[str, Any], refused: Mapping[str, tuple[tuple[Any, ...], str]] = REFUSED) -> None:
+def refuse_fields(body: Mapping[str, Any], refused: Refusals = REFUSED) -> None:
     """FieldError for the first field that would change the answer and cannot; a null asks for nothing."""
     for field, value in body.items():
         if field not in refused or value is None:

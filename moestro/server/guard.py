@@ -28,8 +28,8 @@ CONTENT_POLICY = (
 
 
 def is_page(path: str) -> bool:
-    """Whether a path belongs to the chat page or its assets."""
-    return path == "/" or path.startswith("/web/")
+    """Whether a path belongs to the chat page, its assets or the page of routes: the same for every model."""
+    return path in ("/", "/docs") or path.startswith("/web/")
 
 
 def error_tree(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class DrainingServer(uvicorn.Server):
                 app,
                 http="h11",
                 ws="none",
-                log_level="warning",
+                log_config=None,  # what it logs goes where all else goes
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,

@@ -6,13 +6,22 @@ becomes of fields that have no place here is written in `fields.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    field_validator,
+    model_validator,
+)
 
 from moestro.engine.sequence import MAX_BIASES, MAX_N, MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
-from moestro.server.fields import MESSAGE_REFUSED, REFUSED, refuse_fields
+from moestro.server.fields import CHAT_REFUSED, MESSAGE_REFUSED, REFUSED, TEXT_REFUSED, Refusals, refuse_fields
 
 MAX_BODY_BYTES = 4 * 2**20
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32 * 2**10
@@ -40,9 +49,11 @@ Float = Annotated[float, BeforeValidator(check_number)]
 Bool = Annotated[bool, Strict()]
 LogprobCount = Annotated[Int | None, BeforeValidator(lambda value: None if value is False else value)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Name = Annotated[str, Field(max_length=256)]
 FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
+TemplateArguments = Annotated[dict[FunctionName, bool | int | float | Name | None], Field(max_length=16)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Bias = Annotated[Float, Field(ge=-100, le=100)]
 BiasKey = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
@@ -152,7 +163,7 @@ class ResponseFormat(Received):
 class Sampling(Received):
     """What both kinds of completion share. `refused`: fields that are known and not done, see `fields.py`."""
 
-    refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = REFUSED
+    refused: ClassVar[Refusals] = REFUSED
 
     model: Name | None = None
     max_tokens: Int | None = Field(None, ge=0, le=MAX_TOKENS)
@@ -207,6 +218,8 @@ class Sampling(Received):
 
 class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
+
+    refused: ClassVar[Refusals] = TEXT_REFUSED
 
     prompt: (
         Text
@@ -321,6 +334,8 @@ class ToolChoice(Received):
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
+    refused: ClassVar[Refusals] = CHAT_REFUSED
+
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Int | None = Field(None, ge=0, le=MAX_TOKENS)
     logprobs: Bool | None = None
@@ -328,8 +343,8 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: Bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    chat_template_kwargs: dict[FunctionName, bool | int | float | Name | None] | None = Field(None, max_length=16)
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: TemplateArguments | None = None
 
     @model_validator(mode="after")
     def check(self) -> Self:

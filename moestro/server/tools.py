@@ -165,7 +165,8 @@ def chat_grammar(request: ChatRequest) -> str | None:
 
 def text_grammar(request: Sampling) -> str | None:
     """The grammar that the text of either kind of completion must follow. ConfigError for a bad one, or for two."""
-    tree, outputs = request.response_format and request.response_format.schema_tree, request.structured_outputs
+    tree = request.response_format.schema_tree if request.response_format else None
+    outputs = request.structured_outputs
     if tree is not None and outputs is not None:
         raise ConfigError("give only one of response_format and structured_outputs")
     if tree is not None:

@@ -182,7 +182,11 @@ def test_choices_are_taken_word_for_word(compiler: GrammarCompiler, tokenizer: T
     ("schema", "place", "reason"),
     [
         ({"properties": {"p": {"contains": {}}}}, "#/properties/p", "contains"),
-        ({"properties": {"a/b": {"items": {"pattern": "x(?!0)"}}}}, "#/properties/a~1b/items", "character 2: look-around"),
+        (
+            {"properties": {"a/b": {"items": {"pattern": "x(?!0)"}}}},
+            "#/properties/a~1b/items",
+            "character 2: look-around",
+        ),
         ({"$defs": {"T": {"anyOf": [{}, {"type": "objekt"}]}}, "$ref": "#/$defs/T"}, "#/$defs/T/anyOf/1", "objekt"),
         ({"items": {"$ref": "#/$defs/none"}}, "#/items/$ref", "there is no #/$defs/none"),
         ({"prefixItems": [{}, {"minLength": "x"}]}, "#/prefixItems/1", "minLength"),

@@ -403,10 +403,10 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
-        ("/v1/chat/completions", {"messages": [*TALK, {"role": "user", "content": PARTS}]}, "messages[1].content[1].type"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": PARTS}]}, "messages[0].content[1].type"),
         ("/v1/chat/completions", {"messages": [*TALK, {"role": "user", "content": "HALF"}]}, "messages[1].content"),
         ("/v1/chat/completions", {"messages": TALK, "metadata": {"a": ["HALF"]}}, "metadata.a[0]"),
-        ("/v1/chat/completions", {"messages": TALK, "structured_outputs": {"json": {"HALF": 1}}}, "structured_outputs.json"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {"HALF": 1}}}, "structured_outputs.json"),
         ("/v1/chat/completions", {"messages": TALK, "tools": [{**TOOL, "function": {}}]}, "tools[0].function.name"),
         ("/v1/completions", {"prompt": ["a", "HALF"]}, "prompt[1]"),
         ("/v1/completions", {"prompt": "a", "stop": ["x", 7]}, "stop[1]"),
@@ -434,7 +434,9 @@ def test_half_a_pair_that_the_model_writes_stays_text(live: Live) -> None:
     body = {"messages": TALK, "max_tokens": 90, "tools": [TOOL], "structured_outputs": {"regex": called}}
     message = live.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
     assert message["content"] == '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
-    body["structured_outputs"] = {"regex": rf'<tool_call>\{{"name": "f", "arguments": \{{"a": "{half}"\}}\}}</tool_call>'}
+    body["structured_outputs"] = {
+        "regex": rf'<tool_call>\{{"name": "f", "arguments": \{{"a": "{half}"\}}\}}</tool_call>'
+    }
     message = live.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
     assert message["tool_calls"][0]["function"]["arguments"] == '{"a": "\\ud800"}'
 
@@ -442,7 +444,9 @@ def test_half_a_pair_that_the_model_writes_stays_text(live: Live) -> None:
 def test_head_is_answered_as_get_without_a_body(live: Live, guarded: Live) -> None:
     for path in ("/health", "/v1/models", "/version", "/", "/openapi.json"):
         seen, head = live.http.get(path), live.http.head(path)
-        assert (head.status_code, head.content) == (200, b"") and head.headers["content-type"] == seen.headers["content-type"]
+        assert (head.status_code, head.content) == (200, b"") and head.headers["content-type"] == seen.headers[
+            "content-type"
+        ]
         assert head.headers["content-length"] == seen.headers["content-length"]
     assert live.http.head("/v1/nothing").status_code == 404 and live.http.head("/v1/completions").status_code == 405
     assert httpx.head(guarded.url + "/version").status_code == 401
