@@ -20,10 +20,35 @@ KINDS: list[tuple[str, Any, Any, Any, dict[str, Any]]] = [
     ("/v1/completions", CompletionRequest, texts.CompletionCreateParamsBase, TEXT_REFUSED, {"prompt": "x"}),
     ("/v1/responses", ResponsesRequest, responses.ResponseCreateParamsBase, RESPONSES_REFUSED, {"input": "x"}),
 ]
-VLLM = """add_generation_prompt allowed_token_ids bad_words chat_template chat_template_kwargs continue_final_message documents
-guided_choice guided_grammar guided_json guided_regex ignore_eos include_stop_str_in_output length_penalty min_p
-min_tokens priority prompt_logprobs repetition_penalty request_id skip_special_tokens spaces_between_special_tokens
-stop_token_ids structured_outputs top_k truncate_prompt_tokens use_beam_search""".split()
+VLLM = [
+    "add_generation_prompt",
+    "allowed_token_ids",
+    "bad_words",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "documents",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "length_penalty",
+    "min_p",
+    "min_tokens",
+    "priority",
+    "prompt_logprobs",
+    "repetition_penalty",
+    "request_id",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "stop_token_ids",
+    "structured_outputs",
+    "top_k",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+]
 
 
 def homes(field: str, model: Any, refused: Any) -> int:
