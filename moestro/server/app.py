@@ -27,7 +27,7 @@ from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.log import AccessLog
 from moestro.server.responses import ResponseBuilder, ResponsesRequest
 from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
-from moestro.server.service import ContextLengthError, Service, UnknownModelError
+from moestro.server.service import DEFAULTS, ContextLengthError, Service, UnknownModelError
 from moestro.server.worker import ClosedError, EngineError
 from moestro.version import __version__
 
@@ -115,6 +115,7 @@ def _describe_model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "moestro",
         "max_model_len": service.config.max_seq_len,
+        "defaults": DEFAULTS | service.defaults.choose(),  # an extension: what holds where a request gives no value
     }
 
 

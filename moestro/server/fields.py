@@ -22,6 +22,7 @@ HARMLESS = frozenset(
 
 _TOOLS, _OUTPUTS, _TEXT = "use tools and tool_choice", "use structured_outputs", "only text is written"
 _WHOLE = "the whole prompt is always used"
+_TEMPLATE = "only the chat template writes special tokens"
 _ENDS = "a text ends at its end token, or after max_tokens"
 
 # field -> (values that ask for nothing, what to do instead or why not)
@@ -97,6 +98,8 @@ CHAT_REFUSED: Refusals = {
     "echo": ((False,), "use /v1/completions"),
     "best_of": ((1,), "ask for n and choose"),
     "max_output_tokens": ((), "it is called max_completion_tokens"),
+    "parse_special": ((False,), _TEMPLATE),
+    "add_special_tokens": ((False,), _TEMPLATE),
 }
 
 # in a message
@@ -121,6 +124,8 @@ RESPONSES_REFUSED: Refusals = {
     "image": ((), _TEXT),
     "context_management": (([],), _WHOLE),
     "max_tool_calls": ((), "it bounds tools that the server runs, and it runs none"),
+    "parse_special": ((False,), _TEMPLATE),
+    "add_special_tokens": ((False,), _TEMPLATE),
     "messages": ((), "it is called input"),
     "n": ((1,), "a response is one answer"),
     "max_tokens": ((), "it is called max_output_tokens"),

@@ -323,17 +323,19 @@ class EngineWorker:
         jobs = suspects + [job for job in self._jobs.values() if job not in suspects]
         blamed = self._trial or (suspects[0] if len(suspects) == 1 else None)
         self._trial = None
+        failed = []
         for job in jobs:
             job.restart()
             job.num_returns += 1
-            if job is blamed or job.num_returns > MAX_RETURNS:
-                job.stream.put(EngineError("the engine failed over this request"))
-            else:
-                self._returning.append(job)
+            (failed if job is blamed or job.num_returns > MAX_RETURNS else self._returning).append(job)
         if blamed is not None:  # that explains the failures so far
             for job in self._returning:
                 job.num_returns = 0
-        self._empty()  # last: if it ends the thread, all who wait are among the returning, and are told
+        try:
+            self._empty()
+        finally:  # if it raises, the thread ends, and those who were to return are told there
+            for job in failed:
+                job.stream.put(EngineError("the engine failed over this request"))
 
     def _empty(self) -> None:
         """Take everything out of the engine; replace it if it is then not empty."""
