@@ -66,10 +66,8 @@ def serve(
 
     num_bytes = parse_bytes(memory)
     require_extra()
-    from moestro.server.log import configure_logging
     from moestro.server.run import bind, run_service
 
-    configure_logging(log_level)
     directory, key = choose_model(model, download, "serve"), check_access(host, api_key_file)
     if not 0 <= drain_seconds < float("inf"):
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
@@ -78,7 +76,7 @@ def serve(
     with bind(host, port) as listener:
         language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
         service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
-        return run_service(service, listener, key, drain_seconds)
+        return run_service(service, listener, key, drain_seconds, log_level)
 
 
 def require_extra() -> None:

@@ -43,15 +43,14 @@ def client(live: Live) -> openai.OpenAI:
 def merge(chunks: Any) -> dict[str, Any]:
     """A message put together from its deltas, with all that clients keep of them."""
     message: dict[str, Any] = {}
-    for chunk in chunks:
-        for choice in chunk.choices:
-            for name, value in choice.delta.model_dump().items():
-                if isinstance(value, str) and name != "role":
-                    message[name] = message.get(name, "") + value
-                elif isinstance(value, list):
-                    message[name] = (message.get(name) or []) + value
-                else:
-                    message.setdefault(name, value)
+    deltas = [choice.delta.model_dump() for chunk in chunks for choice in chunk.choices]
+    for name, value in (pair for delta in deltas for pair in delta.items()):
+        if isinstance(value, str) and name != "role":
+            message[name] = (message.get(name) or "") + value
+        elif isinstance(value, list):
+            message[name] = (message.get(name) or []) + value
+        else:
+            message.setdefault(name, value)
     return message
 
 
