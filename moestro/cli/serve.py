@@ -29,7 +29,7 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
-    log_level: Literal["debug", "info", "warning", "error"] = "info",
+    log_level: Literal["debug", "info", "warning", "error"] = "warning",
     download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
@@ -60,23 +60,23 @@ def serve(
     drain_seconds
         How long running requests may take to finish after SIGTERM.
     log_level
-        What goes to stderr: from info on a line for every request, never what it says.
+        What goes to stderr; from info on a line for every request, but never what it says.
     """
     from moestro.engine.language_model import load
 
     num_bytes = parse_bytes(memory)
     require_extra()
+    start_log(log_level)
     from moestro.server.run import bind, run_service
 
     directory, key = choose_model(model, download, "serve"), check_access(host, api_key_file)
-    if not 0 <= drain_seconds < float("inf"):
-        raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
+    check_drain(drain_seconds)
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
         language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
         service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
-        return run_service(service, listener, key, drain_seconds, log_level)
+        return run_service(service, listener, key, drain_seconds)
 
 
 def require_extra() -> None:
@@ -86,6 +86,19 @@ def require_extra() -> None:
         import_module("moestro.server.run")
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
+
+
+def start_log(level: str) -> None:
+    """Write the server's log to stderr."""
+    from moestro.server.log import configure_logging
+
+    configure_logging(level)
+
+
+def check_drain(seconds: float) -> None:
+    """Raise ConfigError for a time that is none."""
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"drain-seconds must be 0 or more, not {seconds}")
 
 
 def check_access(host: str, api_key_file: Path | None) -> str | None:

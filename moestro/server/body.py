@@ -26,7 +26,7 @@ class BodyRequest(Request):
         """The body's tree; every string in it can be written as UTF-8."""
         body = await self.body()
         try:
-            tree = json.loads(body.decode(), parse_constant=_refuse_constant)
+            tree = json.loads(body.decode(), parse_constant=refuse_constant)
         except UnicodeDecodeError as error:
             raise HTTPException(400, f"the body is not UTF-8 at byte {error.start}") from None
         except json.JSONDecodeError as error:
@@ -55,7 +55,8 @@ class BodyRoute(APIRoute):
         return handle_body
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """ValueError for a number that Python reads and JSON does not know."""
     raise ValueError(f"{name} is no number of JSON")
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+from moestro.server.fields import HARMLESS, REFUSED
+
 Tree = dict[str, Any]
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -17,6 +19,10 @@ _PAGE = """<!doctype html>
 <p>The same as JSON: <a href="/openapi.json">/openapi.json</a>. Try a route with curl, or talk to the model on
 <a href="/">the page</a>.</p>
 {routes}
+<h2>Fields that are taken and change nothing</h2>
+<p>{harmless}</p>
+<h2>Fields that are refused, unless they ask for nothing</h2>
+{refused}
 </html>
 """
 
@@ -24,7 +30,13 @@ _PAGE = """<!doctype html>
 def render_docs(description: Tree) -> str:
     """The page for an OpenAPI description."""
     routes = "\n".join(_routes(description))
-    return _PAGE.format(version=escape(description["info"]["version"]), routes=routes)
+    rows = (f"<tr><td><code>{field}</code><td>{escape(instead)}" for field, (_, instead) in sorted(REFUSED.items()))
+    return _PAGE.format(
+        version=escape(description["info"]["version"]),
+        routes=routes,
+        harmless=", ".join(f"<code>{field}</code>" for field in sorted(HARMLESS)),
+        refused="<table><tr><th>field<th>instead" + "".join(rows) + "</table>",
+    )
 
 
 def _routes(description: Tree) -> Iterator[str]:

@@ -19,7 +19,6 @@ from fastapi import FastAPI
 
 from moestro.errors import ConfigError
 from moestro.server.app import create_app
-from moestro.server.log import configure_logging
 from moestro.server.schema import MAX_HEADER_BYTES
 from moestro.server.service import Service
 from moestro.server.worker import EngineWorker
@@ -76,13 +75,10 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_service(
-    service: Service, listener: socket.socket, key: str | None, drain_seconds: float, log_level: str
-) -> int:
+def run_service(service: Service, listener: socket.socket, key: str | None, drain_seconds: float) -> int:
     """Serve until a signal; returns the process's exit code: 0 if everything under way could finish, 1 if the engine
-    failed beyond repair. What is logged from `log_level` on goes to stderr.
+    failed beyond repair.
     """
-    configure_logging(log_level)
 
     def announce() -> None:
         print(f"Serving {service.name} at {address_of(listener)}", flush=True)

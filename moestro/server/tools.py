@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from moestro.data.tokenizer import Tokenizer
 from moestro.engine.grammar import from_calls, from_choices, from_json_schema, from_lark, from_regex
 from moestro.engine.stops import count_beginning
 from moestro.errors import ConfigError
-from moestro.server.body import is_text
+from moestro.server.body import is_text, refuse_constant
 from moestro.server.schema import ChatRequest, Function, Message, Sampling, ToolCall, ToolChoice
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -43,6 +43,7 @@ with arguments that fit its parameters; several such blocks call several functio
 _STRING_PART = re.compile(r'"|\\.|\\', re.DOTALL)  # what may end a string of JSON, or hide its end
 # the two ways in which templates read arguments as an object, as transformers passes them
 _TAKES_OBJECTS = re.compile(r"arguments['\"]?\]?\s*\|\s*(?:tojson|items)|arguments\s+is\s+mapping|\.items\(\)")
+_MEMBER = re.compile(r'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 _FENCED = re.compile(r"\s*(?P<name>\S+)\s*```(?:json)?\n(?P<arguments>.*?)\n?```\s*", re.DOTALL)
 
 
@@ -296,13 +297,20 @@ def read_call(text: str) -> Call | None:
         fenced = _FENCED.fullmatch(rest)
         return Call(fenced["name"], fenced["arguments"]) if fenced else Call(kind.strip(), rest.strip())
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, parse_constant=refuse_constant)
         if not isinstance(tree, dict) or not isinstance(tree.get("name"), str) or "arguments" not in tree:
             return None
-        name, arguments = tree["name"], tree["arguments"]
-        if not isinstance(arguments, str):
-            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-            arguments = written if is_text(written) else json.dumps(arguments)
     except (ValueError, RecursionError):
         return None
+    name, arguments = tree["name"], tree["arguments"]
+    if not isinstance(arguments, str):
+        arguments = dict(_written_members(text))["arguments"]
     return Call(name, arguments) if is_text(name) and is_text(arguments) else None
+
+
+def _written_members(text: str) -> Iterator[tuple[str, str]]:
+    """The members of a JSON object that is known to be valid: names, and values as they are written."""
+    decoder, at = json.JSONDecoder(), 0
+    while found := _MEMBER.match(text, at):
+        _, at = decoder.raw_decode(text, found.end())
+        yield json.loads(found[1]), text[found.end() : at]

@@ -323,7 +323,7 @@ class EngineWorker:
         jobs = suspects + [job for job in self._jobs.values() if job not in suspects]
         blamed = self._trial or (suspects[0] if len(suspects) == 1 else None)
         self._trial = None
-        failed = []
+        failed: list[Job] = []
         for job in jobs:
             job.restart()
             job.num_returns += 1

@@ -35,6 +35,7 @@ def test_the_page_names_every_route_and_field_and_loads_nothing_from_elsewhere(l
     for name in ("CompletionRequest", "ChatRequest", "ResponsesRequest", "TokenizeRequest"):
         for field in description["components"]["schemas"][name]["properties"]:
             assert f"<code>{field}</code>" in text
+    assert "<code>user</code>" in text and "<code>functions</code>" in text
     loads = Loads()
     loads.feed(reply.text)
     assert loads.fetched == ["/web/docs.css"] and "script" not in loads.tags

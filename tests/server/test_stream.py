@@ -110,6 +110,19 @@ def test_marks_within_strings_end_no_call(form: str, outer: str, parts: list[str
     assert read(text, places) == ["Look:\n", first, second]
 
 
+@pytest.mark.parametrize(
+    "arguments", ['{"a":1,"a":2.50}', '{ "n" : 1e999 }', "[]", '{"s":"\\ud800 \\u00e9"}', '{"arguments":[{}]}']
+)
+def test_arguments_are_given_as_they_were_written(arguments: str) -> None:
+    for text in (
+        f'{{"name":"f","arguments":{arguments}}}',
+        f' {{ "arguments" : {arguments} , "name": "f", "x": [1] }} ',
+    ):
+        call = read_call(text)
+        assert call is not None and (call.name, call.arguments) == ("f", arguments)
+    assert read_call('{"name": "f", "arguments": {"a": NaN}}') is None
+
+
 def test_a_string_that_never_ends_hides_no_later_call() -> None:
     broken, good = '<tool_call>{"name": "f</tool_call>', HERMES.format("add", "{}")
     assert read(broken + good, [5]) == [broken, ("add", "{}")]
