@@ -114,7 +114,7 @@ def _describe_model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "moestro",
-        "max_model_len": service.config.max_seq_len,
+        "max_model_len": service.context,
         "defaults": DEFAULTS | service.defaults.choose(),  # an extension: what holds where a request gives no value
     }
 
@@ -124,7 +124,7 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """A text or messages as token ids, as the other routes would read them."""
         ids = await service.tokenize(body)
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.config.max_seq_len}
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Service:
     ) -> None:
         self.worker = EngineWorker(make_engine)
         engine = self.worker.engine
-        self.tokenizer, self.config = engine.tokenizer, engine.runtime.config
+        self.tokenizer, self.config, self.context = engine.tokenizer, engine.runtime.config, engine.room.context
         self.name, self.created, self.defaults = name, int(time.time()), defaults
         self.renderer = Renderer(tokenizer_path)
         self.metrics = Metrics(layer_names(self.config))
@@ -182,17 +182,19 @@ class Service:
 
     def _check_chars(self, count: int) -> None:
         """Refuse, before encoding, text that no encoding can make short enough."""
-        if count > self.config.max_seq_len * self._longest:
+        if count > self.context * self._longest:
             raise ContextLengthError(f"a prompt of {count} characters is longer than the model's context")
 
     def _room(self, num_prompt: int, wanted: int | None) -> int:
         """How many tokens to write: `wanted`, else all that fit. ContextLengthError if it does not fit."""
-        longest = self.config.max_seq_len
+        longest = self.context
         room = longest - num_prompt
         if room < (1 if wanted is None else wanted):
             asked = "" if wanted is None else f" and {wanted} to write"
+            limited = self.config.max_seq_len > longest
             raise ContextLengthError(
                 f"this model's context is {longest} tokens; the prompt has {num_prompt} tokens{asked}"
+                + f"; the model takes {self.config.max_seq_len} if the server is given room for them" * limited
             )
         return room if wanted is None else wanted
 
