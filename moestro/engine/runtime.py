@@ -1,6 +1,7 @@
 """A served model over a paged cache: each forward pass is recorded once and runs as one native call.
 
-Where the kernels cannot run, a pass runs operation by operation. The layers are in `model/served.py`; their packed
+Where the kernels cannot run, a pass runs operation by operation, with the products of torch's library
+(`ops/serving/plain.py`). The layers are in `model/served.py`; their packed
 parts come from `checkpoints/packing.py`.
 """
 
@@ -24,9 +25,9 @@ from moestro.model.parts import Parts, count_bytes, saved_tensors
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
 from moestro.model.transformer import Transformer
 from moestro.ops import library
-from moestro.ops.serving.program import Caches, Eager, Operand, Operations, Tape, Value
+from moestro.ops.serving import plain
+from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
-from moestro.routing.selection import Selection
 
 SCORED_ROWS = 1024  # rows whose logits over the whole vocabulary are in memory at a time
 CHOOSE = -1  # as an expert id: the router chooses
@@ -69,18 +70,6 @@ class Forward(Protocol):
     def __call__(self, rows: Operations[Value], inputs: Sequence[Value], layer: int) -> Value: ...
 
 
-class Watching(Eager):
-    """Runs operations at once and keeps the `weights` [N, A] of every router."""
-
-    def __init__(self, layout: StepInput, layers: Sequence[Caches], ids: Tensor) -> None:
-        super().__init__(layout, layers, ids)
-        self.weights: list[Tensor] = []
-
-    def route(self, index: int, logits: Tensor | None, selection: Selection) -> Tensor:
-        self.weights.append(super().route(index, logits, selection))
-        return self.weights[-1]
-
-
 class Pass:
     """A forward pass through some blocks: on a tape made once if the kernels are built, else operation by operation.
 
@@ -113,18 +102,21 @@ class Pass:
         if self.tape is not None:
             hidden = self.tape.run(list(zip(self.inputs, inputs, strict=True)), step, cache.layers, ids, self.output)
             return StepOutput(hidden, ids)
-        return self._run(Eager(step, cache.layers, ids), inputs)
+        return self._run(step, inputs, cache, ids)[0]
 
     def watch(self, inputs: Sequence[Tensor], step: StepInput, cache: PagedCache) -> tuple[StepOutput, Tensor]:
         """The same operation by operation, and the weights [L, N, A] fp32 of the experts."""
         ids = self._begin_routes(step.tokens, cache.routes.shape[-1], None)
-        rows = Watching(step, cache.layers, ids)
-        output = self._run(rows, inputs)
-        return output, torch.stack(rows.weights) if rows.weights else ids.float()
+        output, weights = self._run(step, inputs, cache, ids)
+        return output, torch.stack(weights) if weights else ids.float()
 
-    def _run(self, rows: Eager, inputs: Sequence[Tensor]) -> StepOutput:
+    def _run(
+        self, step: StepInput, inputs: Sequence[Tensor], cache: PagedCache, ids: Tensor
+    ) -> tuple[StepOutput, list[Tensor]]:
+        """One operation after another; also the weights [N, A] of every router."""
+        rows = (plain.Plain if plain.computes() else Eager)(step, cache.layers, ids)
         hidden = self.forward(rows, [x.to(self.dtype)[:, None] for x in inputs], self.layer)
-        return StepOutput(hidden.flatten(1), rows.ids)
+        return StepOutput(hidden.flatten(1), ids), rows.weights
 
     def _begin_routes(self, tokens: Tensor, top_k: int, replayed: Tensor | None) -> Tensor:
         """The ids [L, N, A] that are known before the pass: replayed, or hashed from the tokens."""
@@ -155,6 +147,9 @@ class Runtime:
         check_cache(packed.config, cache)
         _round_rows(packed, activations)
         self.packed, self.num_updates, self.cache = packed, 0, cache
+        self.is_plain = plain.computes()
+        if self.is_plain:
+            plain.open_parts(packed.parts.values(), packed.dtype)
         self.config, self.dtype, self.format = packed.config, packed.dtype, packed.format
         config, parts = packed.config, Parts(packed.parts)
         self.embedding, self.head = parts.plain("embed.weight"), parts.linear("head")
@@ -168,6 +163,16 @@ class Runtime:
         self._main = Pass(self._compute, self.blocks, 0, *shape)
         depths = enumerate(self.mtp, config.num_layers)
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, packed."""
+        return sum(part.nbytes for part in self.packed.parts.values())
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of weights that stay in mapped files, 0 if they have their own memory."""
+        return self.nbytes if self.packed.mapped else 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -207,7 +212,7 @@ class Runtime:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> [N, V] fp32."""
-        return self.head(hidden).float()
+        return (plain.linear(self.head, hidden) if self.is_plain else self.head(hidden)).float()
 
     @torch.inference_mode()
     def score(self, batches: Iterable[Texts]) -> Iterator[Scores]:

@@ -52,7 +52,7 @@ def trace(runtime: Runtime, tokens: Sequence[int], num_top: int = 5) -> Iterator
         raise ConfigError(f"a text to trace has 1 to {config.max_seq_len} tokens, not {len(tokens)}")
     if min(tokens) < 0 or max(tokens) >= config.vocab_size:
         raise ConfigError(f"token ids lie between 0 and {config.vocab_size - 1}")
-    cache = PagedCache(config, pages_for(len(tokens)), runtime.dtype, runtime.cache)
+    cache = PagedCache(config, pages_for(len(tokens)), runtime.dtype, runtime.cache, context=len(tokens))
     before: Tensor | None = None  # logits [V] after the chunk before
     for first in range(0, len(tokens), PAGE_SIZE):
         chunk = tokens[first : first + PAGE_SIZE]
