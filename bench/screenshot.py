@@ -30,7 +30,7 @@ SETTINGS = '{"temperature":0.6,"seed":%d,"max_tokens":%d,"mode":"text","theme":"
 @contextmanager
 def serve(model: Path) -> Iterator[str]:
     """A server of the model on a free port of this machine; its address."""
-    command = [sys.executable, "-m", "moestro", "serve", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "moestro", "serve", str(model), "--port", "0", "--served-name", "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -61,6 +61,7 @@ def browse(url: str) -> Iterator[Any]:
 
 def take(browser: Any, beginning: str, index: int, settings: str) -> bytes:
     """Have the beginning continued, open its tokens, point at one, and take the picture."""
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.support.ui import WebDriverWait
 
     def wait(seen: Callable[[], object]) -> None:
@@ -77,6 +78,7 @@ def take(browser: Any, beginning: str, index: int, settings: str) -> bytes:
     wait(lambda: js("return document.querySelector('.stats')?.textContent && !document.body.matches('.running')"))
     browser.find_element("css selector", ".toggle").click()
     wait(lambda: js("return document.querySelectorAll('.prompt-tokens .token').length"))
+    ActionChains(browser).move_to_element(browser.find_element("id", "model")).perform()  # points at no token
     js("document.querySelector('[name=window][value=answer]').click()")
     js("document.querySelectorAll('.token-view > .token-text .token')[arguments[0]].click()", index)
     js("document.getElementById('scroller').scrollTop = 0")
@@ -86,10 +88,10 @@ def take(browser: Any, beginning: str, index: int, settings: str) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a run, or any directory that `moestro serve` takes")
-    parser.add_argument("--text", default="Alice was beginning to get very tired of ", help="what the model continues")
-    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--text", default="Alice was beginning to get very tired of", help="what the model continues")
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=110, help="how many it writes")
-    parser.add_argument("--index", type=int, default=7, help="which of them is opened")
+    parser.add_argument("--index", type=int, default=9, help="which of them is opened")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     with serve(given.model) as url, browse(url) as browser:

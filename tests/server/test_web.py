@@ -151,11 +151,6 @@ class TestTokens:
         page.click(".toggle")
         return page.wait(lambda: page.all(".token"))
 
-    def experts(self, page: Page) -> list[list[int]]:
-        """By layer, of the token in the inspector."""
-        rows = page.all("#inspector .routes tr")
-        return [[int(cell.text) for cell in row.find_elements("css selector", ".expert b")] for row in rows]
-
     def token(self, page: Page) -> str:
         return str(page.text("#inspector-id"))
 
@@ -174,7 +169,7 @@ class TestTokens:
             assert f"probability {100 * np.exp(logprob):.1f} %" in shown
             assert f"{-logprob / np.log(2):.1f} bits of surprise" in shown
             assert f"rank {1 + index} of 1,000" in shown and f"{index % 7 / 2 / np.log(2):.1f} bits of unc" in shown
-            assert self.experts(page) == routes_of(index)
+            assert page.experts == routes_of(index)
             weights = [node.text for node in page.all("#inspector .routes tr:first-of-type .weight")]
             assert weights == ["0.20", "1.10", "0.40", "0.30"]
             best = [row.text.split() for row in page.all(".alternatives li")]
@@ -206,7 +201,7 @@ class TestTokens:
         first, second = page.all(".prompt-tokens .token")[:2]
         page.hover(second)
         page.wait(lambda: self.token(page) == "id 901")
-        assert self.experts(page) == routes_of(901) and "rank 2 of" in page.text("#inspector")
+        assert page.experts == routes_of(901) and "rank 2 of" in page.text("#inspector")
         page.hover(first)
         page.wait(lambda: "not known" in page.text("#inspector-chance"))
 
@@ -219,7 +214,7 @@ class TestTokens:
         page.wait(lambda: "are missing: The server answered with status 500." in page.text(".token-view"))
         page.hover(spans[1])
         page.wait(lambda: self.token(page) == "id 1")
-        assert self.experts(page) == routes_of(1) and not page.all(".alternatives, #inspector .weight")
+        assert page.experts == routes_of(1) and not page.all(".alternatives, #inspector .weight")
 
     def test_the_keyboard_reaches_every_token(self, page: Page) -> None:
         from selenium.webdriver.common.keys import Keys
@@ -238,7 +233,7 @@ class TestTokens:
     def test_a_click_as_a_tap_shows_them_too(self, page: Page) -> None:
         spans = self.show(page, "some words")
         page.js("arguments[0].click()", spans[2])
-        assert self.experts(page) == routes_of(2)
+        assert page.experts == routes_of(2)
 
     def test_the_final_chunk_fills_what_was_open(self, page: Page) -> None:
         page.js(
@@ -248,7 +243,7 @@ class TestTokens:
         spans = self.show(page, "late")
         page.hover(spans[1])
         page.wait(lambda: self.token(page) == "id 1")
-        assert self.experts(page) == routes_of(1)
+        assert page.experts == routes_of(1)
         page.hover(spans[2])
         page.wait(lambda: "not fed back" in page.text("#inspector"))
         assert page.text(".stats").endswith("stopped at the length limit")

@@ -49,7 +49,7 @@ def test_text_tokens_and_experts_are_those_of_the_api(page: Page, live: Live) ->
     assert len(spans) == count
     for index in (0, count // 2, count - 2):
         page.js("arguments[0].click()", spans[index])
-        assert experts_shown(page) == choice["routes"][reply["usage"]["prompt_tokens"] + index]
+        assert page.experts == choice["routes"][reply["usage"]["prompt_tokens"] + index]
         scored = choice["logprobs"]["content"][index]
         shown = page.text("#inspector")
         assert f"probability {100 * np.exp(scored['logprob']):.1f} %" in shown
@@ -57,11 +57,6 @@ def test_text_tokens_and_experts_are_those_of_the_api(page: Page, live: Live) ->
         assert best == [visible(bytes(one["bytes"])) for one in scored["top_logprobs"]]
     assert page.text(".prompt-tokens summary") == f"Prompt: {reply['usage']['prompt_tokens']} tokens"
     assert [entry for entry in page.driver.get_log("browser") if entry["source"] != "network"] == []
-
-
-def experts_shown(page: Page) -> list[list[int]]:
-    rows = page.all("#inspector .routes tr")
-    return [[int(cell.text) for cell in row.find_elements("css selector", ".expert b")] for row in rows]
 
 
 def visible(piece: bytes) -> str:

@@ -12,7 +12,7 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 NEEDS_BROWSER = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-SECONDS = 12  # a page that has not come to it by then never does
+SECONDS = 60  # a page that has not come to it by then never does
 PHONE = {"width": 390, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 
 
@@ -104,6 +104,14 @@ class Page:
         """Of the background, 0 to 255."""
         color = self.js("return getComputedStyle(document.documentElement).backgroundColor")
         return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
+
+    @property
+    def experts(self) -> Any:
+        """The experts of the token in the inspector, by layer."""
+        return self.js(
+            "return [...document.querySelectorAll('#inspector .routes tr')]"
+            ".map((row) => [...row.querySelectorAll('.expert b')].map((node) => Number(node.textContent)))"
+        )
 
     @property
     def overflow(self) -> int:
