@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moestro.errors import ConfigError
+from moestro.scores import SCORES
 
 
 class Frozen(BaseModel):
@@ -93,7 +94,7 @@ class RouterConfig(Frozen):
                     where e = (mean load − load) / mean load (arXiv 2408.15664)
     """
 
-    score: Literal["sigmoid", "softmax", "sqrt_softplus", "constant"] = "sigmoid"
+    score: str = "sigmoid"
     selection: Literal["top_k", "hash"] = "top_k"
     num_hash_layers: int = Field(0, ge=0)
     group_score: Literal["top2", "max"] = "top2"
@@ -112,10 +113,13 @@ class RouterConfig(Frozen):
         kinds = {term.kind for term in self.balance}
         if "load" in kinds and self.noise != "learned":
             raise ValueError("the balance term 'load' is an estimate over the noise: it needs noise='learned'")
-        if self.score == "constant" and self.selection != "hash":
-            raise ValueError("score='constant' cannot choose experts: it needs selection='hash'")
-        if self.score == "constant" and kinds:
-            raise ValueError("score='constant' has no gradient: balance must be []")
+        if self.score not in SCORES:
+            raise ValueError(f"there is no score function '{self.score}'; there are: {', '.join(SCORES)}")
+        is_learned = SCORES[self.score].is_learned
+        if not is_learned and self.selection != "hash":
+            raise ValueError(f"score='{self.score}' cannot choose experts: it needs selection='hash'")
+        if not is_learned and kinds:
+            raise ValueError(f"score='{self.score}' has no gradient: balance must be []")
         return self
 
 

@@ -5,7 +5,9 @@ User errors print one line on standard error and exit with 2; a signal exits wit
 
 from __future__ import annotations
 
+import signal
 import sys
+from contextlib import suppress
 
 from cyclopts import App, CycloptsError
 
@@ -48,7 +50,8 @@ def main() -> None:
     except OSError as error:
         print(f"moestro: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("moestro: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        with suppress(OSError):  # a terminal that has closed
+            print("moestro: interrupted", file=sys.stderr)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
     sys.exit(result if isinstance(result, int) else 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from moestro.errors import DataError
@@ -33,3 +35,17 @@ def read_input(read: Callable[[], str]) -> str:
 def print_note(text: str) -> None:
     """Print a remark for people on standard error."""
     print(text, file=sys.stderr)
+
+
+@contextmanager
+def outlive_output() -> Iterator[None]:
+    """Print what there is to print inside `with`; if nobody reads it or nothing fits, go on without a word.
+
+    For work whose result is in files: its exit code must not depend on who listens.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered would fail again when the process ends

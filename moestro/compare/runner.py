@@ -19,7 +19,7 @@ from pathlib import Path
 from moestro.compare.cells import SizedCell
 from moestro.compare.plan import Plan
 from moestro.compare.results import Record, collect_run, is_finished, write_results
-from moestro.training.loop import StopRequest, stop_on_signal
+from moestro.training.signals import StopRequest, stop_on_signal
 
 POLL_SECONDS = 0.1
 
