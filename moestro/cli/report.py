@@ -14,6 +14,7 @@ def report(
     run: Path,
     *,
     out: Path | None = None,
+    figures: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Write the report of a run (losses, loads, experts by domain, biases, samples) or of a comparison.
@@ -26,14 +27,19 @@ def report(
         A run directory, or that of a comparison.
     out
         Where to write; report.html in the directory by default.
+    figures
+        A folder for every figure besides, as NAME.svg and NAME.csv. The page's buttons save PNG, too.
     json_output
-        Print {"report": path} instead of the path.
+        Print {"report": path, "figures": [paths]} instead of the paths.
     """
     from moestro.compare.results import REQUEST
-    from moestro.report import write_comparison, write_report
+    from moestro.report import write_comparison, write_comparison_figures, write_report, write_run_figures
 
-    path = (write_comparison if (run / REQUEST).is_file() else write_report)(run, out)
+    is_comparison = (run / REQUEST).is_file()
+    path = (write_comparison if is_comparison else write_report)(run, out)
+    write_figures = write_comparison_figures if is_comparison else write_run_figures
+    paths = [] if figures is None else write_figures(run, figures)
     if json_output:
-        print_json({"report": str(path)})
+        print_json({"report": str(path), "figures": [str(figure) for figure in paths]})
     else:
-        print(path)
+        print(path, *paths, sep="\n")

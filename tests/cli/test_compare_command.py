@@ -129,4 +129,4 @@ def test_texts_of_the_table() -> None:
     assert spread(Estimate(1.23456, 0.01, 3)) == "1.2346 ± 0.0100" and spread(Estimate(1.0, None, 1)) == "1.0000"
     targets = {"seconds": Estimate(1234.5, None, 1)}
     cell = CellSummary("a", {}, 3, 0, {}, {}, Difference(-0.1, -0.15, -0.05, 3), targets)
-    assert difference_text(cell) == "-0.1000 (-0.1500 … -0.0500)" and target_text(cell) == "1,234 (1 of 3)"
+    assert difference_text(cell) == "-0.1000 ± 0.0500" and target_text(cell) == "1,234 (1 of 3)"
