@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from moestro.cli.hints import spell_commands
 from moestro.cli.output import print_json, print_note
 from moestro.config import load_preset
 
@@ -41,7 +42,7 @@ def compare(
     dry_run: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train router schemes of equal FLOPs per token on the same data and compare them.
+    """Train routers at equal cost on the same data and compare them.
 
     The same command continues a stopped comparison; cells and seeds may be added.
 
@@ -76,16 +77,20 @@ def compare(
         Print the summary as one JSON object on the last line.
     """
     from moestro.compare.plan import make_plan
-    from moestro.compare.results import RESULTS
-    from moestro.training.ownership import own_directory
 
     overrides = [*([f"data.source={json.dumps(data)}"] if data is not None else []), *settings]
     overrides += [f"train.threads={threads}"] if threads else []
     options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
     plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)
     print_cells(plan, dry_run=dry_run, json_output=json_output)
-    if dry_run:
-        return 0
+    return 0 if dry_run else own_and_run(plan, json_output=json_output)
+
+
+def own_and_run(plan: Plan, *, json_output: bool) -> int:
+    """Run the comparison as the only writer of its directory; returns the exit code."""
+    from moestro.compare.results import RESULTS
+    from moestro.training.ownership import own_directory
+
     with own_directory(plan.directory, lambda directory: (directory / RESULTS).exists()):
         return run_and_show(plan, json_output=json_output)
 
@@ -149,7 +154,7 @@ def run_and_show(plan: Plan, *, json_output: bool) -> int:
     if failed:
         print_note(f"{failed} of {total} runs failed; the same command tries them again")
     if signal is not None:
-        print_note(f"Stopped; {finished} of {total} runs are finished. Go on with:\n  {command}")
+        print_note(f"Stopped; {finished} of {total} runs are finished. Go on with:\n  {spell_commands(command)}")
     if json_output:
         print_json(
             {"out": str(plan.directory), "report": str(report), "runs": total, "finished": finished, "failed": failed,

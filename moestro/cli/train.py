@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from moestro.cli.hints import format_command
 from moestro.cli.output import outlive_output, print_json
 from moestro.config import SETTINGS, Config, apply_overrides, build_config, load_file, load_preset
 from moestro.errors import ConfigError
@@ -29,7 +30,7 @@ def train(
     quiet: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train a model; without arguments, the demo preset on the built-in corpus.
+    """Train a model on your own text; without arguments, the demo on the built-in corpus.
 
     Ctrl-C, SIGTERM and a closed terminal save a checkpoint; --resume goes on from the last one.
 
@@ -161,17 +162,16 @@ def print_ending(outcome: Any, report: Path) -> None:
     run = outcome.run
     if outcome.stopped_by:
         print(f"\nStopped and saved at step {outcome.step} of {outcome.total_steps}. Go on with:")
-        print(f"  moestro train --out {run} --resume")
+        print(f"  {format_command('train', '--out', run, '--resume')}")
         return
     if not outcome.steps_now:
         print(f"\nAll {outcome.step} steps were done before. Ask for more of them, or start another run from this one:")
-        print(f"  moestro train --out {run} --resume train.steps={2 * outcome.step}")
-        print(f"  moestro train --from {run}")
+        print(f"  {format_command('train', '--out', run, '--resume', f'train.steps={2 * outcome.step}')}")
+        print(f"  {format_command('train', '--from', run)}")
         return
     for sample in outcome.samples:
         print(f"\n── {sample['domain']} " + "─" * 60)
         print(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}")
     print(f"\nTrained {outcome.step} steps. The report is {report}: open it in a browser. Next:")
-    print(f"  moestro chat {run}")
-    print(f'  moestro generate {run} --prompt "Once upon a time"')
-    print(f"  moestro eval {run} --json")
+    for words in (("chat", run), ("generate", run, "Once upon a time"), ("eval", run, "--json")):
+        print(f"  {format_command(*words)}")

@@ -56,6 +56,7 @@ def export_comparison(figures: Mapping[str, Any]) -> dict[str, Export]:
             {
                 "label": row["label"],
                 "role": "cell",
+                "dots": True,
                 "color": row["color"],
                 "x": [dot["seed"] for dot in row["dots"]],
                 "y": [dot["value"] for dot in row["dots"]],

@@ -6,6 +6,7 @@ Colours are those of the page in daylight (assets/report.css).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -101,7 +102,7 @@ def format_tick(value: float, *, percent: bool = False) -> str:
     if percent:
         return f"{value * 100:.4g}%"
     if abs(value) >= 1000:
-        return format_count(value)
+        return re.sub(r"\.?0+(?=[A-Z])", "", count) if "." in (count := format_count(value)) else count
     text = f"{value:.4g}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}".replace("e-0", "e-")
     return text.replace("-", "−")
 
@@ -130,7 +131,7 @@ def _draw_line(line: Record, at: Callable[[float, float], Point]) -> list[str]:
     points = _points(line["x"], line["y"], at)
     for is_gap, piece in groupby(points, key=lambda point: point is None):
         known = [] if is_gap else [point for point in piece if point is not None]
-        if len(known) > 1:
+        if len(known) > 1 and not line.get("dots"):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in known)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.75"/>')
     if len(points) < 40:
