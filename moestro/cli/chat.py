@@ -116,8 +116,8 @@ def say(conversation: Conversation, text: str) -> None:
                 break
         reply.close()
     print()
-    if stop.signal == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
+    if stop.signal not in (None, signal.SIGINT):  # SIGTERM, or the terminal has closed
+        raise SystemExit(128 + stop.signal)
     if stop.signal is not None:
         print_note("(stopped; /retry asks again)")
 
