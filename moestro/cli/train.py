@@ -101,7 +101,7 @@ def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, js
     report = write_report(run)
     evaluation = outcome.evaluation or {}
     with outlive_output():  # the terminal may be what has gone
-        if not quiet:
+        if not quiet or not outcome.steps_now:  # that nothing was to be done is no progress
             print_ending(outcome, report)
         if json_output:
             print_json(
