@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moestro.compare.plan import Plan
-    from moestro.compare.results import CellSummary, Estimate, Record, Summary
-    from moestro.compare.runner import Runner
+    from moestro.compare.results import CellSummary, Estimate, Summary
 
 LARGEST_DEVIATION = 0.03  # how far FLOPs per token may differ from the base's before a warning
 PLAIN_WIDTH = 160  # width of tables that do not go to a terminal
@@ -83,16 +82,7 @@ def compare(
     options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
     plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)
     print_cells(plan, dry_run=dry_run, json_output=json_output)
-    return 0 if dry_run else own_and_run(plan, json_output=json_output)
-
-
-def own_and_run(plan: Plan, *, json_output: bool) -> int:
-    """Run the comparison as the only writer of its directory; returns the exit code."""
-    from moestro.compare.results import RESULTS
-    from moestro.training.ownership import own_directory
-
-    with own_directory(plan.directory, lambda directory: (directory / RESULTS).exists()):
-        return run_and_show(plan, json_output=json_output)
+    return 0 if dry_run else run_and_show(plan, json_output=json_output)
 
 
 def print_cells(plan: Plan, *, dry_run: bool, json_output: bool) -> None:
@@ -132,21 +122,14 @@ def total_text(plan: Plan, seconds: float | None) -> str:
 
 def run_and_show(plan: Plan, *, json_output: bool) -> int:
     """Train, write the report and print the table; returns the exit code."""
-    from moestro.compare.plan import prepare_directory
-    from moestro.compare.results import FAILED, FINISHED, summarise, verdicts
-    from moestro.compare.runner import Runner
+    from moestro.compare.comparison import run_plan
     from moestro.report.comparison import sentences, write_comparison
 
     command = shlex.join(["moestro", *sys.argv[1:]])
-    prepare_directory(plan, command, print_note)
-    total = len(plan.cells) * len(plan.seeds)
-    runner = Runner(plan, report=lambda record: print_note(describe_run(record) + left_text(runner)))
-    signal = runner.run()
-    records = list(runner.records.values())
+    done = run_plan(plan, command, print_note)
+    total, signal, summary, found = len(done.records), done.stopped_by, done.summary, done.verdicts
+    finished, failed = done.num_finished, done.num_failed
     report = write_comparison(plan.directory)
-    summary, found = summarise(records), verdicts(records, plan.budget.kind)
-    finished = sum(record["status"] == FINISHED for record in records)
-    failed = sum(record["status"] == FAILED for record in records)
     if finished:
         print_table(results_table(summary), error=False)
         print_table(balance_table(summary), error=False)
@@ -233,27 +216,6 @@ def deviations(plan: Plan) -> list[str]:
         for cell in plan.cells
         if abs(cell.flops_ratio - 1) > LARGEST_DEVIATION
     ]
-
-
-def left_text(runner: Runner) -> str:
-    """How many runs are left and for how long, once a run has finished."""
-    from moestro.training.progress import format_duration
-
-    seconds, runs = runner.seconds_left(), len(runner.queue) + len(runner.running)
-    return f" ({runs} left, about {format_duration(seconds)})" if seconds is not None and runs else ""
-
-
-def describe_run(record: Record) -> str:
-    """One line on how a run ended."""
-    from moestro.training.progress import format_duration
-
-    name = f"{record['label']}, seed {record['seed']}"
-    if record["error"] is not None:
-        return f"{name} failed: {record['error']}"
-    if record["status"] != "finished":
-        return f"{name} stopped at step {record['steps'] or 0}"
-    bits = "no held-out text" if record["bits_per_byte"] is None else f"{record['bits_per_byte']:.4f} bits per byte"
-    return f"{name}: {bits}, {record['tokens']:,} tokens in {format_duration(record['seconds'])}"
 
 
 def results_table(summary: Summary) -> Table:

@@ -32,12 +32,10 @@ def report(
     json_output
         Print {"report": path, "figures": [paths]} instead of the paths.
     """
-    from moestro.compare.results import REQUEST
-    from moestro.report import write_comparison, write_comparison_figures, write_report, write_run_figures
+    from moestro.report.writing import report as write
+    from moestro.report.writing import write_figures
 
-    is_comparison = (run / REQUEST).is_file()
-    path = (write_comparison if is_comparison else write_report)(run, out)
-    write_figures = write_comparison_figures if is_comparison else write_run_figures
+    path = write(run, out)
     paths = [] if figures is None else write_figures(run, figures)
     if json_output:
         print_json({"report": str(path), "figures": [str(figure) for figure in paths]})

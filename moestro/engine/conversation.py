@@ -24,6 +24,11 @@ def is_base_model(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template in (None, CHAT_TEMPLATE)
 
 
+def choose_settings(model: LanguageModel, **given: float | None) -> Settings:
+    """How to sample: what is `given` (None: it is not), else what the model's authors recommend, else `USUAL`."""
+    return {**USUAL, **model.defaults.choose(**given)}
+
+
 @dataclass
 class Conversation:
     """The messages so far and the sampling settings for replies; None: as the model's authors recommend, or `USUAL`.
@@ -68,7 +73,8 @@ class Conversation:
 
     def _choose_settings(self, prompt_tokens: int) -> Settings:
         model = self.language_model
-        chosen = model.defaults.choose(
+        return choose_settings(
+            model,
             max_tokens=min(self.max_tokens, max(model.config.max_seq_len - prompt_tokens, 1)),
             temperature=self.temperature,
             top_p=self.top_p,
@@ -76,7 +82,6 @@ class Conversation:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed + len(self.messages),
         )
-        return {**USUAL, **chosen}
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         if not self.plain and self.render is not None:

@@ -192,8 +192,9 @@ def load(
             f"{source.directory}: the tokenizer has {tokenizer.vocab_size} ids and the model embeds only "
             f"{source.config.vocab_size}: they do not belong together"
         )
-    if log is not None and tokenizer.notice is not None:
-        log(f"{source.directory}: {tokenizer.notice}")
+    if log is not None:
+        for notice in tokenizer.notices:
+            log(f"{source.directory}: {notice}")
     stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
     return LanguageModel(
         source, tokenizer, stop_ids, defaults=defaults, weights=weights, cache=cache, activations=activations

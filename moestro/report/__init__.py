@@ -1,6 +1,12 @@
-"""Reports of a run and of a comparison: one self-contained HTML file each."""
+"""Reports of a run and of a comparison: one self-contained HTML file each.
 
-from moestro.report.comparison import write_comparison, write_comparison_figures
-from moestro.report.html import write_report, write_run_figures
+`moestro.report(...)` is `moestro.report.writing.report`.
+"""
 
-__all__ = ["write_comparison", "write_comparison_figures", "write_report", "write_run_figures"]
+from moestro.packages import make_callable
+from moestro.report.comparison import write_comparison
+from moestro.report.html import write_report
+
+__all__ = ["write_comparison", "write_report"]
+
+make_callable(__name__, "moestro.report.writing")

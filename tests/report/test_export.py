@@ -14,8 +14,9 @@ import pytest
 from comparisons import finished, write_files
 
 from moestro.errors import MoestroError
-from moestro.report import write_comparison_figures, write_run_figures
+from moestro.report.comparison import write_comparison_figures
 from moestro.report.export import PAGE_BYTES, Export, export_chart, for_page, to_csv
+from moestro.report.html import write_run_figures
 from moestro.report.svg import draw_lines, format_tick, ticks
 from moestro.training.metrics import read_metrics, read_routing
 
