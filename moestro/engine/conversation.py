@@ -75,7 +75,7 @@ class Conversation:
         model = self.language_model
         return choose_settings(
             model,
-            max_tokens=min(self.max_tokens, max(model.config.max_seq_len - prompt_tokens, 1)),
+            max_tokens=min(self.max_tokens, max(model.context - prompt_tokens, 1)),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -96,7 +96,7 @@ class Conversation:
 
         A system message stays. So does the last message, even if that leaves no room for a reply.
         """
-        limit = self.language_model.config.max_seq_len - self.max_tokens
+        limit = self.language_model.context - self.max_tokens
         prompt, self.num_forgotten = self._encode(messages), 0
         while len(prompt) > limit and sum(message["role"] == "user" for message in messages) > 1:
             first = next(i for i, message in enumerate(messages) if message["role"] == "user")

@@ -129,9 +129,8 @@ def explain_failures(run: Path) -> Iterator[None]:
             f"{error.filename or run}: {error.strerror or error}; {left}",
             hint=None if step is None else "continue with --resume",
         ) from error
-    except (RuntimeError, MemoryError) as error:
-        # torch has no exception class for this
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not machine.is_memory_error(error):
             raise
         raise MoestroError(
             "there is not enough memory: lower the sizes of the model, train.batch_size or train.seq_len"
