@@ -286,6 +286,9 @@ def pack(
     format = choose_format(source, weights)
     if (needed := sum(packed_bytes(source, format).values())) >= LARGE:
         log(f"Writing {format_bytes(needed)} of {format} weights.")
-    with machine.explain_memory_errors("to pack this model"), write_packed(out, source.directory, format, source.dtype) as save:
+    with (
+        machine.explain_memory_errors("to pack this model"),
+        write_packed(out, source.directory, format, source.dtype) as save,
+    ):
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)
