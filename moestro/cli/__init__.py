@@ -54,6 +54,13 @@ def main() -> None:
     except OSError as error:
         print_note(f"moestro: {error.filename or 'files'}: {error.strerror or error}")
         sys.exit(2)
+    except Exception as error:
+        from moestro.machine import is_memory_error
+
+        if not is_memory_error(error):
+            raise
+        print_note("moestro: there is not enough memory; moestro inspect says what a model takes")
+        sys.exit(2)
     except KeyboardInterrupt:
         print_note("moestro: interrupted")
         sys.exit(130)

@@ -14,6 +14,7 @@ from moestro.cli.process import (
     Activations,
     Cache,
     Dtype,
+    MaxContext,
     MaxTokens,
     Penalty,
     Seed,
@@ -48,6 +49,7 @@ def chat(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    max_context: MaxContext = None,
     threads: Threads = 0,
 ) -> None:
     """Talk to a model in the terminal; /help lists what can be typed beside messages.
@@ -66,7 +68,9 @@ def chat(
 
     directory = choose_model(model, download, "chat")
     use_threads(threads)
-    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+    language_model = load(
+        directory, dtype, weights=weights, cache=cache, activations=activations, max_context=max_context, log=print_note
+    )
     conversation = Conversation(
         language_model,
         max_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from moestro.cli.hints import spell_commands
 from moestro.errors import DataError, MoestroError
@@ -16,11 +16,11 @@ def print_json(tree: Mapping[str, Any]) -> None:
     print(json.dumps(tree, ensure_ascii=False), flush=True)
 
 
-def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Print aligned names and values, one pair a line."""
+def print_rows(rows: Sequence[tuple[str, str]], stream: TextIO | None = None) -> None:
+    """Print aligned names and values, one pair a line, on standard output or another stream."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {value}", file=stream)
 
 
 def read_input(read: Callable[[], str]) -> str:

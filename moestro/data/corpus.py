@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
 
+from moestro import machine
 from moestro.data.documents import Document, decode, iterate_lines, split_text
 from moestro.errors import DataError
 
@@ -137,7 +138,7 @@ def _load_pyarrow(path: Path) -> ModuleType:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise DataError(f"reading {path} needs pyarrow: pip install 'moestro[data]'") from error
+        raise DataError(f"reading {path} needs pyarrow: {machine.how_to_install('data')}") from error
     return cast(ModuleType, pyarrow)
 
 
@@ -211,7 +212,7 @@ def _read_dataset(source: str) -> Iterator[Document]:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise DataError(
-            f"no file or folder '{source}'; to stream it from Hugging Face: pip install 'moestro[data]'"
+            f"no file or folder '{source}'; to stream it from Hugging Face: {machine.how_to_install('data')}"
         ) from error
     records = _iterate_rows(datasets, name, config or None, source)
     for number, record in enumerate(records, 1):

@@ -152,9 +152,14 @@ class Runtime:
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, packed."""
+        return sum(part.nbytes for part in self.packed.parts.values())
+
+    @property
     def mapped_bytes(self) -> int:
         """Bytes of weights that stay in mapped files, 0 if they have their own memory."""
-        return sum(tensor.nbytes for tensor in self.tensors.values()) if self.packed.mapped else 0
+        return self.nbytes if self.packed.mapped else 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:

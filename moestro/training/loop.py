@@ -77,8 +77,8 @@ def train(
             f"{error.filename or run}: {error.strerror or error}; what was saved is intact",
             hint="continue with --resume",
         ) from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch has no exception class for this
+    except (MemoryError, RuntimeError) as error:
+        if not machine.is_memory_error(error):
             raise
         raise MoestroError(
             "there is not enough memory: lower the sizes of the model, train.batch_size or train.seq_len"

@@ -29,6 +29,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moestro import machine
 from moestro.errors import ConfigError, MoestroError
 
 STEP_KEYS = (
@@ -249,7 +250,7 @@ def _import_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{extra} is missing; install it with: pip install 'moestro[{extra}]'") from error
+        raise ConfigError(f"{extra} is missing: {machine.how_to_install(extra)}") from error
 
 
 def _open_append(path: Path) -> io.FileIO:

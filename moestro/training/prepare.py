@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from moestro import machine
 from moestro.checkpoints.files import ModelFiles, fill_model, read_json
 from moestro.config import SETTINGS, Config, build_config
 from moestro.data.batches import Batch, Packer, evaluation_batches
@@ -25,12 +26,16 @@ from moestro.data.tokenizer_files import find_file
 from moestro.engine.language_model import find_model_directory
 from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights
+from moestro.ops import library
 from moestro.parallel.world import ONE, World
+from moestro.sizes import format_bytes
 from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from moestro.training.memory import training_memory
 from moestro.training.metrics import write_atomic
 from moestro.training.optim import Optimizers
 from moestro.training.precision import precision_from, resolve_precision
 
+LARGE = 10**9  # bytes: beyond them, memory is told of
 TOKENIZER_SAMPLE = 20_000  # documents per domain to train a tokenizer on
 # a resumed run must not change these
 FIXED_TRAIN_KEYS = (
@@ -84,6 +89,10 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
         length, longest = config.train.seq_len, config.model.max_seq_len
         if length > longest:
             raise ConfigError(f"train.seq_len={length} exceeds model.max_seq_len={longest}")
+        if world.size == 1:
+            check_memory(config, log)
+        if not library.is_available():
+            log("The native kernels cannot run here, so that plain torch computes, slower (moestro doctor).")
         precision = resolve_precision(config)
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     if config.train.batch_size % world.size:
@@ -117,6 +126,20 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
         fill_model(model, files)
         log(f"Starting from the weights of {files.directory}")
     return Session(config, run, tokenizer, shards, packer, model, optimizers, state, world)
+
+
+def check_memory(config: Config, log: Log) -> None:
+    """Say what training takes if it is much. MemoryShortageError if it cannot fit, before anything is computed."""
+    memory, usable = training_memory(config), machine.usable_bytes()
+    if memory.total > usable:
+        parts = f"{format_bytes(memory.total - memory.activations)} and {format_bytes(memory.activations)}"
+        raise machine.MemoryShortageError(
+            f"training takes at least {format_bytes(memory.total)} of memory ({parts} of activations), and "
+            f"{format_bytes(usable)} are free",
+            hint="choose a smaller model, or lower train.batch_size and train.seq_len or set train.recompute=true",
+        )
+    if memory.total >= LARGE:
+        log(f"Training takes {format_bytes(memory.total)} of memory and more; {format_bytes(usable)} are free.")
 
 
 def build_model(config: Config) -> tuple[Transformer, Optimizers]:
