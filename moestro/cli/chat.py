@@ -133,6 +133,8 @@ def read_message() -> str | None:
         text = read_line("> ").strip()
         return read_rest(text.removeprefix(QUOTES)) if text.startswith(QUOTES) else text
     except EOFError:
+        if sys.stdin.isatty():
+            print()  # leaves the prompt's line
         return None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
