@@ -38,7 +38,7 @@ def chat(
     model: Model = None,
     *,
     system: str | None = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = 512,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,

@@ -12,8 +12,8 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 NEEDS_BROWSER = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-SECONDS = 60  # a page that has not come to it by then never does
-PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+SECONDS = 12  # a page that has not come to it by then never does
+PHONE = {"width": 390, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 
 
 class Page:
@@ -114,7 +114,8 @@ class Page:
                 "const wide = [...document.querySelectorAll('#scroller, #list, #panel, dialog, body, html')]"
                 ".filter((node) => node.checkVisibility())"
                 ".map((node) => node.scrollWidth - node.clientWidth);"
-                "const over = [...document.querySelectorAll('header *, #composer, article, #panel *, dialog, #tip')]"
+                "const parts = 'header *, #composer, #meter, article, #inspector, #panel *, dialog';"
+                "const over = [...document.querySelectorAll(parts)]"
                 ".map((node) => node.getBoundingClientRect().right - innerWidth);"
                 "return Math.ceil(Math.max(...wide, ...over))"
             )
