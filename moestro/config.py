@@ -98,7 +98,7 @@ class RouterConfig(Frozen):
     """How tokens choose experts: a scheme is data, not a class. Presets in `presets/routers/`."""
 
     score: str = setting(
-        "sigmoid", "", "an expert's score: sigmoid (V3), sqrt_softplus (V4); constant has no learned gate (Hash layers)"
+        "sigmoid", "", "an expert's score: sigmoid (V3), softmax, sqrt_softplus (V4), or constant (Hash layers)"
     )
     selection: Literal["top_k", "hash"] = setting("top_k", "", "the top_k by score, or by a hash of the token id")
     num_hash_layers: int = setting(0, "layers", "the first so many MoE layers always use the hash (V4)", ge=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small: list[str], tmp_path: Path) ->
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does, to the whole group
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
-    assert "Go on with:\n  moestro compare --routers switch,hash" in stderr
+    assert re.search(r"Go on with:\n  \S+ -m moestro compare --routers switch,hash", stderr)
     stopped, waiting = read_results(out)
     assert (stopped["status"], waiting["status"], stopped["error"]) == ("stopped", "waiting", None)
     (checkpoint,) = (run / "checkpoints").iterdir()
