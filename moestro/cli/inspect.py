@@ -57,6 +57,13 @@ def inspect(
     if json_output:
         print_json({"name": model, **description})
         return
+    print_rows(
+        [("model", model), *list_costs(description), *list_files(description.get("files")), *list_estimate(description)]
+    )
+
+
+def list_costs(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows that say what a model costs wherever it runs."""
     parameters, cache, weights = (description[k] for k in ("parameters", "cache_bytes_per_token", "weight_bytes"))
     rows = [
         (
@@ -83,7 +90,7 @@ def inspect(
     if "packed" in description:
         packed = description["packed"]
         rows.append(("packed", f"{packed['weights']} for {packed['dtype']}, {packed['bytes'] / 1e9:,.2f} GB"))
-    print_rows([("model", model), *rows, *list_files(description.get("files")), *list_estimate(description)])
+    return rows
 
 
 def describe_packing(model: str) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from moestro.cli.hints import spell_commands
@@ -33,7 +35,9 @@ def read_input(read: Callable[[], str]) -> str:
 
 def print_note(text: str) -> None:
     """Print a remark for people on standard error."""
-    print(visible(text), file=sys.stderr)
+    if sys.stderr is not None:
+        with suppress(OSError):  # a terminal that has closed
+            print(visible(text), file=sys.stderr)
 
 
 def print_error(error: MoestroError) -> None:
@@ -44,3 +48,17 @@ def print_error(error: MoestroError) -> None:
 def visible(text: str) -> str:
     """The text, with what a terminal would obey rather than show spelled as escapes; lines and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def outlive_output() -> Iterator[None]:
+    """Print what there is to print inside `with`; if nobody reads it or nothing fits, go on without a word.
+
+    For work whose result is in files: its exit code must not depend on who listens.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered would fail again when the process ends

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
 
 from moestro import machine
 from moestro.cli.models import Download, Model, choose_model
@@ -17,6 +19,11 @@ from moestro.sizes import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from moestro.engine.language_model import LanguageModel
     from moestro.server.service import Service
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    Parameter(help="What goes to stderr; from info on a line for every request, but never what it says."),
+]
 
 
 def serve(
@@ -31,6 +38,7 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
+    log_level: LogLevel = "warning",
     download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
@@ -62,21 +70,20 @@ def serve(
     drain_seconds
         How long running requests may take to finish after SIGTERM.
     """
-    from moestro.engine.language_model import load
-
     num_bytes = None if memory is None else parse_bytes(memory)
     require_extra()
+    start_log(log_level)
+    from moestro.engine.language_model import load
     from moestro.server.run import bind, run_service
 
     directory, key = choose_model(model, download, "serve"), check_access(host, api_key_file)
-    if not 0 <= drain_seconds < float("inf"):
-        raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
+    check_drain(drain_seconds)
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
+    limits["max_context"] = max_context
     use_threads(threads)
     with bind(host, port) as listener:
         language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
-        limits |= {"memory_bytes": num_bytes, "max_context": max_context}
-        service = make_service(language_model, directory, served_name, **limits)
+        service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
         print_rows(describe_service(service), sys.stderr)  # the address alone is on standard output
         return run_service(service, listener, key, drain_seconds)
 
@@ -88,6 +95,19 @@ def require_extra() -> None:
         import_module("moestro.server.run")
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: {machine.how_to_install('server')}") from error
+
+
+def start_log(level: str) -> None:
+    """Write the server's log to stderr."""
+    from moestro.server.log import configure_logging
+
+    configure_logging(level)
+
+
+def check_drain(seconds: float) -> None:
+    """Raise ConfigError for a time that is none."""
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"drain-seconds must be 0 or more, not {seconds}")
 
 
 def check_access(host: str, api_key_file: Path | None) -> str | None:

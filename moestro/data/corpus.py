@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import importlib
 import json
 import re
@@ -67,6 +68,16 @@ def _open_source(source: str) -> Iterator[Document]:
     if _kind(path) is not None or not _DATASET_NAME.fullmatch(source):
         raise DataError(f"no such file or folder: {source}")
     return _read_dataset(source)
+
+
+def fingerprint_files(source: str) -> str | None:
+    """A hash of the names, sizes and dates of the files behind a source, without reading them; None without files."""
+    root = Path(source).expanduser()
+    if source == "builtin" or not root.exists():
+        return None
+    files = list(_walk(root, set())) if root.is_dir() else [root]
+    facts = [(str(path), status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]]
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _kind(path: Path) -> str | None:

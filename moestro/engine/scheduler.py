@@ -155,7 +155,9 @@ class Scheduler:
         pool.hold(known)
         sequence.pages = known + pool.allocate(wanted)
         sequence.num_computed = sequence.num_ready = len(known) * PAGE_SIZE
-        self.num_prefix_tokens += 0 if sequence.num_prefill else sequence.num_computed
+        if not sequence.num_prefill:
+            sequence.num_cached = sequence.num_computed
+            self.num_prefix_tokens += sequence.num_cached
         sequence.num_prefill = length
         self.running.append(self.waiting.popleft())
         return True

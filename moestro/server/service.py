@@ -15,7 +15,7 @@ from moestro.data.template import choose_template
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults
 from moestro.engine.engine import Engine
 from moestro.engine.sequence import Request, SamplingParams
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, MoestroError
 from moestro.server.choices import ChatChoice, ChatForm, Choice, Format, TextChoice
 from moestro.server.loads import LoadHistory, layer_names
 from moestro.server.metrics import Metrics
@@ -25,9 +25,9 @@ from moestro.server.tools import (
     chat_grammar,
     forces_call,
     spelled_ids,
-    structured_grammar,
     template_input,
     template_messages,
+    text_grammar,
     uses_tools,
 )
 from moestro.server.worker import EngineWorker
@@ -39,6 +39,10 @@ DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetit
 
 class ContextLengthError(ConfigError):
     """Prompt and continuation do not fit the model."""
+
+
+class UnknownModelError(MoestroError):
+    """A request names a model that is not served."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ class PreparedRequest:
     def num_prompt_tokens(self) -> int:
         """How many tokens all prompts have."""
         return sum(len(request.prompt) for request in self.requests)
+
+    @property
+    def num_cached(self) -> int:
+        """How many of them were found in the cache; of several choices the first computes the prompt."""
+        return sum(choice.num_cached for choice in self.choices[:: self.body.n or 1])
 
 
 class Service:
@@ -89,13 +98,19 @@ class Service:
         self.renderer.close()
         self._template_thread.shutdown()
 
+    def check_model(self, name: str | None) -> None:
+        """UnknownModelError for another model's name; a request need not name any."""
+        if name and name != self.name:
+            raise UnknownModelError(f"there is no model '{name[:256]}' here, only '{self.name}'")
+
     async def prepare_text(self, body: CompletionRequest) -> PreparedRequest:
         """Prepare a body of `/v1/completions`. ConfigError and DataError for what cannot be done."""
         begun = time.monotonic()
+        self.check_model(body.model)
         n = body.n or 1
         self.worker.check_room(len(body.prompts) * n)
         prompts = await asyncio.to_thread(self._encode_all, body.prompts, body)
-        grammar = await asyncio.to_thread(structured_grammar, body.structured_outputs)
+        grammar = await asyncio.to_thread(text_grammar, body)
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = []
         for ids in prompts:
@@ -113,6 +128,7 @@ class Service:
     async def prepare_chat(self, body: ChatRequest) -> PreparedRequest:
         """Prepare a body of `/v1/chat/completions`."""
         begun = time.monotonic()
+        self.check_model(body.model)
         n = body.n or 1
         self.worker.check_room(n)
         self._check_chars(sum(len(message.text) for message in body.messages))
@@ -138,6 +154,7 @@ class Service:
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
         """Ids of a text or of a conversation, as the other routes would compute them."""
+        self.check_model(body.model)
         if body.messages is None:
             assert body.prompt is not None
             return await asyncio.to_thread(self._encode, body.prompt, body)
