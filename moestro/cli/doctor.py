@@ -40,7 +40,7 @@ def doctor(
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
     if not isa and "avx2" in machine.instruction_sets:
-        problems.append(f"native kernels are not built: install a C++ compiler, then {machines.how_to_build()}")
+        problems.append(f"native kernels are not built: install a C++ compiler, then: {machines.how_to_build()}")
     if json_output:
         print_json({"machine": asdict(machine), "measured": asdict(measured), "native": isa, "problems": problems})
         return

@@ -117,6 +117,7 @@ def test_company_changes_no_bit(
 
 def test_company_changes_no_bit_without_native_kernels(written: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load_library", lambda: None)
+    monkeypatch.setattr(library, "WISH", "reference")
     check_company(written, (5,), max_tokens=4)
 
 
