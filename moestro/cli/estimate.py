@@ -103,7 +103,7 @@ def list_estimate(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("", f"{format_bytes(rest)} activations of a micro-batch, working memory"))
     if training["least_seconds"] is not None:
         rows.append(("", f"{training['tokens']:,} tokens take at least {format_time(training['least_seconds'])}"))
-        rows.append(("", f"(6 operations for each active parameter and token at {best_gflops(measured):,.0f} GFLOP/s)"))
+        rows.append(("", f"(6 operations per active parameter and token, {best_gflops(measured):,.0f} GFLOP/s)"))
     return rows
 
 
