@@ -1,4 +1,7 @@
-"""Errors that the user can fix: one clear line, exit code 2, no traceback."""
+"""Errors that the user can fix: one clear line, exit code 2, no traceback. And notices: one line, and it goes on."""
+
+import logging
+from functools import cache
 
 
 class MoestroError(Exception):
@@ -24,3 +27,9 @@ class DataError(MoestroError):
 
 class CheckpointError(MoestroError):
     """A model directory that is incomplete, damaged or of an unsupported kind."""
+
+
+@cache
+def notice(text: str) -> None:
+    """Say something that is no error, once: a warning of the logger `moestro`, which goes to standard error."""
+    logging.getLogger("moestro").warning("%s", " ".join(text.split()))

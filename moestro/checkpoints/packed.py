@@ -94,15 +94,20 @@ def read_info(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def write_packed(out: Path, source: Path, format: str, dtype: torch.dtype) -> Iterator[Save]:
+def write_packed(
+    out: Path, source: Path, format: str, dtype: torch.dtype, tree: Mapping[str, Any] | None = None
+) -> Iterator[Save]:
     """Give a function that takes the parts of a model one by one; configuration and tokenizer come from `source`.
 
+    `tree` is written as config.json instead of the one that is there.
     Parts are written when they fill a shard, so that memory holds one shard and the part being packed. `out` appears
     only when everything is on disk. ConfigError if `out` already exists, CheckpointError if the disk is full.
     """
     info = {"format": FORMAT, "version": VERSION, "weights": format, "dtype": dtype_name(dtype)}
     with new_directory(out) as partial:
         copy_files(source, partial, COPIED)
+        if tree is not None:
+            (partial / "config.json").write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", "utf-8")
         shards = _Shards(partial)
         yield shards.add
         files = shards.finish()
