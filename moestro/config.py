@@ -209,6 +209,7 @@ class TrainConfig(Frozen):
     """The run: length, schedule, optimizer, precision, and what is written when."""
 
     start_from: str = Field("", description="a run, checkpoint or model directory whose weights are trained on")
+    ignore_config_keys: tuple[str, ...] = Field((), description="keys of that directory's config.json to ignore")
     seed: int = Field(0, gt=-(2**43), lt=2**43, description="seed and step together seed a step's noise, 64 bits")
     steps: int = Field(1000, gt=0)
     minutes: float = Field(0.0, ge=0, description="> 0: after 20 steps, `steps` is lowered to fit this time")

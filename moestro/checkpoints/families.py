@@ -159,22 +159,21 @@ DIFFERENT = {
 )  # fmt: skip
 
 # attributes that transformers and published releases write into config.json, none of which a forward pass reads
-INERT = frozenset(
-    """
-    architectures model_type auto_map torch_dtype dtype transformers_version use_cache _name_or_path name_or_path
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
-    num_key_value_heads head_dim qk_head_dim
-    attention_dropout aux_loss_alpha seq_aux ep_size pretraining_tp router_aux_loss_coef output_router_logits
-    router_jitter_noise initializer_range embedding_initializer_range
-    return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss is_decoder
-    chunk_size_feed_forward cross_attention_hidden_size finetuning_task task_specific_params problem_type
-    id2label label2id num_labels max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens tie_last_hidden_states
-    """.split()
-)
+INERT = frozenset({
+    "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "_name_or_path", "name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "tokenizer_class", "prefix", "num_key_value_heads", "head_dim", "qk_head_dim",
+    "attention_dropout", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "router_aux_loss_coef",
+    "output_router_logits", "router_jitter_noise", "initializer_range", "embedding_initializer_range",
+    "return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    "is_decoder", "chunk_size_feed_forward", "cross_attention_hidden_size", "finetuning_task",
+    "task_specific_params", "problem_type", "id2label", "label2id", "num_labels", "max_length", "min_length",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
+    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "tie_last_hidden_states",
+})  # fmt: skip
 NOTES = frozenset({"unsloth_fixed", "attn_implementation", "experts_implementation", "gradient_checkpointing"})
 RELEASE = re.compile(r"v?\d+(\.\d+)+\S*")
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from moestro.checkpoints.families import WITH_TEXT_PART
 from moestro.checkpoints.fit import fit_config
 from moestro.checkpoints.hf import Slot, duplicate_names, fused_slots, tensor_map
-from moestro.checkpoints.hf_config import hf_to_config, read_hf_config
+from moestro.checkpoints.hf_config import correct_tree, hf_to_config, read_hf_config
 from moestro.checkpoints.quantized import Scheme, read_codes, read_scales, read_scheme
 from moestro.checkpoints.stored import FLOAT_FORMATS, Header, Place, Stored, find_stored, label
 from moestro.checkpoints.weight_files import HeldFiles, few, find_weights, text_names
@@ -97,17 +97,15 @@ class ModelFiles:
     `dtype` is what the model is computed in, by default the stored precision (fp32 for fp16, bf16 for codes).
     `scheme` says how weights are quantised, None if all are plain. Codes and scales are checked when they are read.
     The files stay open, so that a directory that is renamed or deleted can be read to the end. `ignored_keys` of
-    config.json are treated as absent; `tree` is the rest of it. `notices` say what was found odd and made do with.
+    config.json are treated as absent; `tree` is the rest of it, corrected where the files say otherwise. `notices` say
+    what was odd and could be dealt with.
     CheckpointError names every tensor that is missing, unexpected or misshapen.
     """
 
-    def __init__(
-        self, directory: Path, dtype: torch.dtype | None = None, ignored_keys: Collection[str] = ()
-    ) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype | None = None, ignored_keys: Collection[str] = ()) -> None:
         self.directory = directory
         whole = read_json(directory / "config.json")
         read, found = read_hf_config(whole, ignored_keys), find_weights(directory)
-        self.tree = read.tree
         has_other_parts = whole.get("model_type") in WITH_TEXT_PART
         self._file_names = text_names(found.headers) if has_other_parts else {}
         headers = {name: found.headers[own] for name, own in self._file_names.items()} or found.headers
@@ -118,6 +116,7 @@ class ModelFiles:
         self._files: dict[Path, Any] = {}
         self._bytes_read = 0
         self._untie(headers)
+        self.tree = correct_tree(read.tree, read.model, self.config)
         self.shapes = parameter_shapes(self.config)
         self._stored = self._account(headers)
         embedding = self._all_stored("embed.weight")

@@ -78,13 +78,27 @@ def read_hf_config(tree: Mapping[str, Any], ignored: Collection[str] = ()) -> Hf
     return HfConfig(build_config({"model": read_model(sizes, family)}).model, text, tuple(notices))
 
 
+def correct_tree(tree: Mapping[str, Any], read: ModelConfig, actual: ModelConfig) -> dict[str, Any]:
+    """The tree of a config.json that was read as one configuration, so that it is read as another."""
+    changed = {
+        theirs: getattr(actual, ours)
+        for ours, theirs in PLAIN_KEYS.items()
+        if getattr(actual, ours) != getattr(read, ours)
+    }
+    if tree.get("model_type") == "moestro":
+        return dict(tree) | {"moestro": actual.model_dump(mode="json")}
+    return {key: value for key, value in tree.items() if ALIASES.get(key) not in changed} | changed
+
+
 def text_part(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that describes the model of text: all of it, unless the model also reads images."""
     if tree.get("model_type") not in WITH_TEXT_PART:
         return tree
     text = tree.get("text_config")
     if not isinstance(text, Mapping):
-        raise CheckpointError(f"config.json of a {tree['model_type']} has no text_config with the sizes of its text part")
+        raise CheckpointError(
+            f"config.json of a {tree['model_type']} has no text_config with the sizes of its text part"
+        )
     shared = {key: tree[key] for key in ("quantization_config", "bos_token_id", "eos_token_id", "pad_token_id",
                                          "torch_dtype", "dtype") if key in tree}  # fmt: skip
     return {"model_type": "deepseek_v3", **shared, **text}
@@ -109,7 +123,7 @@ def resolve_aliases(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_keys(tree: Mapping[str, Any], family: Family) -> list[str]:
-    """Refuse values that are not supported, and keys that might change the function; returns the keys of other tools."""
+    """Refuse values that are not supported and keys that might change the function; returns other tools' keys."""
     missing = [key for key in REQUIRED if tree.get(key) is None]
     if missing:
         raise CheckpointError(f"config.json lacks {', '.join(missing)}")
@@ -293,4 +307,3 @@ def names(keys: Collection[str]) -> str:
     """Keys from a file, fit for a message: the first eight, quoted where they are no plain words."""
     quoted = [key if key.isidentifier() and len(key) <= 60 else show(key) for key in sorted(keys)]
     return ", ".join(quoted[:8]) + (f" and {len(quoted) - 8} more" if len(quoted) > 8 else "")
-

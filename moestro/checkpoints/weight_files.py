@@ -91,9 +91,7 @@ def find_unindexed(directory: Path) -> list[str]:
         lacking = [str(number) for number in range(1, min(count, 10**5) + 1) if number not in numbered]
         if lacking or len(numbered) != count:
             problem = f"; it lacks number {few(lacking)}" if lacking else ", which are not numbered from 1"
-            raise CheckpointError(
-                f"{directory} has {len(numbered)} of {count} shards{problem}{unfinished(directory)}"
-            )
+            raise CheckpointError(f"{directory} has {len(numbered)} of {count} shards{problem}{unfinished(directory)}")
         return [numbered[number] for number in sorted(numbered)]
     raise CheckpointError(f"{directory} has no {SINGLE}{explain_absence(directory, others)}")
 
@@ -124,8 +122,8 @@ def refuse_adapters(directory: Path) -> None:
              if os.path.lexists(directory / name)]  # fmt: skip
     if found:
         raise CheckpointError(
-            f"{directory} has an adapter ({found[0]}), which is not applied here: merge it into the weights, or move it "
-            "away"
+            f"{directory} has an adapter ({found[0]}), which is not applied here: merge it into the weights, or move "
+            "it away"
         )
 
 
@@ -221,7 +219,9 @@ def check_regular(path: Path, name: Path | None = None) -> None:
         remedy = ": change its permissions" if error.errno == errno.EACCES else ""
         raise CheckpointError(f"cannot read {name}: {error.strerror}{remedy}") from error
     if start == LFS_MARK:
-        raise CheckpointError(f"{name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its directory")
+        raise CheckpointError(
+            f"{name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its directory"
+        )
 
 
 def explain_damage(path: Path, error: Exception) -> str:

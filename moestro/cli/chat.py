@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from moestro.cli.output import print_note, read_input
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, IgnoreKeys, Threads, Weights, split_names, use_threads
 
 
 def chat(
@@ -21,6 +21,7 @@ def chat(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    ignore_config_keys: IgnoreKeys = None,
     threads: Threads = 0,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
@@ -44,9 +45,10 @@ def chat(
     from moestro.engine.language_model import load
 
     use_threads(threads)
+    keys = split_names(ignore_config_keys)
     beginning = [{"role": "system", "content": system}] if system else []
     conversation = Conversation(
-        load(model, dtype, weights=weights, cache=cache, activations=activations),
+        load(model, dtype, weights=weights, cache=cache, activations=activations, ignore_config_keys=keys),
         max_tokens,
         temperature,
         top_p,

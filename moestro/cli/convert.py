@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import IgnoreKeys, Threads, split_names, use_threads
 
 
 def convert(
@@ -17,6 +17,7 @@ def convert(
     *,
     to: Literal["fp8", "bf16"],
     scale: Literal["fp32", "ue8m0"] | None = None,
+    ignore_config_keys: IgnoreKeys = None,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -41,7 +42,7 @@ def convert(
     from moestro.errors import ConfigError
 
     use_threads(threads)
-    source = open_source(model, "auto")
+    source = open_source(model, "auto", split_names(ignore_config_keys))
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed for serving: convert the original")
     done = converting.convert(source, out, to, scale)

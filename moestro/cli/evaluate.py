@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, IgnoreKeys, Threads, Weights, split_names, use_threads
 from moestro.errors import ConfigError, DataError
 
 
@@ -24,6 +24,7 @@ def evaluate(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    ignore_config_keys: IgnoreKeys = None,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -54,7 +55,8 @@ def evaluate(
         if number is not None and number < least:
             raise ConfigError(f"{name} must be at least {least}, not {number}")
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
+    keys = split_names(ignore_config_keys)
+    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations, ignore_config_keys=keys)
     seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, read_input
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, IgnoreKeys, Threads, Weights, split_names, use_threads
 
 
 def generate(
@@ -25,6 +25,7 @@ def generate(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    ignore_config_keys: IgnoreKeys = None,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -52,7 +53,8 @@ def generate(
     if prompt == "-":
         prompt = read_input(sys.stdin.read)
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
+    keys = split_names(ignore_config_keys)
+    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations, ignore_config_keys=keys)
     start = time.perf_counter()
     written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     seconds = time.perf_counter() - start

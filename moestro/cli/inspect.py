@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
+from moestro.cli.process import IgnoreKeys, split_names
 from moestro.config import ModelConfig, build_config, load_preset, preset_names
+
+if TYPE_CHECKING:
+    from moestro.checkpoints.files import ModelFiles
 
 
 def inspect(
-    model: str, *overrides: str, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False
+    model: str,
+    *overrides: str,
+    ignore_config_keys: IgnoreKeys = None,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Parameters, cache bytes per token, arithmetic and memory of a preset, a run or a model directory.
 
@@ -28,11 +36,14 @@ def inspect(
     json_output
         Print everything as one JSON object.
     """
+    from moestro.checkpoints.describe import describe_weights
     from moestro.model.size import describe_size
 
-    description = describe_size(read_model_config(model, overrides)) | describe_packing(model)
-    if not overrides:
-        description |= describe_files(model)
+    files = None if overrides else open_files(model, split_names(ignore_config_keys))
+    config = files.config if files else read_model_config(model, overrides, split_names(ignore_config_keys))
+    description = describe_size(config) | describe_packing(model)
+    if files is not None:
+        description["files"] = describe_weights(files)
     if json_output:
         print_json({"name": model, **description})
         return
@@ -75,19 +86,18 @@ def describe_packing(model: str) -> dict[str, Any]:
     return {"packed": {"weights": info["weights"], "dtype": info["dtype"], "bytes": sum(info["files"].values())}}
 
 
-def describe_files(model: str) -> dict[str, Any]:
-    """{"files": see `describe_weights`} for a directory with weights that are not packed, an empty dict for others."""
-    from moestro.checkpoints.describe import describe_weights
+def open_files(model: str, ignored: Collection[str]) -> ModelFiles | None:
+    """The files of a directory with weights that are not packed."""
     from moestro.checkpoints.files import ModelFiles
     from moestro.checkpoints.packed import is_packed
     from moestro.engine.language_model import find_model_directory
 
     if model in preset_names():
-        return {}
+        return None
     directory = find_model_directory(Path(model))
     if is_packed(directory) or not any(directory.glob("*.safetensors")):
-        return {}
-    return {"files": describe_weights(ModelFiles(directory))}
+        return None
+    return ModelFiles(directory, ignored_keys=ignored)
 
 
 def list_files(files: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -113,14 +123,14 @@ def format_size(size: int) -> str:
     return f"{size / scale:,.2f} {unit}"
 
 
-def read_model_config(model: str, overrides: tuple[str, ...]) -> ModelConfig:
+def read_model_config(model: str, overrides: tuple[str, ...], ignored: Collection[str] = ()) -> ModelConfig:
     """The ModelConfig that a name or a path means, with overrides."""
     if model in preset_names():
         return build_config(load_preset(model), overrides).model
     from moestro.checkpoints.files import read_config
     from moestro.engine.language_model import find_model_directory
 
-    config = read_config(find_model_directory(Path(model)))
+    config = read_config(find_model_directory(Path(model)), ignored)
     return build_config({"model": config.model_dump(mode="json")}, overrides).model
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import Threads, Weights, use_threads
+from moestro.cli.process import IgnoreKeys, Threads, Weights, split_names, use_threads
 
 
 def pack(
@@ -17,6 +17,7 @@ def pack(
     out: Path,
     weights: Weights = None,
     dtype: str = "auto",
+    ignore_config_keys: IgnoreKeys = None,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -36,7 +37,8 @@ def pack(
     from moestro.engine import language_model
 
     use_threads(threads)
-    packed = language_model.pack(model, out, dtype, weights=weights)
+    ignored = split_names(ignore_config_keys)
+    packed = language_model.pack(model, out, dtype, weights=weights, ignore_config_keys=ignored)
     if json_output:
         kept = {"weights": packed.format, "dtype": packed.dtype, "bytes": packed.nbytes}
         print_json({"model": str(out), **kept})

@@ -21,6 +21,15 @@ Activations = Annotated[
     str, Parameter(help="What meets fp8 weights: auto (activations as they are) or fp8 (rounded in tiles of 128).")
 ]
 Cache = Annotated[str, Parameter(help="How latents are cached: auto (in the type of activations) or fp8.")]
+IgnoreKeys = Annotated[
+    str | None,
+    Parameter(help="Keys of config.json that change nothing although nothing here knows them: a comma between names."),
+]
+
+
+def split_names(names: str | None) -> frozenset[str]:
+    """`a,b` as a set of names."""
+    return frozenset(name.strip() for name in (names or "").split(",") if name.strip())
 
 
 def use_threads(threads: int) -> None:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, IgnoreKeys, Threads, Weights, split_names, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def serve(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    ignore_config_keys: IgnoreKeys = None,
     threads: Threads = 0,
 ) -> int:
     """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
@@ -69,8 +70,11 @@ def serve(
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
+    keys = split_names(ignore_config_keys)
     with bind(host, port) as listener:
-        language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
+        language_model = load(
+            model, dtype, weights=weights, cache=cache, activations=activations, ignore_config_keys=keys
+        )
         service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
+from moestro.cli.process import IgnoreKeys, split_names
 from moestro.config import SETTINGS, Config, apply_overrides, build_config, load_file, load_preset
 from moestro.errors import ConfigError
 from moestro.sizes import tree_of_depth
@@ -23,6 +25,7 @@ def train(
     data: str | None = None,
     out: Path | None = None,
     start: Annotated[str | None, Parameter(name="--from")] = None,
+    ignore_config_keys: IgnoreKeys = None,
     threads: int | None = None,
     resume: bool = False,
     dry_run: bool = False,
@@ -65,7 +68,7 @@ def train(
         tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
         name = Path(os.path.abspath(data)).stem or name  # .. is not the name of a folder
     if start is not None:
-        tree, name = start_from(tree, Path(start)), Path(os.path.abspath(start)).name
+        tree, name = start_from(tree, Path(start), split_names(ignore_config_keys)), Path(os.path.abspath(start)).name
     run = out or free_directory(Path("runs"), name, resume)
     if threads is not None:
         overrides = (*overrides, f"train.threads={threads}")
@@ -109,14 +112,14 @@ def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, js
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
-def start_from(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+def start_from(tree: dict[str, Any], path: Path, ignored: Collection[str] = ()) -> dict[str, Any]:
     """The raw configuration, set to start from a directory's model: its sizes, weights and tokenizer."""
     from moestro.checkpoints.files import ModelFiles
     from moestro.engine.language_model import find_model_directory
 
     directory = find_model_directory(path)
-    model = ModelFiles(directory).config.model_dump(mode="json")
-    train = {**tree.get("train", {}), "start_from": str(directory)}
+    model = ModelFiles(directory, ignored_keys=ignored).config.model_dump(mode="json")
+    train = {**tree.get("train", {}), "start_from": str(directory), "ignore_config_keys": sorted(ignored)}
     data = {**tree.get("data", {}), "tokenizer": str(directory / "tokenizer.json")}
     return {**tree, "model": model, "train": train, "data": data}
 

@@ -6,7 +6,7 @@ The same engine that serves many requests writes the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,25 +140,27 @@ def load(
     weights: str | None = None,
     cache: str = "auto",
     activations: str = "auto",
+    ignore_config_keys: Collection[str] = (),
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
-    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`. Keys of
+    config.json that are in `ignore_config_keys` are treated as absent.
     """
-    source = open_source(Path(path), dtype)
+    source = open_source(Path(path), dtype, ignore_config_keys)
     tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
     stop_ids = _stop_ids(source.directory, tokenizer)
     return LanguageModel(source, tokenizer, stop_ids, weights=weights, cache=cache, activations=activations)
 
 
-def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
+def open_source(path: Path, dtype: str, ignore_config_keys: Collection[str] = ()) -> ModelFiles | PackedFiles:
     """The files that a path means; ConfigError if packed weights are for other activations than `dtype`."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype must be auto, fp32 or bf16, not '{dtype}'")
     directory = find_model_directory(path)
     if not is_packed(directory):
-        return ModelFiles(directory, DTYPES.get(dtype))
-    files = PackedFiles(directory)
+        return ModelFiles(directory, DTYPES.get(dtype), ignore_config_keys)
+    files = PackedFiles(directory, ignore_config_keys)
     if dtype not in ("auto", dtype_name(files.dtype)):
         raise ConfigError(f"{directory} is packed for {dtype_name(files.dtype)}, not {dtype}: pack the original again")
     return files
@@ -173,13 +175,20 @@ class PackedSize:
     nbytes: int
 
 
-def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> PackedSize:
+def pack(
+    path: Path,
+    out: Path,
+    dtype: str = "auto",
+    *,
+    weights: str | None = None,
+    ignore_config_keys: Collection[str] = (),
+) -> PackedSize:
     """Pack a run, a checkpoint or a Hugging Face directory into `out`, one part at a time; see `write_packed`."""
-    source = open_source(path, dtype)
+    source = open_source(path, dtype, ignore_config_keys)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
     format = choose_format(source, weights)
-    with write_packed(out, source.directory, format, source.dtype) as save:
+    with write_packed(out, source, format) as save:
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)
 

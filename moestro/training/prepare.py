@@ -112,7 +112,8 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
         state = replan(load_checkpoint(checkpoint, model, optimizers), config, then)
         log(f"Resuming after step {state.step} from {checkpoint}")
     elif config.train.start_from:
-        files = ModelFiles(find_model_directory(Path(config.train.start_from)))
+        start = find_model_directory(Path(config.train.start_from))
+        files = ModelFiles(start, ignored_keys=config.train.ignore_config_keys)
         fill_model(model, files)
         log(f"Starting from the weights of {files.directory}")
     return Session(config, run, tokenizer, shards, packer, model, optimizers, state, world)
