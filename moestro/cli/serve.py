@@ -61,16 +61,14 @@ def serve(
     """
     from moestro.engine.language_model import load
 
-    num_bytes = parse_bytes(memory)
+    num_bytes, keys = parse_bytes(memory), split_names(ignore_config_keys)
     require_extra()
     from moestro.server.run import bind, run_service
 
     key = check_access(host, api_key_file)
-    if not 0 <= drain_seconds < float("inf"):
-        raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
+    check_drain(drain_seconds)
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
-    keys = split_names(ignore_config_keys)
     with bind(host, port) as listener:
         language_model = load(
             model, dtype, weights=weights, cache=cache, activations=activations, ignore_config_keys=keys
@@ -95,6 +93,12 @@ def check_access(host: str, api_key_file: Path | None) -> str | None:
     key = read_key(api_key_file)
     check_host(host, key is not None)
     return key
+
+
+def check_drain(seconds: float) -> None:
+    """ConfigError unless requests can be given this long to finish."""
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"drain-seconds must be 0 or more, not {seconds}")
 
 
 def make_service(language_model: LanguageModel, path: Path, served_name: str | None, **limits: int | None) -> Service:
