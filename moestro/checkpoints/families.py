@@ -128,9 +128,10 @@ FAMILIES = {
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}  # that we write
 # models of text and images whose text part is of a family above, under `text_config`
 WITH_TEXT_PART = ("kimi_vl", "kimi_k25")
-# where the tensors of a text part are, and what is left of their names
-TEXT_PREFIXES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
-                 "model.language_model.": "model."}  # fmt: skip
+# where the tensors of a text part are, and what is left of their names: in releases, in transformers 5, and in what
+# transformers 5.23 saves of a Kimi-K2.5, whose layers it calls blocks on the way out
+TEXT_PREFIXES = {"language_model.model.blocks.": "model.layers.", "language_model.model.": "model.",
+                 "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}  # fmt: skip
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "mm_projector.",
                "model.vision_tower.", "model.multi_modal_projector.", "model.mm_projector.")  # fmt: skip
 
