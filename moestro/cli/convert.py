@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import IgnoreKeys, Threads, split_names, use_threads
+from moestro.cli.process import IgnoredKeys, Threads, use_threads
 
 
 def convert(
@@ -17,11 +17,13 @@ def convert(
     *,
     to: Literal["fp8", "bf16"],
     scale: Literal["fp32", "ue8m0"] | None = None,
-    ignore_config_keys: IgnoreKeys = None,
+    keys: IgnoredKeys = frozenset(),
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write a model as a new Hugging Face directory in fp8 or bf16, one matrix after another.
+    """Write a model as a new Hugging Face directory in fp8 or bf16.
+
+    One matrix is in memory at a time.
 
     Parameters
     ----------
@@ -42,7 +44,7 @@ def convert(
     from moestro.errors import ConfigError
 
     use_threads(threads)
-    source = open_source(model, "auto", split_names(ignore_config_keys))
+    source = open_source(model, "auto", keys)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed for serving: convert the original")
     done = converting.convert(source, out, to, scale)

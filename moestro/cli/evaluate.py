@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import Activations, Cache, Dtype, IgnoreKeys, Threads, Weights, split_names, use_threads
+from moestro.cli.output import print_json, print_note, print_rows
+from moestro.cli.process import Activations, Cache, Dtype, IgnoredKeys, Threads, Weights, use_threads
 from moestro.errors import ConfigError, DataError
 
 
@@ -24,11 +24,11 @@ def evaluate(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
-    ignore_config_keys: IgnoreKeys = None,
+    keys: IgnoredKeys = frozenset(),
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Bits per byte and loss on text, overall and per domain.
+    """Measure bits per byte and loss on text, overall and per domain.
 
     Parameters
     ----------
@@ -55,18 +55,13 @@ def evaluate(
         if number is not None and number < least:
             raise ConfigError(f"{name} must be at least {least}, not {number}")
     use_threads(threads)
-    keys = split_names(ignore_config_keys)
-    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations, ignore_config_keys=keys)
+    language_model = load(
+        model, dtype, weights=weights, cache=cache, activations=activations, log=print_note, ignore_config_keys=keys
+    )
     seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(
-            language_model,
-            data,
-            run=model,
-            split=split,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            scratch=Path(scratch),
+            language_model, data, run=model, split=split, seq_len=seq_len, max_tokens=max_tokens, scratch=Path(scratch)
         )
     if json_output:
         print_json(record)

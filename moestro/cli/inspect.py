@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import IgnoreKeys, split_names
+from moestro.cli.process import IgnoredKeys
 from moestro.config import ModelConfig, build_config, load_preset, preset_names
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def inspect(
     model: str,
     *overrides: str,
-    ignore_config_keys: IgnoreKeys = None,
+    keys: IgnoredKeys = frozenset(),
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Parameters, cache bytes per token, arithmetic and memory of a preset, a run or a model directory.
+    """Show what a model costs: parameters, memory, cache and arithmetic per token.
 
     Of a directory with weights, also the format and the bytes of every part, as stored and as served; only the headers
     of its files are read.
@@ -39,8 +39,8 @@ def inspect(
     from moestro.checkpoints.describe import describe_weights
     from moestro.model.size import describe_size
 
-    files = None if overrides else open_files(model, split_names(ignore_config_keys))
-    config = files.config if files else read_model_config(model, overrides, split_names(ignore_config_keys))
+    files = None if overrides else open_files(model, keys)
+    config = files.config if files else read_model_config(model, overrides, keys)
     description = describe_size(config) | describe_packing(model)
     if files is not None:
         description["files"] = describe_weights(files)

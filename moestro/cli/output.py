@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moestro.errors import DataError
+from moestro.cli.hints import spell_commands
+from moestro.errors import DataError, MoestroError
 
 
 def print_json(tree: Mapping[str, Any]) -> None:
@@ -32,4 +33,14 @@ def read_input(read: Callable[[], str]) -> str:
 
 def print_note(text: str) -> None:
     """Print a remark for people on standard error."""
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
+
+
+def print_error(error: MoestroError) -> None:
+    """Print what the user can mend, and how, on one line of standard error."""
+    print_note(f"moestro: {spell_commands(error.command_line_text)}")
+
+
+def visible(text: str) -> str:
+    """The text, with what a terminal would obey rather than show spelled as escapes; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import IgnoreKeys, Threads, Weights, split_names, use_threads
+from moestro.cli.process import IgnoredKeys, Threads, Weights, use_threads
 
 
 def pack(
@@ -17,11 +17,11 @@ def pack(
     out: Path,
     weights: Weights = None,
     dtype: str = "auto",
-    ignore_config_keys: IgnoreKeys = None,
+    keys: IgnoredKeys = frozenset(),
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write a directory of packed weights, from which generate, chat, serve and eval start without loading.
+    """Pack weights once; generate, chat, serve and eval then map them instead of loading.
 
     Parameters
     ----------
@@ -37,8 +37,7 @@ def pack(
     from moestro.engine import language_model
 
     use_threads(threads)
-    ignored = split_names(ignore_config_keys)
-    packed = language_model.pack(model, out, dtype, weights=weights, ignore_config_keys=ignored)
+    packed = language_model.pack(model, out, dtype, weights=weights, ignore_config_keys=keys)
     if json_output:
         kept = {"weights": packed.format, "dtype": packed.dtype, "bytes": packed.nbytes}
         print_json({"model": str(out), **kept})

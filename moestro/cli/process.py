@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from moestro.errors import ConfigError
 
@@ -21,15 +22,24 @@ Activations = Annotated[
     str, Parameter(help="What meets fp8 weights: auto (activations as they are) or fp8 (rounded in tiles of 128).")
 ]
 Cache = Annotated[str, Parameter(help="How latents are cached: auto (in the type of activations) or fp8.")]
-IgnoreKeys = Annotated[
-    str | None,
-    Parameter(help="Keys of config.json that change nothing although nothing here knows them: a comma between names."),
-]
 
 
-def split_names(names: str | None) -> frozenset[str]:
+def split_names(_type: Any, tokens: Sequence[Token]) -> frozenset[str]:
     """`a,b` as a set of names."""
-    return frozenset(name.strip() for name in (names or "").split(",") if name.strip())
+    return frozenset(name.strip() for token in tokens for name in token.value.split(",") if name.strip())
+
+
+IgnoredKeys = Annotated[
+    frozenset[str],
+    Parameter(
+        name="--ignore-config-keys",
+        negative="",
+        converter=split_names,
+        consume_multiple=False,
+        show_default=False,
+        help="Keys of the model's config.json to take as absent, a comma between them.",
+    ),
+]
 
 
 def use_threads(threads: int) -> None:

@@ -7,7 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.process import Activations, Cache, Dtype, IgnoreKeys, Threads, Weights, split_names, use_threads
+from moestro.cli.models import Download, Model, choose_model
+from moestro.cli.output import print_note
+from moestro.cli.process import Activations, Cache, Dtype, IgnoredKeys, Threads, Weights, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Path,
+    model: Model = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -27,19 +29,18 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
+    download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
-    ignore_config_keys: IgnoreKeys = None,
+    keys: IgnoredKeys = frozenset(),
     threads: Threads = 0,
 ) -> int:
-    """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
+    """Serve the OpenAI API under /v1 and a chat page at /.
 
     Parameters
     ----------
-    model
-        A run, a checkpoint, a Hugging Face directory of the family, or packed weights.
     host
         The address to listen on; an address that others can reach needs a key.
     port
@@ -61,19 +62,20 @@ def serve(
     """
     from moestro.engine.language_model import load
 
-    num_bytes, keys = parse_bytes(memory), split_names(ignore_config_keys)
+    num_bytes = parse_bytes(memory)
     require_extra()
     from moestro.server.run import bind, run_service
 
-    key = check_access(host, api_key_file)
+    directory, key = choose_model(model, download, "serve"), check_access(host, api_key_file)
     check_drain(drain_seconds)
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
         language_model = load(
-            model, dtype, weights=weights, cache=cache, activations=activations, ignore_config_keys=keys
-        )
-        service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
+            directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note,
+            ignore_config_keys=keys,
+        )  # fmt: skip
+        service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 
 
@@ -112,7 +114,8 @@ def make_service(language_model: LanguageModel, path: Path, served_name: str | N
         return Engine(m.runtime, m.tokenizer, m.stop_ids, **limits)  # type: ignore[arg-type]
 
     tokenizer_path = find_model_directory(path) / "tokenizer.json"
-    return Service(make_engine, tokenizer_path, served_name or path.resolve().name)
+    name = served_name or path.resolve().name
+    return Service(make_engine, tokenizer_path, name, defaults=language_model.defaults)
 
 
 def parse_bytes(text: str | None) -> int | None:

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from moestro.cli.hints import format_command
 from moestro.cli.output import print_json
-from moestro.cli.process import IgnoreKeys, split_names
+from moestro.cli.process import IgnoredKeys
 from moestro.config import SETTINGS, Config, apply_overrides, build_config, load_file, load_preset
 from moestro.errors import ConfigError
 from moestro.sizes import tree_of_depth
@@ -25,14 +26,14 @@ def train(
     data: str | None = None,
     out: Path | None = None,
     start: Annotated[str | None, Parameter(name="--from")] = None,
-    ignore_config_keys: IgnoreKeys = None,
+    keys: IgnoredKeys = frozenset(),
     threads: int | None = None,
     resume: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train a model; without arguments, the demo preset on the built-in corpus.
+    """Train a model on your own text; without arguments, the demo on the built-in corpus.
 
     Ctrl-C saves a checkpoint; --resume goes on from the last one.
 
@@ -68,7 +69,7 @@ def train(
         tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
         name = Path(os.path.abspath(data)).stem or name  # .. is not the name of a folder
     if start is not None:
-        tree, name = start_from(tree, Path(start), split_names(ignore_config_keys)), Path(os.path.abspath(start)).name
+        tree, name = start_from(tree, Path(start), keys), Path(os.path.abspath(start)).name
     run = out or free_directory(Path("runs"), name, resume)
     if threads is not None:
         overrides = (*overrides, f"train.threads={threads}")
@@ -157,12 +158,11 @@ def print_ending(outcome: Any, report: Path) -> None:
     run = outcome.run
     if outcome.stopped_by:
         print(f"\nStopped and saved at step {outcome.step} of {outcome.total_steps}. Go on with:")
-        print(f"  moestro train --out {run} --resume")
+        print(f"  {format_command('train', '--out', run, '--resume')}")
         return
     for sample in outcome.samples:
         print(f"\n── {sample['domain']} " + "─" * 60)
         print(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}")
     print(f"\nTrained {outcome.step} steps. The report is {report}: open it in a browser. Next:")
-    print(f"  moestro chat {run}")
-    print(f'  moestro generate {run} --prompt "Once upon a time"')
-    print(f"  moestro eval {run} --json")
+    for words in (("chat", run), ("generate", run, "Once upon a time"), ("eval", run, "--json")):
+        print(f"  {format_command(*words)}")

@@ -1,4 +1,4 @@
-"""Which files of a directory are its weights: index and shards, second sets, files that are none, rotated directories."""
+"""Which files of a directory are its weights: index, shards, second sets, files that are none, rotation."""
 
 from __future__ import annotations
 
@@ -145,7 +145,9 @@ def test_a_stale_index_is_passed_over_as_transformers_does(sharded: Path) -> Non
     assert torch.equal(load_model(sharded).embed.weight, theirs["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("name", ["consolidated.safetensors", "extra.gguf", "pytorch_model.bin", "model.fp16.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "extra.gguf", "pytorch_model.bin", "model.fp16.safetensors"]
+)
 def test_weights_beside_those_that_are_read_are_named(single: Path, name: str) -> None:
     (single / name).write_bytes(b"something else")
     notices = ModelFiles(single).notices

@@ -172,7 +172,9 @@ def test_the_text_part_of_kimi_vl_is_read(style: str, tmp_path: Path) -> None:
     prefix = "language_model." if style == "release" else ""
     inner = "model." if style == "release" else "model.language_model."
     renamed = {rename(name, prefix, inner): tensor for name, tensor in tensors.items()}
-    others = {f"{part}.weight": torch.ones(2, 2) for part in ("vision_tower.patch_embed.proj", "multi_modal_projector.1")}
+    others = {
+        f"{part}.weight": torch.ones(2, 2) for part in ("vision_tower.patch_embed.proj", "multi_modal_projector.1")
+    }
     save_file(renamed | others, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     text = json.loads((tmp_path / "model" / "config.json").read_text())
     tree = {"model_type": "kimi_vl", "architectures": ["KimiVLForConditionalGeneration"], "text_config": text,
