@@ -19,10 +19,13 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from moestro.checkpoints.packed import copy_files
 from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
+from moestro.data.tokenizer_files import FILES, TEMPLATE_FOLDER
 from moestro.errors import DataError
 
 SECONDS, START_SECONDS, MEMORY_BYTES = 10.0, 120.0, 4 * 2**30
@@ -32,11 +35,17 @@ _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 
 
 class Renderer:
-    """Turns messages into ids through the child. Calls wait for each other."""
+    """Turns messages into ids through the child. Calls wait for each other.
+
+    The child reads copies of the tokenizer's files, since it may start again when their directory has been rotated away.
+    """
 
     def __init__(self, tokenizer_path: Path, seconds: float = SECONDS, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self.seconds = seconds
-        self._arguments = [str(tokenizer_path), str(memory_bytes)]
+        folder, name = (tokenizer_path, "") if tokenizer_path.is_dir() else (tokenizer_path.parent, tokenizer_path.name)
+        self._copies = TemporaryDirectory(prefix="moestro-tokenizer-")
+        copy_files(folder, Path(self._copies.name), {*FILES, TEMPLATE_FOLDER, name} - {""})
+        self._arguments = [str(Path(self._copies.name) / name), str(memory_bytes)]
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -57,9 +66,10 @@ class Renderer:
         return ids
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, for good."""
         with self._lock:
             self._kill()
+        self._copies.cleanup()
 
     def _ask(self, line: bytes) -> dict[str, Any]:
         answer = self._exchange(self._start(), line, self.seconds)
