@@ -11,10 +11,8 @@ from moestro.cli.history import line_editing
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_error, print_note, read_input, visible
 from moestro.cli.process import (
-    Activations,
-    Cache,
-    Dtype,
-    IgnoredKeys,
+    AS_STORED,
+    Loading,
     MaxTokens,
     Penalty,
     Seed,
@@ -22,7 +20,6 @@ from moestro.cli.process import (
     Threads,
     TopK,
     TopP,
-    Weights,
     use_threads,
 )  # fmt: skip
 from moestro.errors import MoestroError
@@ -45,11 +42,7 @@ def chat(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
     download: Download = False,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-    cache: Cache = "auto",
-    activations: Activations = "auto",
-    keys: IgnoredKeys = frozenset(),
+    loading: Loading = AS_STORED,
     threads: Threads = 0,
 ) -> None:
     """Talk to a model in the terminal; /help lists what can be typed beside messages.
@@ -63,14 +56,12 @@ def chat(
         A first message that says how to behave.
     """
     from moestro.engine.conversation import Conversation, is_base_model
-    from moestro.engine.language_model import find_model_directory, load
+    from moestro.engine.language_model import find_model_directory
     from moestro.server.renderer import Renderer
 
     directory = choose_model(model, download, "chat")
     use_threads(threads)
-    language_model = load(
-        directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note, ignore_config_keys=keys
-    )
+    language_model = loading.load(directory)
     conversation = Conversation(
         language_model,
         max_tokens,

@@ -14,10 +14,8 @@ from cyclopts import Parameter
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_json, print_note, read_input, visible
 from moestro.cli.process import (
-    Activations,
-    Cache,
-    Dtype,
-    IgnoredKeys,
+    AS_STORED,
+    Loading,
     MaxTokens,
     Penalty,
     Seed,
@@ -25,7 +23,6 @@ from moestro.cli.process import (
     Threads,
     TopK,
     TopP,
-    Weights,
     use_threads,
 )  # fmt: skip
 from moestro.errors import ConfigError
@@ -48,11 +45,7 @@ def generate(
     parse_special: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(negative="")] = False,
     download: Download = False,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-    cache: Cache = "auto",
-    activations: Activations = "auto",
-    keys: IgnoredKeys = frozenset(),
+    loading: Loading = AS_STORED,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -76,14 +69,11 @@ def generate(
         prompt_tokens_per_second.
     """
     from moestro.engine.conversation import choose_settings
-    from moestro.engine.language_model import load
 
     directory = choose_model(model, download, "generate")
     beginning = read_prompt(text, prompt)
     use_threads(threads)
-    language_model = load(
-        directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note, ignore_config_keys=keys
-    )
+    language_model = loading.load(directory)
     settings = choose_settings(
         language_model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         repetition_penalty=repetition_penalty, seed=seed,

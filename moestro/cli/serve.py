@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_note
-from moestro.cli.process import Activations, Cache, Dtype, IgnoredKeys, Threads, Weights, use_threads
+from moestro.cli.process import AS_STORED, Loading, Threads, use_threads
 from moestro.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,11 +30,7 @@ def serve(
     drain_seconds: float = 30.0,
     log_level: Literal["debug", "info", "warning", "error"] = "warning",
     download: Download = False,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-    cache: Cache = "auto",
-    activations: Activations = "auto",
-    keys: IgnoredKeys = frozenset(),
+    loading: Loading = AS_STORED,
     threads: Threads = 0,
 ) -> int:
     """Serve the OpenAI API under /v1 and a chat page at /.
@@ -63,7 +58,6 @@ def serve(
     log_level
         What goes to stderr; from info on a line for every request, but never what it says.
     """
-    from moestro.engine.language_model import load
 
     num_bytes = parse_bytes(memory)
     require_extra()
@@ -75,10 +69,7 @@ def serve(
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
-        language_model = load(
-            directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note,
-            ignore_config_keys=keys,
-        )  # fmt: skip
+        language_model = loading.load(directory)
         service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 
@@ -112,12 +103,6 @@ def check_access(host: str, api_key_file: Path | None) -> str | None:
     key = read_key(api_key_file)
     check_host(host, key is not None)
     return key
-
-
-def check_drain(seconds: float) -> None:
-    """ConfigError unless requests can be given this long to finish."""
-    if not 0 <= seconds < float("inf"):
-        raise ConfigError(f"drain-seconds must be 0 or more, not {seconds}")
 
 
 def make_service(language_model: LanguageModel, path: Path, served_name: str | None, **limits: int | None) -> Service:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from moestro.checkpoints.packed import copy_files
 from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
 from moestro.data.tokenizer_files import FILES, TEMPLATE_FOLDER
@@ -37,14 +37,18 @@ _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 class Renderer:
     """Turns messages into ids through the child. Calls wait for each other.
 
-    The child reads copies of the tokenizer's files, since it may start again when their directory has been rotated away.
+    The child reads copies of the tokenizer's files, as it may start again when their directory is gone.
     """
 
     def __init__(self, tokenizer_path: Path, seconds: float = SECONDS, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self.seconds = seconds
         folder, name = (tokenizer_path, "") if tokenizer_path.is_dir() else (tokenizer_path.parent, tokenizer_path.name)
         self._copies = TemporaryDirectory(prefix="moestro-tokenizer-")
-        copy_files(folder, Path(self._copies.name), {*FILES, TEMPLATE_FOLDER, name} - {""})
+        for file in [*map(folder.joinpath, {*FILES, name}), *(folder / TEMPLATE_FOLDER).glob("*")]:
+            if file.is_file():
+                copy = Path(self._copies.name) / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
         self._arguments = [str(Path(self._copies.name) / name), str(memory_bytes)]
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None

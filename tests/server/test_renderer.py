@@ -116,6 +116,7 @@ def test_variables_cannot_replace_the_messages_or_write_code(tokenizer: Tokenize
 def test_the_child_starts_again_when_the_directory_of_the_tokenizer_is_gone(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
+    (tmp_path / "model").mkdir()
     path = save(tokenizer, tmp_path / "model", "{% if messages[0].content == 'go' %}" + SLOW + "{% endif %}fine")
     renderer = Renderer(path, seconds=60.0)
     try:
