@@ -21,7 +21,7 @@ PACKAGE = ROOT / "moestro"
 
 # Imports go down this list only. Sub-packages in one row are independent of each other.
 LAYERS = (
-    ("errors", "version", "packages"),
+    ("errors", "version", "packages", "scores"),
     ("config",),
     ("machine", "sizes"),
     ("data", "routing"),

@@ -35,7 +35,7 @@ def chat(
     model: Model = None,
     *,
     system: str | None = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = 512,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -100,7 +100,7 @@ def converse(conversation: Conversation) -> None:
 
 def say(conversation: Conversation, text: str) -> None:
     """Print the reply as it comes. Ctrl-C stops it between two tokens, so that the engine stays whole."""
-    from moestro.training.loop import stop_on_signal
+    from moestro.training.signals import stop_on_signal
 
     with stop_on_signal() as stop:
         reply = conversation.reply(text)
@@ -112,8 +112,8 @@ def say(conversation: Conversation, text: str) -> None:
                 break
         reply.close()
     print()
-    if stop.signal == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
+    if stop.signal not in (None, signal.SIGINT):  # SIGTERM, or the terminal has closed
+        raise SystemExit(128 + stop.signal)
     if stop.signal is not None:
         print_note("(stopped; /retry asks again)")
 
@@ -124,6 +124,8 @@ def read_message() -> str | None:
         text = read_line("> ").strip()
         return read_rest(text.removeprefix(QUOTES)) if text.startswith(QUOTES) else text
     except EOFError:
+        if sys.stdin.isatty():
+            print()  # leaves the prompt's line
         return None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():

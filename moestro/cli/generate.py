@@ -65,8 +65,7 @@ def generate(
     quiet
         Do not tell the speed.
     json_output
-        Print one JSON object: text, tokens, ids, finish_reason, prompt_tokens, tokens_per_second, first_token_seconds,
-        prompt_tokens_per_second.
+        Print text, ids, tokens, finish_reason, prompt_tokens and the speeds as one JSON object.
     """
     from moestro.engine.conversation import choose_settings
 
@@ -83,10 +82,8 @@ def generate(
     pieces = language_model.tokenizer.decode_stream(id for id in stream if id not in language_model.stop_ids)
     if json_output:
         print_json({"text": "".join(pieces), **written.report(language_model.stop_ids)})
-        return
-    show(beginning, pieces)
-    if not quiet:
-        print_note(written.describe())
+    else:
+        show(beginning, pieces, None if quiet else written)
 
 
 @dataclass
@@ -140,9 +137,14 @@ def read_prompt(text: str | None, prompt: str | None) -> str:
     return read_input(sys.stdin.read) if given == "-" else given
 
 
-def show(beginning: str, pieces: Iterator[str]) -> None:
-    """Print a text as it comes, once there is a first token; a terminal gets nothing that it would obey."""
+def show(beginning: str, pieces: Iterator[str], written: Written | None) -> None:
+    """Print a text as it comes, once there is a first token, and its speed if `written` is given.
+
+    A terminal gets nothing that it would obey.
+    """
     spell = visible if sys.stdout.isatty() else str
     for piece in chain([beginning + next(pieces)], pieces):
         print(spell(piece), end="", flush=True)
     print()
+    if written is not None:
+        print_note(written.describe())

@@ -8,21 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from moestro.cli.estimate import estimate, list_estimate
 from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import IgnoredKeys
-from moestro.config import ModelConfig, build_config, load_preset, preset_names
+from moestro.cli.process import IgnoredKeys, Threads, use_threads
+from moestro.config import Config, ModelConfig, build_config, load_preset, preset_names
 
 if TYPE_CHECKING:
     from moestro.checkpoints.files import ModelFiles
+    from moestro.checkpoints.packed import PackedFiles
 
 
 def inspect(
     model: str,
     *overrides: str,
     keys: IgnoredKeys = frozenset(),
+    context: int | None = None,
+    tokens: int | None = None,
+    measure: bool = True,
+    threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Show what a model costs: parameters, memory, cache and arithmetic per token.
+    """Show what a model costs, whether it runs here, and how fast at best.
 
     Of a directory with weights, also the format and the bytes of every part, as stored and as served; only the headers
     of its files are read.
@@ -33,20 +39,36 @@ def inspect(
         A preset's name, a run, a checkpoint, a Hugging Face directory, or packed weights.
     overrides
         Settings as model.key=value.
+    context
+        Tokens to count the cache for; 4096 or the model's maximum without it.
+    tokens
+        Tokens to train on; 20 for every active parameter without it.
+    measure
+        Measure memory and products for a second; without it no speeds are told.
     json_output
         Print everything as one JSON object.
     """
     from moestro.checkpoints.describe import describe_weights
+    from moestro.checkpoints.files import ModelFiles
     from moestro.model.size import describe_size
 
-    files = None if overrides else open_files(model, keys)
-    config = files.config if files else read_model_config(model, overrides, keys)
-    description = describe_size(config) | describe_packing(model)
-    if files is not None:
-        description["files"] = describe_weights(files)
+    source = None if overrides else open_weights(model, keys)
+    whole = read_whole_config(model, overrides, keys)
+    description = describe_size(source.config if source else whole.model) | describe_packing(model)
+    if isinstance(source, ModelFiles):
+        description["files"] = describe_weights(source)
+    use_threads(threads)
+    description |= estimate(source or whole.model, whole, context=context, tokens=tokens, measure=measure)
     if json_output:
         print_json({"name": model, **description})
         return
+    print_rows(
+        [("model", model), *list_costs(description), *list_files(description.get("files")), *list_estimate(description)]
+    )
+
+
+def list_costs(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows that say what a model costs wherever it runs."""
     parameters, cache, weights = (description[k] for k in ("parameters", "cache_bytes_per_token", "weight_bytes"))
     rows = [
         (
@@ -73,7 +95,7 @@ def inspect(
     if "packed" in description:
         packed = description["packed"]
         rows.append(("packed", f"{packed['weights']} for {packed['dtype']}, {packed['bytes'] / 1e9:,.2f} GB"))
-    print_rows([("model", model), *rows, *list_files(description.get("files"))])
+    return rows
 
 
 def describe_packing(model: str) -> dict[str, Any]:
@@ -86,18 +108,23 @@ def describe_packing(model: str) -> dict[str, Any]:
     return {"packed": {"weights": info["weights"], "dtype": info["dtype"], "bytes": sum(info["files"].values())}}
 
 
-def open_files(model: str, ignored: Collection[str]) -> ModelFiles | None:
-    """The files of a directory with weights that are not packed."""
-    from moestro.checkpoints.files import ModelFiles
-    from moestro.checkpoints.packed import is_packed
-    from moestro.engine.language_model import find_model_directory
+def open_weights(model: str, ignored: Collection[str]) -> ModelFiles | PackedFiles | None:
+    """The files of a directory with weights, of which only headers are read."""
+    from moestro.engine.language_model import find_model_directory, open_source
 
     if model in preset_names():
         return None
     directory = find_model_directory(Path(model))
-    if is_packed(directory) or not any(directory.glob("*.safetensors")):
-        return None
-    return ModelFiles(directory, ignored_keys=ignored)
+    return open_source(directory, "auto", ignored) if any(directory.glob("*.safetensors")) else None
+
+
+def read_whole_config(model: str, overrides: tuple[str, ...], ignored: Collection[str] = ()) -> Config:
+    """The configuration that a name or a path means, with settings of training: a preset's own, else the defaults."""
+    if model in preset_names():
+        return build_config(load_preset(model), overrides)
+    sizes = read_model_config(model, (), ignored).model_dump(mode="json")
+    longest = min(512, sizes["max_seq_len"])
+    return build_config({"model": sizes, "train": {"seq_len": longest}}, overrides)
 
 
 def list_files(files: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -38,6 +38,15 @@ Penalty = Annotated[float | None, Parameter(help="Above 1, tokens that have occu
 Seed = Annotated[int, Parameter(help="The same seed and text give the same continuation.")]
 
 
+MaxContext = Annotated[
+    int | None,
+    Parameter(
+        help="Most tokens of a prompt and its continuation together; as many as the model takes and memory holds "
+        "without it."
+    ),
+]
+
+
 def split_names(_type: Any, tokens: Sequence[Token]) -> frozenset[str]:
     """`a,b` as a set of names."""
     return frozenset(name.strip() for token in tokens for name in token.value.split(",") if name.strip())
@@ -65,6 +74,7 @@ class Loading:
     weights: Weights = None
     cache: Cache = "auto"
     activations: Activations = "auto"
+    max_context: MaxContext = None
     ignore_config_keys: IgnoredKeys = frozenset()
 
     def load(self, directory: Path) -> LanguageModel:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.hints import format_command
-from moestro.cli.output import print_json
+from moestro.cli.output import outlive_output, print_json
 from moestro.cli.process import IgnoredKeys
 from moestro.config import SETTINGS, Config, apply_overrides, build_config, load_file, load_preset
 from moestro.errors import ConfigError
@@ -35,7 +35,7 @@ def train(
 ) -> int:
     """Train a model on your own text; without arguments, the demo on the built-in corpus.
 
-    Ctrl-C saves a checkpoint; --resume goes on from the last one.
+    Ctrl-C, SIGTERM and a closed terminal save a checkpoint; --resume goes on from the last one.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def train(
     threads
         The same as train.threads=N: threads to compute with, 0 for every core this process may use.
     resume
-        Continue the run in --out if there is one.
+        Go on with the run in --out. Of a finished run, with more train.steps (or train.minutes), train it further.
     dry_run
         Print the configuration and the size of the model, and stop.
     quiet
@@ -102,14 +102,15 @@ def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, js
         if not processes.is_main:
             return 128 + outcome.stopped_by if outcome.stopped_by else 0
     report = write_report(run)
-    if not quiet:
-        print_ending(outcome, report)
-    if json_output:
-        evaluation = outcome.evaluation or {}
-        print_json(
-            {"run": str(run), "step": outcome.step, "steps": outcome.total_steps, "report": str(report),
-             "bits_per_byte": evaluation.get("bits_per_byte"), "finished": outcome.stopped_by is None}
-        )  # fmt: skip
+    evaluation = outcome.evaluation or {}
+    with outlive_output():  # the terminal may be what has gone
+        if not quiet or not outcome.steps_now:  # that nothing was to be done is no progress
+            print_ending(outcome, report)
+        if json_output:
+            print_json(
+                {"run": str(run), "step": outcome.step, "steps": outcome.total_steps, "report": str(report),
+                 "bits_per_byte": evaluation.get("bits_per_byte"), "finished": outcome.stopped_by is None}
+            )  # fmt: skip
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
@@ -146,10 +147,16 @@ def free_directory(parent: Path, name: str, resume: bool) -> Path:
 
 
 def resume_config(tree: dict[str, Any], overrides: tuple[str, ...], run: Path, *, given: bool, resume: bool) -> Config:
-    """What to run: a resumed run keeps its saved configuration unless the flags name another."""
+    """What to run: a resumed run keeps its saved configuration unless the flags name another.
+
+    More steps than a run planned from minutes are steps that count.
+    """
     saved = run / SETTINGS
     if resume and not given and saved.exists():
         tree = load_file(saved)
+        names = {pair.partition("=")[0].strip() for pair in overrides}
+        if "train.steps" in names and "train.minutes" not in names:
+            overrides = (*overrides, "train.minutes=0")
     return build_config(tree, overrides)
 
 
@@ -159,6 +166,11 @@ def print_ending(outcome: Any, report: Path) -> None:
     if outcome.stopped_by:
         print(f"\nStopped and saved at step {outcome.step} of {outcome.total_steps}. Go on with:")
         print(f"  {format_command('train', '--out', run, '--resume')}")
+        return
+    if not outcome.steps_now:
+        print(f"\nAll {outcome.step} steps were done before. Ask for more of them, or start another run from this one:")
+        print(f"  {format_command('train', '--out', run, '--resume', f'train.steps={2 * outcome.step}')}")
+        print(f"  {format_command('train', '--from', run)}")
         return
     for sample in outcome.samples:
         print(f"\n── {sample['domain']} " + "─" * 60)

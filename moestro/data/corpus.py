@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import importlib
 import json
 import re
@@ -30,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
 
+from moestro import machine
 from moestro.data.documents import Document, decode, iterate_lines, split_text
 from moestro.errors import DataError
 
@@ -66,6 +68,16 @@ def _open_source(source: str) -> Iterator[Document]:
     if _kind(path) is not None or not _DATASET_NAME.fullmatch(source):
         raise DataError(f"no such file or folder: {source}")
     return _read_dataset(source)
+
+
+def fingerprint_files(source: str) -> str | None:
+    """A hash of the names, sizes and dates of the files behind a source, without reading them; None without files."""
+    root = Path(source).expanduser()
+    if source == "builtin" or not root.exists():
+        return None
+    files = list(_walk(root, set())) if root.is_dir() else [root]
+    facts = [(str(path), status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]]
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _kind(path: Path) -> str | None:
@@ -137,7 +149,7 @@ def _load_pyarrow(path: Path) -> ModuleType:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise DataError(f"reading {path} needs pyarrow: pip install 'moestro[data]'") from error
+        raise DataError(f"reading {path} needs pyarrow: {machine.how_to_install('data')}") from error
     return cast(ModuleType, pyarrow)
 
 
@@ -211,7 +223,7 @@ def _read_dataset(source: str) -> Iterator[Document]:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise DataError(
-            f"no file or folder '{source}'; to stream it from Hugging Face: pip install 'moestro[data]'"
+            f"no file or folder '{source}'; to stream it from Hugging Face: {machine.how_to_install('data')}"
         ) from error
     records = _iterate_rows(datasets, name, config or None, source)
     for number, record in enumerate(records, 1):

@@ -17,6 +17,7 @@ from moestro.engine.language_model import LanguageModel
 
 Render = Callable[[Sequence[Mapping[str, str]]], list[int]]
 USUAL: Settings = {"temperature": 0.7, "top_p": 0.9}  # where neither the user nor the model's authors say
+REPLY_TOKENS, TEXT_TOKENS = 512, 128  # most tokens of a reply, and of one continuation of a text
 
 
 def is_base_model(tokenizer: Tokenizer) -> bool:
@@ -39,7 +40,7 @@ class Conversation:
     """
 
     language_model: LanguageModel
-    max_tokens: int = 256
+    max_tokens: int = REPLY_TOKENS
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -25,6 +25,7 @@ from moestro.model.parts import Parts, count_bytes, saved_tensors
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
 from moestro.model.transformer import Transformer
 from moestro.ops import library
+from moestro.ops.abi import SCORES
 from moestro.ops.serving import plain
 from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
@@ -89,7 +90,7 @@ class Pass:
         self.forward, self.layer, self.dtype = forward, layer, dtype
         self.selections = [block.selection for block in blocks if block.selection is not None]
         self.tape: Tape | None = None
-        if library.is_available():
+        if library.is_available() and all(route.score in SCORES for route in self.selections):
             self.tape = Tape(dtype)
             self.inputs = [self.tape.value(hidden_dim) for _ in range(num_inputs)]
             self.output: Operand = forward(self.tape, self.inputs, layer)
@@ -102,8 +103,21 @@ class Pass:
         if self.tape is not None:
             hidden = self.tape.run(list(zip(self.inputs, inputs, strict=True)), step, cache.layers, ids, self.output)
             return StepOutput(hidden, ids)
-        eager = (plain.Plain if plain.computes() else Eager)(step, cache.layers, ids)
-        return StepOutput(self.forward(eager, [x.to(self.dtype)[:, None] for x in inputs], self.layer).flatten(1), ids)
+        return self._run(step, inputs, cache, ids)[0]
+
+    def watch(self, inputs: Sequence[Tensor], step: StepInput, cache: PagedCache) -> tuple[StepOutput, Tensor]:
+        """The same operation by operation, and the weights [L, N, A] fp32 of the experts."""
+        ids = self._begin_routes(step.tokens, cache.routes.shape[-1], None)
+        output, weights = self._run(step, inputs, cache, ids)
+        return output, torch.stack(weights) if weights else ids.float()
+
+    def _run(
+        self, step: StepInput, inputs: Sequence[Tensor], cache: PagedCache, ids: Tensor
+    ) -> tuple[StepOutput, list[Tensor]]:
+        """One operation after another; also the weights [N, A] of every router."""
+        rows = (plain.Plain if plain.computes() else Eager)(step, cache.layers, ids)
+        hidden = self.forward(rows, [x.to(self.dtype)[:, None] for x in inputs], self.layer)
+        return StepOutput(hidden.flatten(1), ids), rows.weights
 
     def _begin_routes(self, tokens: Tensor, top_k: int, replayed: Tensor | None) -> Tensor:
         """The ids [L, N, A] that are known before the pass: replayed, or hashed from the tokens."""
@@ -152,9 +166,14 @@ class Runtime:
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, packed."""
+        return sum(part.nbytes for part in self.packed.parts.values())
+
+    @property
     def mapped_bytes(self) -> int:
         """Bytes of weights that stay in mapped files, 0 if they have their own memory."""
-        return sum(tensor.nbytes for tensor in self.tensors.values()) if self.packed.mapped else 0
+        return self.nbytes if self.packed.mapped else 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -179,6 +198,10 @@ class Runtime:
         routers' own scores. For rows of −1 the routers choose as usual. ValueError for ids that do not fit.
         """
         return self._main([self.embedding.index_select(0, step.tokens)], step, cache, ids)
+
+    def watch(self, step: StepInput, cache: PagedCache) -> tuple[StepOutput, Tensor]:
+        """`forward`, more slowly, and with what weights [L, N, A] fp32 the experts' outputs are added."""
+        return self._main.watch([self.embedding.index_select(0, step.tokens)], step, cache)
 
     def forward_mtp(self, depth: int, hidden: Tensor, step: StepInput, cache: PagedCache) -> Tensor:
         """Module `depth` (from 0) on the hidden states [N, D] of the depth before -> its own [N, D].

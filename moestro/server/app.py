@@ -17,17 +17,19 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from moestro.engine.conversation import REPLY_TOKENS, TEXT_TOKENS, USUAL, is_base_model
 from moestro.engine.scheduler import QueueFullError
 from moestro.errors import MoestroError
-from moestro.server.answers import answer
+from moestro.server.answers import ClientGoneError, answer, while_connected
 from moestro.server.body import BodyRoute, describe_error
-from moestro.server.docs_page import render_docs
+from moestro.server.docs_page import STYLE, render_docs
 from moestro.server.guard import Guard, error_tree
 from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.log import AccessLog
 from moestro.server.responses import ResponseBuilder, ResponsesRequest
 from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
 from moestro.server.service import DEFAULTS, ContextLengthError, Service, UnknownModelError
+from moestro.server.traces import TraceRequest, Tracing
 from moestro.server.worker import ClosedError, EngineError
 from moestro.version import __version__
 
@@ -62,6 +64,7 @@ def create_app(service: Service, *, key: str | None = None, web: Path = WEB) -> 
     _add_error_handlers(app, service)
     _add_completions(app, service)
     _add_token_routes(app, service)
+    _add_trace(app, service)
     _add_status(app, service)
     _add_page(app, web)
     return app
@@ -116,6 +119,9 @@ def _describe_model(service: Service) -> dict[str, Any]:
         "owned_by": "moestro",
         "max_model_len": service.context,
         "defaults": DEFAULTS | service.defaults.choose(),  # an extension: what holds where a request gives no value
+        "base": is_base_model(service.tokenizer),  # an extension: it continues texts
+        # an extension: how our page and command line write with it
+        "usual": {"reply_tokens": REPLY_TOKENS, "text_tokens": TEXT_TOKENS, **USUAL, **service.defaults.choose()},
     }
 
 
@@ -131,6 +137,17 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         """Token ids as text."""
         text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, skip_special=False)
         return {"prompt": text}
+
+
+def _add_trace(app: FastAPI, service: Service) -> None:
+    tracing = Tracing(service)
+
+    @app.post("/trace")
+    async def trace(body: TraceRequest, http: Request) -> Response:
+        try:
+            return JSONResponse(await while_connected(http.receive, tracing.trace(body)))
+        except ClientGoneError:
+            return Response(status_code=499)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -170,6 +187,10 @@ def _add_page(app: FastAPI, web: Path) -> None:
     @app.get("/docs", include_in_schema=False)
     async def show_docs() -> Response:
         return HTMLResponse(render_docs(app.openapi()))
+
+    @app.get("/docs.css", include_in_schema=False)
+    async def show_style() -> Response:
+        return Response(STYLE, media_type="text/css")
 
     if web.is_dir():
         app.mount("/web", StaticFiles(directory=web))

@@ -18,6 +18,7 @@ PATHS = (
     "/v1/models",
     "/v1/models/{name}",
     "/tokenize",
+    "/trace",
     "/detokenize",
     "/health",
     "/version",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from web_browser import NEEDS_BROWSER, SECONDS, Page
-from web_stub import HOSTILE, LAYERS, MARKDOWN, MODEL, NUM_EXPERTS, THOUGHT, Stub, routes_of, tokens_of
+from web_stub import HOSTILE, LAYERS, MARKDOWN, MODEL, THOUGHT, Stub, logprob_of, routes_of
 
 pytest_plugins = ("web_fixtures",)
 
@@ -27,7 +27,8 @@ class TestChat:
         (sent,) = stub.requests
         assert sent == {
             "model": MODEL, "messages": [{"role": "user", "content": "slow"}], "stream": True,
-            "stream_options": {"include_usage": True}, "token_details": True, "return_routes": True,
+            "stream_options": {"include_usage": True}, "token_details": True, "return_routes": True, "max_tokens": 512,
+            "temperature": 0.7, "top_p": 0.9,
         }  # fmt: skip
 
     def test_characters_cut_between_packets_are_whole(self, page: Page) -> None:
@@ -150,84 +151,161 @@ class TestTokens:
         page.click(".toggle")
         return page.wait(lambda: page.all(".token"))
 
-    def experts(self, page: Page) -> list[list[int]]:
-        return [[int(number) for number in cell.text.split()] for cell in page.all("#tip .ids")]
+    def token(self, page: Page) -> str:
+        return str(page.text("#inspector-id"))
 
-    def test_hover_shows_the_experts_of_a_token(self, page: Page) -> None:
+    def test_hover_shows_a_token_beside_the_text(self, page: Page, stub: Stub) -> None:
         text = "You said: some more words"
         spans = self.show(page, "some more words")
         assert "".join(page.js("return arguments[0].textContent", span) for span in spans) == text
+        page.wait(lambda: page.all(".prompt-tokens"))
+        assert stub.traced == [[*range(900, 900 + 4), *range(len(spans))]]  # a message of three words
         for index in (3, 1):
             page.hover(spans[index])
-            token = tokens_of(text)[index]
-            shown = page.one("#tip").text
-            assert f"␣{token['text'].strip()}" in shown and f"id {token['id']}" in shown
-            assert f"probability {100 * np.exp(token['logprob']):.1f} %" in shown
-            assert self.experts(page) == routes_of(token["id"])
-            names = [cell.text for cell in page.all("#tip th")]
+            page.wait(lambda index=index: self.token(page) == f"id {index}")
+            shown = page.text("#inspector")
+            logprob = logprob_of(index)
+            assert f"␣{text.split()[index]}" in shown
+            assert f"probability {100 * np.exp(logprob):.1f} %" in shown
+            assert f"{-logprob / np.log(2):.1f} bits of surprise" in shown
+            assert f"rank {1 + index} of 1,000" in shown and f"{index % 7 / 2 / np.log(2):.1f} bits of unc" in shown
+            assert page.experts == routes_of(index)
+            weights = [node.text for node in page.all("#inspector .routes tr:first-of-type .weight")]
+            assert weights == ["0.20", "1.10", "0.40", "0.30"]
+            best = [row.text.split() for row in page.all(".alternatives li")]
+            assert best == [[f"n{index + step}", share, "%"] for step, share in enumerate(("61", "22", "8.2"))]
+            names = [cell.text for cell in page.all("#inspector .routes th")]
             assert names == [f"layer {name}" if name.isdigit() else name for name in LAYERS]
-        page.hover(page.one("#model"))
-        page.wait(lambda: not page.all("#tip"))
-
-    def test_the_grid_lights_the_chosen_cells(self, page: Page) -> None:
-        spans = self.show(page, "some words")
-        page.hover(spans[2])
-        page.one("#tip canvas")
-        lit = page.js(
-            """const canvas = document.querySelectorAll('#tip canvas')[0];
-            const { width, height } = canvas; const step = width / arguments[0];
-            const at = (x) => [...canvas.getContext('2d').getImageData(x, height >> 1, 1, 1).data].join();
-            const colours = Array.from({ length: arguments[0] }, (_, cell) => at(Math.floor(cell * step + step / 3)));
-            const count = (colour) => colours.filter((other) => other === colour).length;
-            const usual = colours.toSorted((a, b) => count(b) - count(a))[0];
-            return colours.flatMap((colour, cell) => (colour === usual ? [] : [cell]));""",
-            NUM_EXPERTS,
+        overlap = page.js(
+            "const box = (css) => document.querySelector(css).getBoundingClientRect();"
+            "const [a, b] = [box('#inspector'), box('#thread')];"
+            "return Math.min(a.right, b.right) > Math.max(a.left, b.left)"
         )
-        assert lit == sorted(set(routes_of(2)[0]))
+        assert not overlap
+
+    def test_the_path_joins_the_strongest_expert_of_every_layer(self, page: Page) -> None:
+        spans = self.show(page, "some words")
+        page.wait(lambda: page.all(".prompt-tokens"))
+        page.js("arguments[0].click()", spans[2])
+        points = page.one("#inspector polyline").get_attribute("points").split()
+        across = [float(point.split(",")[0]) for point in points]
+        strongest = [row[1] for row in routes_of(2)]  # as the stub weighs them
+        assert np.corrcoef(across, strongest)[0, 1] > 0.9999 and len(page.all("#inspector circle")) == 4 * len(LAYERS)
+        assert page.one("#inspector .path").get_attribute("aria-label").endswith(" → ".join(map(str, strongest)))
+
+    def test_the_prompts_tokens_open_too(self, page: Page) -> None:
+        self.show(page, "some words")
+        page.wait(lambda: page.all(".prompt-tokens"))
+        assert page.text(".prompt-tokens summary") == "Prompt: 3 tokens"
+        page.click(".prompt-tokens summary")
+        first, second = page.all(".prompt-tokens .token")[:2]
+        page.hover(second)
+        page.wait(lambda: self.token(page) == "id 901")
+        assert page.experts == routes_of(901) and "rank 2 of" in page.text("#inspector")
+        page.hover(first)
+        page.wait(lambda: "not known" in page.text("#inspector-chance"))
+
+    def test_a_trace_that_fails_leaves_what_the_stream_told(self, page: Page) -> None:
+        page.js(
+            "const real = window.fetch; window.fetch = (path, options) =>"
+            " path === 'trace' ? Promise.resolve(new Response('{}', { status: 500 })) : real(path, options);"
+        )
+        spans = self.show(page, "some words")
+        page.wait(lambda: "are missing: The server answered with status 500." in page.text(".token-view"))
+        page.hover(spans[1])
+        page.wait(lambda: self.token(page) == "id 1")
+        assert page.experts == routes_of(1) and not page.all(".alternatives, #inspector .weight")
 
     def test_the_keyboard_reaches_every_token(self, page: Page) -> None:
         from selenium.webdriver.common.keys import Keys
 
         self.show(page, "some words")
-        page.one(".token-bar select").send_keys(Keys.TAB)
+        page.wait(lambda: page.all(".prompt-tokens"))
+        page.one(".prompt-tokens summary").send_keys(Keys.TAB)
         for index in (0, 1, 2):
-            assert self.experts(page) == routes_of(index)
+            assert self.token(page) == f"id {index}"
             page.press(Keys.ARROW_RIGHT)
         page.press(Keys.HOME)
-        assert self.experts(page) == routes_of(0)
-        page.press(Keys.ESCAPE)
-        assert not page.all("#tip")
+        assert self.token(page) == "id 0"
+        page.click("#close-inspector")
+        assert not page.all("#inspector")
 
     def test_a_click_as_a_tap_shows_them_too(self, page: Page) -> None:
         spans = self.show(page, "some words")
         page.js("arguments[0].click()", spans[2])
-        assert self.experts(page) == routes_of(2)
+        assert page.experts == routes_of(2)
 
     def test_the_final_chunk_fills_what_was_open(self, page: Page) -> None:
+        page.js(
+            "const real = window.fetch;"
+            "window.fetch = (path, options) => path === 'trace' ? new Promise(() => {}) : real(path, options);"
+        )
         spans = self.show(page, "late")
         page.hover(spans[1])
-        page.one("#tip")
-        assert self.experts(page) == routes_of(1)
+        page.wait(lambda: self.token(page) == "id 1")
+        assert page.experts == routes_of(1)
         page.hover(spans[2])
-        page.wait(lambda: "not fed back" in page.text("#tip"))
+        page.wait(lambda: "not fed back" in page.text("#inspector"))
         assert page.text(".stats").endswith("stopped at the length limit")
 
-    def test_colours(self, page: Page) -> None:
+    def colours(self, page: Page, spans: list[Any]) -> list[str]:
+        return [page.js("return getComputedStyle(arguments[0]).backgroundColor", span) for span in spans]
+
+    def choose(self, page: Page, way: str) -> None:
+        from selenium.webdriver.support.ui import Select
+
+        Select(page.one(".token-bar select")).select_by_visible_text(way)
+
+    def test_colours_are_relative_to_the_text_and_the_legend_counts(self, page: Page) -> None:
+        words = " ".join(f"w{number}" for number in range(28))
+        spans = self.show(page, words)
+        page.wait(lambda: page.all(".prompt-tokens"))
+        values = np.array([-logprob_of(id) for id in range(len(spans))])
+        legend = [entry.text for entry in page.all(".token-legend li")]
+        assert len(legend) == 5 and sum(int(entry.split("×")[1]) for entry in legend) == len(spans)
+        ends = np.sort(values)[[int(np.ceil(len(values) * share / 5)) - 1 for share in (1, 2, 3, 4)]]
+        levels = (values[:, None] > ends).sum(1)
+        by_surprise = self.colours(page, spans)
+        pairs = list(itertools.combinations(range(len(spans)), 2))
+        assert all((by_surprise[a] == by_surprise[b]) == (levels[a] == levels[b]) for a, b in pairs)
+        assert len(set(by_surprise)) == 5
+        self.choose(page, "rank")
+        ranks = [1 + id % 30 for id in range(len(spans))]
+        counts = [sum(low < rank <= high for rank in ranks) for low, high in itertools.pairwise((0, 1, 2, 5, 20, 99))]
+        names = ["1", "2", "3 – 5", "6 – 20", "> 20"]
+        legend = [entry.text.split() for entry in page.all(".token-legend li")]
+        assert [int(entry[-1].lstrip("×")) for entry in legend] == counts
+        assert [" ".join(entry[:-1]) for entry in legend] == names
+        self.choose(page, "uncertainty")
+        assert len(set(self.colours(page, spans))) > 3
+
+    def test_colours_by_expert_are_kept(self, page: Page) -> None:
         from selenium.webdriver.support.ui import Select
 
         spans = self.show(page, "one two three four five six seven")
-        colour = "return getComputedStyle(arguments[0]).backgroundColor"
-        by_likely = [page.js(colour, span) for span in spans]
-        assert len(set(by_likely)) == len(spans)
-        Select(page.one(".token-bar select")).select_by_visible_text("expert of layer 2")
-        by_expert = [page.js(colour, span) for span in spans]
-        first = [routes_of(index)[1][0] for index in range(len(spans))]
+        page.wait(lambda: page.all(".prompt-tokens"))
+        self.choose(page, "expert of layer 2")
+        by_expert = self.colours(page, spans)
+        strongest = [routes_of(index)[1][1] for index in range(len(spans))]
         pairs = itertools.combinations(range(len(spans)), 2)
-        assert all((by_expert[a] == by_expert[b]) == (first[a] == first[b]) for a, b in pairs)
+        assert all((by_expert[a] == by_expert[b]) == (strongest[a] == strongest[b]) for a, b in pairs)
         page.open()
         page.click("#conversations .open")
         page.click(".toggle")
         assert Select(page.one(".token-bar select")).first_selected_option.text == "expert of layer 2"
+
+    def test_an_expert_lights_up_its_tokens(self, page: Page) -> None:
+        spans = self.show(page, "one two three four five six seven")
+        page.wait(lambda: page.all(".prompt-tokens"))
+        page.js("arguments[0].click()", spans[2])
+        layer, place = 1, 2
+        expert = routes_of(2)[layer][place]
+        page.all("#inspector .routes tr")[layer].find_elements("css selector", ".expert")[place].click()
+        expected = [expert in routes_of(index)[layer] for index in range(len(spans))]
+        assert ["lit" in span.get_attribute("class") for span in spans] == expected
+        assert page.text(".chip").startswith(f"layer 2, expert {expert}: {sum(expected)} of {len(spans)} tokens")
+        page.click(".chip")
+        assert not page.all(".lit") and not page.all(".chip")
 
     def test_without_details_nothing_is_asked_or_offered(self, page: Page, stub: Stub) -> None:
         page.click("#open-settings")

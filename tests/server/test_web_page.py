@@ -54,44 +54,82 @@ class TestSettings:
         assert page.all("#settings")
         page.click("#cancel-settings")
         page.say("hello")
-        assert "top_p" not in stub.requests[0]
+        assert stub.requests[0]["top_p"] == 0.9
 
 
 @NEEDS_BROWSER
 class TestErrors:
-    @pytest.mark.parametrize(
-        ("failure", "line"),
-        [
-            (
-                (429, "the queue is full", {"Retry-After": "3"}),
-                "The server is busy; try again in 3 s. (the queue is full)",
-            ),
-            ((500, "the engine failed", {}), "the engine failed (500)"),
-            ((400, "the prompt is too long", {}), "the prompt is too long (400)"),
-        ],
-    )
-    def test_one_line_and_another_try(self, page: Page, stub: Stub, failure: Any, line: str) -> None:
-        stub.failures = [failure]
+    def remedies(self, page: Page) -> list[str]:
+        return [button.text for button in page.all(".error button")]
+
+    def test_an_error_of_the_server_may_be_tried_again(self, page: Page, stub: Stub) -> None:
+        stub.failures = [(500, "the engine failed", {})]
         page.say("hello")
-        assert page.text(".error span") == line
+        assert page.text(".error span") == "the engine failed (500)"
         page.click(".error button")
         page.wait(lambda: page.text(".answer > .markdown") == "You said: hello")
         page.finish()
         assert not page.all(".error") and len(page.all("article")) == 2 and not page.all(".branches")
 
+    def test_a_busy_server_is_asked_again_when_it_said(self, page: Page, stub: Stub) -> None:
+        stub.failures = [(429, "the queue is full", {"Retry-After": "1"})] * 2
+        page.say("hello")
+        assert page.text(".error span") == "The server is busy: the queue is full."
+        page.wait(lambda: page.text(".answer > .markdown") == "You said: hello")
+        page.finish()
+        assert len(stub.requests) == 3 and not page.all(".error")
+        stub.failures = [(429, "the queue is full", {"Retry-After": "500"})]
+        page.say("again")
+        assert "Asking again in 500 seconds." in page.text("article:last-child .error")
+        assert self.remedies(page) == ["Do not wait"]
+        page.click(".error button")
+        assert self.remedies(page) == ["Try again"]
+
+    def test_what_the_server_refuses_is_not_tried_again(self, page: Page, stub: Stub) -> None:
+        stub.failures = [(400, "top_p: too small", {})]
+        page.say("hello")
+        assert page.text(".error span") == "top_p: too small (400)"
+        assert self.remedies(page) == ["Edit the question", "Settings"]
+        page.all(".error button")[0].click()
+        assert page.one(".editor").get_attribute("value") == "hello"
+
+    def test_a_context_that_is_too_small_leads_to_a_new_conversation(self, page: Page, stub: Stub) -> None:
+        stub.failures = [(400, "the context is 8 tokens", {}, "context_length_exceeded")]
+        page.say("hello")
+        assert self.remedies(page) == ["New conversation", "Edit the question"]
+        page.all(".error button")[0].click()
+        assert page.all("#empty") and not page.all("article")
+
     @pytest.mark.parametrize(
         ("word", "line"),
         [("broken", "The answer broke off"), ("midway", "the engine failed over this request")],
     )
-    def test_what_came_before_an_error_stays(self, page: Page, word: str, line: str) -> None:
+    def test_what_came_before_an_error_stays_and_goes_on(self, page: Page, stub: Stub, word: str, line: str) -> None:
         page.say(word)
         assert page.text(".error span").startswith(line)
         assert page.text(".answer > .markdown") == "You said:"
+        assert self.remedies(page) == ["Continue"]
+        page.click(".error button")
+        page.finish()
+        assert page.text(".answer > .markdown") == "You said: and so on" and not page.all(".error")
+        assert stub.requests[-1]["prompt"] == [900, 901, 0, 1]  # of the question, then of the answer so far
 
-    def test_a_server_that_is_gone(self, page: Page) -> None:
-        page.js("window.fetch = async () => { throw new TypeError('Failed to fetch'); }")
-        page.say("hello")
-        assert page.text(".error span") == "The server cannot be reached. Is it still running?"
+    def test_a_server_that_is_closing_is_asked_again(self, page: Page, stub: Stub) -> None:
+        stub.failures = [(503, "the server is shutting down", {"Retry-After": "5"})]
+        page.ask("hello")
+        page.wait(lambda: page.text(".answer > .markdown") == "You said: hello")
+        page.finish()
+        assert len(stub.requests) == 2 and not page.all(".error")
+
+    def test_the_page_goes_on_when_the_server_is_back(self, page: Page, stub: Stub) -> None:
+        stub.is_gone = True
+        page.ask("hello")
+        page.wait(lambda: page.text(".error span") == "The server cannot be reached.")
+        assert "trying again" in page.text("#model") and self.remedies(page) == ["Do not wait"]
+        stub.is_gone = False
+        page.wait(lambda: page.text(".answer > .markdown") == "You said: hello")
+        page.finish()
+        assert page.text("#model") == "stub-moe" and not page.all(".error") and len(page.all("article")) == 2
 
     def test_the_key_is_asked_for(self, page: Page, stub: Stub) -> None:
         stub.key = "sesame"
@@ -223,16 +261,15 @@ class TestPanel:
 
         canvas = page.one("#load")
         page.hover(canvas)
-        words = page.one("#tip").text
+        words = page.text("#load-words")
         layer, expert = re.search(r"(?:layer )?(\S+), expert (\d+)", words).groups()  # type: ignore[union-attr]
         load = np.array(stub.routing["recent"]["load"])  # type: ignore[index]
         row = load[LAYERS.index(layer)]
-        assert f"{row[int(expert)] / row.mean():.2f}× the mean: {row[int(expert)]:,} token" in words
+        assert f"{row[int(expert)] / row.mean():.2f}× the mean, {row[int(expert)]:,} token" in words
         page.hover(page.one("#model"))
         page.js("arguments[0].focus()", canvas)
         page.press(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
-        assert "layer 2, expert 1\n" in page.one("#tip").text
-        assert page.text("#load-words").startswith("layer 2, expert 1, ")
+        assert page.text("#load-words").startswith("layer 2, expert 1: ")
 
     def test_it_follows_the_server_while_an_answer_is_written(self, page: Page, stub: Stub) -> None:
         page.wait(lambda: page.all("#load"))
@@ -268,7 +305,7 @@ class TestLook:
     def test_a_phone_needs_no_sideways_scrolling(self, page: Page, stub: Stub) -> None:
         page.emulate("setDeviceMetricsOverride", **PHONE)
         page.open()
-        assert page.js("return innerWidth") == 360 and page.overflow <= 0
+        assert page.js("return innerWidth") == PHONE["width"] and page.overflow <= 0
         assert not page.all("#list") and not page.all("#panel")
         stub.gate.set()
         for word in ("markdown", "wide", "think"):
@@ -279,7 +316,8 @@ class TestLook:
             assert page.overflow <= 0, word
         page.click(".toggle")
         page.js("arguments[0].click()", page.last(".token"))
-        assert page.all("#tip") and page.overflow <= 0
+        assert page.all("#inspector-below #inspector") and page.overflow <= 0
+        page.click("#close-inspector")
         page.click("header [data-drawer=panel-open]")
         page.wait(lambda: page.all("#load"))
         assert page.overflow <= 0
@@ -322,6 +360,7 @@ class TestLook:
         page.use_scheme(scheme)
         page.say("hello")
         page.click(".toggle")
+        page.wait(lambda: page.all(".prompt-tokens"))
         grounds = page.js(
             """const [box, token] = [document.querySelector('.token-text'), document.querySelectorAll('.token')[1]];
             const context = document.createElement('canvas').getContext('2d'); const found = [];
@@ -333,7 +372,7 @@ class TestLook:
               const bytes = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
               found.push('#' + bytes.map((byte) => byte.toString(16).padStart(2, '0')).join(''));
             };
-            for (const surprise of [0, 0.5, 1]) read('--surprise', surprise);
+            for (const surprise of [0, 0.5, 1]) read('--level', surprise);
             box.dataset.colour = 'expert';
             for (let hue = 0; hue < 360; hue += 15) read('--hue', hue);
             return found;"""

@@ -13,7 +13,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 NEEDS_BROWSER = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 SECONDS = 60  # a page that has not come to it by then never does
-PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+PHONE = {"width": 390, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 
 
 class Page:
@@ -106,6 +106,14 @@ class Page:
         return sum(map(float, re.findall(r"[\d.]+", color)[:3])) / 3
 
     @property
+    def experts(self) -> Any:
+        """The experts of the token in the inspector, by layer."""
+        return self.js(
+            "return [...document.querySelectorAll('#inspector .routes tr')]"
+            ".map((row) => [...row.querySelectorAll('.expert b')].map((node) => Number(node.textContent)))"
+        )
+
+    @property
     def overflow(self) -> int:
         """Pixels by which anything that is seen, at rest, reaches over the right edge or can be moved sideways."""
         self.wait(lambda: self.js("return document.getAnimations().length === 0"))
@@ -114,7 +122,8 @@ class Page:
                 "const wide = [...document.querySelectorAll('#scroller, #list, #panel, dialog, body, html')]"
                 ".filter((node) => node.checkVisibility())"
                 ".map((node) => node.scrollWidth - node.clientWidth);"
-                "const over = [...document.querySelectorAll('header *, #composer, article, #panel *, dialog, #tip')]"
+                "const parts = 'header *, #composer, #meter, article, #inspector, #panel *, dialog';"
+                "const over = [...document.querySelectorAll(parts)]"
                 ".map((node) => node.getBoundingClientRect().right - innerWidth);"
                 "return Math.ceil(Math.max(...wide, ...over))"
             )

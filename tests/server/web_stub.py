@@ -67,13 +67,40 @@ def routes_of(token_id: int) -> list[list[int]]:
     return [[(token_id * step + layer * 5 + step) % NUM_EXPERTS for step in steps] for layer in range(len(LAYERS))]
 
 
+def logprob_of(token_id: int) -> float:
+    return -round(0.02 + (token_id * 37 % 100) / 40, 4)
+
+
+def split(text: str) -> list[str]:
+    """Words with the space before them: the stub's tokens."""
+    return re.findall(r"\n+|[^\S\n]*[^\s]+|[^\S\n]+", text)
+
+
 def tokens_of(text: str, first_id: int = 0) -> list[dict[str, Any]]:
-    """Words with the space before them, as the details of a chunk."""
-    pieces = re.findall(r"\n+|[^\S\n]*[^\s]+|[^\S\n]+", text)
+    """Tokens as the details of a chunk."""
     return [
-        {"id": first_id + index, "text": piece, "logprob": -round(0.02 + (index * 37 % 100) / 40, 4), "routes": None}
-        for index, piece in enumerate(pieces)
+        {"id": id, "text": piece, "logprob": logprob_of(id), "routes": None}
+        for id, piece in enumerate(split(text), first_id)
     ]
+
+
+def count_tokens(body: dict[str, Any]) -> int:
+    """One token a word, and one more for every message."""
+    texts = [message["content"] for message in body.get("messages", ())]
+    if texts:
+        return sum(1 + len(split(text)) for text in texts)
+    return len(split(body["prompt"])) + bool(body.get("add_special_tokens", True))
+
+
+def trace_of(token_id: int, is_first: bool) -> dict[str, Any]:
+    """A token of `POST /trace`. The weights of a layer are those of its places; the second place is the strongest."""
+    tree: dict[str, Any] = {"id": token_id, "text": f"p{token_id}", "name": f"n{token_id}"}
+    tree |= {"experts": routes_of(token_id), "weights": [[0.2, 1.1, 0.4, 0.3]] * len(LAYERS)}
+    if is_first:
+        return {**tree, "logprob": None, "rank": None, "entropy": None, "top": []}
+    top = [{"id": token_id + step, "name": f"n{token_id + step}", "logprob": -0.5 - step} for step in range(3)]
+    numbers = {"logprob": logprob_of(token_id), "rank": 1 + token_id % 30, "entropy": token_id % 7 / 2}
+    return {**tree, **numbers, "top": top}
 
 
 def make_routing(load: Sequence[Sequence[int]], layers: Sequence[str] = LAYERS, scale: int = 7) -> dict[str, Any]:
@@ -120,7 +147,11 @@ class Stub(ThreadingHTTPServer):
         self.routing: dict[str, Any] | None = make_routing(even_load())
         self.num_polls = 0
         self.missing = ""  # a file of the page that is not found
-        self.failures: list[tuple[int, str, dict[str, str]]] = []  # status, message, headers: one an answer
+        self.limit, self.is_base = 4096, False  # the model's context, and whether it continues texts
+        self.usual: dict[str, Any] = {"reply_tokens": 512, "text_tokens": 128, "temperature": 0.7, "top_p": 0.9}
+        self.traced: list[list[int]] = []
+        self.is_gone = False  # connections are closed without an answer
+        self.failures: list[tuple[Any, ...]] = []  # status, message, headers, code: one an answer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections that the browser gives up are no news."""
@@ -133,13 +164,18 @@ class Handler(BaseHTTPRequestHandler):
         """Silent."""
 
     def do_GET(self) -> None:
+        if self.server.is_gone:
+            return
         name = self.path.removeprefix("/web/") if self.path.startswith("/web/") else ""
         if self.path == "/" or (name and name != self.server.missing and (WEB / name).is_file()):
             self.send_file(name or "index.html")
         elif not self.has_key():
             self.send_failure(401, "wrong key")
         elif self.path == "/v1/models":
-            self.send_json({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+            told = {"max_model_len": self.server.limit, "base": self.server.is_base, "usual": self.server.usual}
+            self.send_json({"object": "list", "data": [{"id": MODEL, "object": "model", **told}]})
+        elif self.path == "/health":
+            self.send_json({"status": "ok"})
         elif self.path == "/routing" and self.server.routing is not None:
             self.server.num_polls += 1
             self.send_json(self.server.routing)
@@ -147,7 +183,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_failure(404, "no such thing")
 
     def do_POST(self) -> None:
+        if self.server.is_gone:
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path in ("/tokenize", "/trace"):
+            self.send_json(self.count(body) if self.path == "/tokenize" else self.trace(body))
+            return
         self.server.requests.append(body)
         self.server.keys.append(self.headers["Authorization"])
         if not self.has_key():
@@ -156,6 +197,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_failure(*self.server.failures.pop(0))
         else:
             self.send_answer(body)
+
+    def count(self, body: dict[str, Any]) -> dict[str, Any]:
+        count = count_tokens(body)
+        return {"tokens": list(range(900, 900 + count)), "count": count, "max_model_len": self.server.limit}
+
+    def trace(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.server.traced.append(body["tokens"])
+        tokens = [trace_of(id, at == 0) for at, id in enumerate(body["tokens"])]
+        return {"layers": LAYERS, "num_experts": NUM_EXPERTS, "top_k": TOP_K, "vocab_size": 1000, "tokens": tokens}
 
     def has_key(self) -> bool:
         return self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
@@ -168,8 +218,10 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, tree: object) -> None:
         self.send_body(200, json.dumps(tree).encode(), "application/json", {})
 
-    def send_failure(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        error = {"error": {"message": message, "type": "error", "param": None, "code": None}}
+    def send_failure(
+        self, status: int, message: str, headers: dict[str, str] | None = None, code: str | None = None
+    ) -> None:
+        error = {"error": {"message": message, "type": "error", "param": None, "code": code}}
         self.send_body(status, json.dumps(error).encode(), "application/json", headers or {})
 
     def send_body(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
@@ -202,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def script(body: dict[str, Any], gate: threading.Event) -> Iterator[bytes | threading.Event]:
     """What is sent for the last message: bytes, or an event to wait for between them."""
-    word = body["messages"][-1]["content"]
+    word = body["messages"][-1]["content"] if "messages" in body else "text"
     thought, text, late, finish = "", f"You said: {word}", False, "stop"
     match word:
         case "think":
@@ -213,6 +265,10 @@ def script(body: dict[str, Any], gate: threading.Event) -> Iterator[bytes | thre
             text = HOSTILE
         case "late":
             late, finish = True, "length"
+        case "cut":
+            finish = "length"
+        case "text":  # a prompt is continued, and so is an answer that was cut short
+            text = " and so on"
         case "long":
             text = "\n\n".join(f"Paragraph {number} of a long answer that goes on." for number in range(60))
         case "wide":
@@ -242,7 +298,8 @@ def script(body: dict[str, Any], gate: threading.Event) -> Iterator[bytes | thre
 
 def deltas(body: dict[str, Any], tokens: list[dict[str, Any]], field: str, late: bool) -> Iterator[bytes]:
     for token in tokens:
-        chunk: dict[str, Any] = {"choices": [{"index": 0, "delta": {field: token["text"]}, "finish_reason": None}]}
+        part = {"delta": {field: token["text"]}} if "messages" in body else {"text": token["text"]}
+        chunk: dict[str, Any] = {"choices": [{"index": 0, **part, "finish_reason": None}]}
         if body.get("token_details"):
             chunk["moestro"] = {"tokens": [token if late else token | {"routes": routes_of(token["id"])}]}
         yield event(chunk)
@@ -250,13 +307,15 @@ def deltas(body: dict[str, Any], tokens: list[dict[str, Any]], field: str, late:
 
 def ending(body: dict[str, Any], tokens: list[dict[str, Any]], finish: str) -> Iterator[bytes]:
     """The final chunk with the experts of all tokens but the last, which was not fed back, then usage."""
-    choice: dict[str, Any] = {"index": 0, "delta": {}, "finish_reason": finish}
+    end = {"delta": {}} if "messages" in body else {"text": ""}
+    choice: dict[str, Any] = {"index": 0, **end, "finish_reason": finish}
+    num_prompt = len(body["prompt"]) if isinstance(body.get("prompt"), list) else NUM_PROMPT
     if body.get("return_routes"):
-        choice["routes"] = [routes_of(900 + at) for at in range(NUM_PROMPT)]
+        choice["routes"] = [routes_of(900 + at) for at in range(num_prompt)]
         choice["routes"] += [routes_of(token["id"]) for token in tokens[:-1]]
     yield event({"choices": [choice]})
     if body.get("stream_options", {}).get("include_usage"):
-        yield event({"choices": [], "usage": {"prompt_tokens": NUM_PROMPT, "completion_tokens": len(tokens)}})
+        yield event({"choices": [], "usage": {"prompt_tokens": num_prompt, "completion_tokens": len(tokens)}})
     yield b"data: [DONE]\n\n"
 
 

@@ -131,7 +131,8 @@ class Plain(Eager):
         scores, known = score_experts(logits.flatten(1), selection.score), self.ids[index]
         compared = add_bias(scores, selection).double()  # a few values are sorted faster than packed into keys
         torch.where(known < 0, choose(compared, selection), known, out=known)
-        return weigh(scores, known, selection)
+        self.weights.append(weigh(scores, known, selection))
+        return self.weights[-1]
 
     def experts(self, index: int, weight: PackedExperts, x: Tensor, weights: Tensor) -> Tensor:
         return experts(weight, x.flatten(1), self.ids[index], weights)[:, None]

@@ -118,10 +118,14 @@ class Operations(Protocol[Value]):
 
 
 class Eager:
-    """Runs operations at once. `ids` [L, N, A] int64: the experts already known; −1 where still to be chosen."""
+    """Runs operations at once. `ids` [L, N, A] int64: the experts already known; −1 where still to be chosen.
+
+    `weights` [N, A] fp32 of every router so far.
+    """
 
     def __init__(self, layout: StepLayout, layers: Sequence[Caches], ids: Tensor) -> None:
         self.layout, self.layers, self.ids = layout, layers, ids
+        self.weights: list[Tensor] = []
 
     def scratch(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -176,6 +180,7 @@ class Eager:
             logits = torch.zeros(self.ids.shape[1], len(selection.bias))
         ids, weights = rows.route(logits.flatten(1), selection, self.ids[index])
         self.ids[index] = ids
+        self.weights.append(weights)
         return weights
 
     def experts(self, index: int, weight: PackedExperts, x: Tensor, weights: Tensor) -> Tensor:

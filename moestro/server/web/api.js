@@ -1,7 +1,13 @@
-// The server: JSON by GET, answers as a stream of server-sent events. The key stays in this tab's session.
+// The server: JSON, and answers as a stream of server-sent events. The key stays in this tab's session.
+
+import { t } from "./strings.js";
 
 const KEY = "moestro.key";
+const CLOSING = 503; // the server is shutting down, or not ready yet
 let keyHere = ""; // where the browser keeps nothing, the key lasts as long as the page
+
+/** Tells of the server: "gone" when it cannot be reached, "there" when it answers, whatever it says. */
+export const server = new EventTarget();
 
 export function getKey() {
   try {
@@ -21,11 +27,14 @@ export function setKey(key) {
   }
 }
 
-/** One line for people, and the HTTP status, 0 where there was no answer. */
+/**
+ * One line for people, and what kind of failure it is, which decides what helps:
+ * gone (not reached), broken (cut off), key, busy (`wait` seconds), context (too long), request (refused), server.
+ */
 export class ApiError extends Error {
-  constructor(message, status = 0) {
+  constructor(message, kind, { status = 0, wait = 0 } = {}) {
     super(message);
-    this.status = status;
+    Object.assign(this, { kind, status, wait });
   }
 }
 
@@ -37,24 +46,29 @@ async function request(path, options) {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server cannot be reached. Is it still running?");
+    server.dispatchEvent(new Event("gone"));
+    throw new ApiError(t("error.gone"), "gone");
   }
-  if (!response.ok) throw new ApiError(await explain(response), response.status);
+  server.dispatchEvent(new Event(response.status === CLOSING ? "gone" : "there"));
+  if (!response.ok) throw await explain(response);
   return response;
 }
 
 async function explain(response) {
   const { status, headers } = response;
-  if (status === 401) return getKey() ? "The server does not accept this API key." : "This server asks for an API key.";
-  let message = "";
+  let error = {};
   try {
-    message = (await response.json()).error.message;
+    error = (await response.json()).error ?? {};
   } catch {
-    message = ""; // not an error object: the status has to do
+    error = {}; // not an error object: the status has to do
   }
-  const wait = Number(headers.get("Retry-After"));
-  if (status === 429) return `The server is busy${wait > 0 ? `; try again in ${wait} s` : ""}.${message ? ` (${message})` : ""}`;
-  return message ? `${message} (${status})` : `The server answered with status ${status}.`;
+  const wait = Math.max(1, Number(headers.get("Retry-After")) || 0);
+  const said = error.message ? t("error.said", { message: error.message, status }) : t("error.status", { status });
+  if (status === 401) return new ApiError(t(getKey() ? "error.wrongKey" : "error.noKey"), "key", { status });
+  if (status === 429) return new ApiError(error.message ? t("error.busyBecause", { why: error.message }) : t("error.busy"), "busy", { status, wait });
+  if (status === CLOSING) return new ApiError(t("error.closing"), "gone", { status, wait });
+  if (error.code === "context_length_exceeded") return new ApiError(said, "context", { status });
+  return new ApiError(said, status >= 500 ? "server" : "request", { status });
 }
 
 export async function getJson(path) {
@@ -62,21 +76,25 @@ export async function getJson(path) {
   return response.json();
 }
 
-/** The chunks of an answer. Throws ApiError; AbortError once `signal` is aborted. */
-export async function* streamChat(body, signal) {
-  const response = await request("v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-    signal,
-  });
+const post = (path, body, signal) => request(path, {
+  method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
+});
+
+export async function postJson(path, body, signal) {
+  const response = await post(path, body, signal);
+  return response.json();
+}
+
+/** The chunks of an answer to a body with messages, or with a prompt. Throws ApiError; AbortError on `signal`. */
+export async function* streamAnswer(body, signal) {
+  const response = await post(body.messages ? "v1/chat/completions" : "v1/completions", body, signal);
   for await (const data of readEvents(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(chunk.error.message || "The server failed over this answer.", 500);
+    if (chunk.error) throw new ApiError(chunk.error.message || t("error.failed"), "server", { status: 500 });
     yield chunk;
   }
-  throw new ApiError("The answer broke off: the connection was closed before its end.");
+  throw new ApiError(t("error.brokeOff"), "broken");
 }
 
 async function* readEvents(stream) {
@@ -100,6 +118,6 @@ async function read(reader) {
     return await reader.read();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The answer broke off: the connection was lost.");
+    throw new ApiError(t("error.lost"), "broken");
   }
 }

@@ -1,10 +1,10 @@
 // Making elements, reading colours of the style sheet, numbers in words.
 
+import { getLanguage, t } from "./strings.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element: `on` holds listeners, other attributes are set as they are, children are nodes or text (never HTML). */
-export function element(tag, { on = {}, ...attributes } = {}, ...children) {
-  const node = document.createElement(tag);
+function fill(node, { on = {}, ...attributes }, children) {
   Object.entries(attributes).forEach(([name, value]) => {
     if (value === true) node.setAttribute(name, "");
     else if (value !== false && value !== undefined) node.setAttribute(name, String(value));
@@ -14,25 +14,26 @@ export function element(tag, { on = {}, ...attributes } = {}, ...children) {
   return node;
 }
 
-export function icon(name) {
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("class", "icon");
-  svg.setAttribute("aria-hidden", "true");
-  const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `#i-${name}`);
-  svg.append(use);
-  return svg;
-}
+/** An element: `on` holds listeners, other attributes are set as they are, children are nodes or text (never HTML). */
+export const element = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
+export const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
+
+export const icon = (name) => svg("svg", { class: "icon", "aria-hidden": "true" }, svg("use", { href: `#i-${name}` }));
 
 /** A quiet button of an icon whose name is read out and shown on hover. */
 export const iconButton = (name, label, onClick, attributes = {}) =>
   element("button", { type: "button", class: "quiet", "aria-label": label, title: label, on: { click: onClick }, ...attributes }, icon(name));
 
+export const textButton = (label, onClick, attributes = {}) =>
+  element("button", { type: "button", class: "plain", on: { click: onClick }, ...attributes }, label);
+
 export const byId = (id) => document.getElementById(id);
-export const whole = (value) => Math.round(value).toLocaleString("en");
+export const whole = (value) => Math.round(value).toLocaleString(getLanguage());
 export const fixed = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
-export const layerName = (name) => (/^\d+$/.test(name) ? `layer ${name}` : name);
-export const plural = (count, noun) => `${whole(count)} ${noun}${count === 1 ? "" : "s"}`;
+export const layerName = (name) => (/^\d+$/.test(name) ? t("layer", { name }) : name);
+
+/** A share as a percentage, with as many digits as say something. */
+export const percent = (share, digits = share >= 0.1 || share < 0.0005 ? 0 : 1) => t("percent", { value: fixed(100 * share, digits) });
 
 /** Also where the page is not served over TLS or from this machine, and there is no crypto.randomUUID. */
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -54,7 +55,7 @@ export async function copyText(text) {
   area.select();
   const done = document.execCommand("copy"); // the only way on a page without TLS
   area.remove();
-  if (!done) throw new Error("the browser does not allow copying here");
+  if (!done) throw new Error(t("copy.refused"));
 }
 
 /** Copy, and say so on the button for a moment. */
@@ -66,9 +67,9 @@ export async function copyFrom(button, text) {
   };
   try {
     await copyText(text);
-    say("Copied");
+    say(t("copy.done"));
   } catch (error) {
-    say(`Not copied: ${error.message}`);
+    say(t("copy.failed", { why: error.message }));
   }
   setTimeout(() => {
     button.setAttribute("aria-label", label);

@@ -4,6 +4,7 @@
 import { copyFrom, element, icon } from "./dom.js";
 import { Marked } from "./marked.esm.js";
 import DOMPurify from "./purify.es.mjs";
+import { t } from "./strings.js";
 
 const HARMLESS_TAG = /^<(?:br\s*\/?|\/?(?:sub|sup|kbd))>$/i;
 const TAGS = [
@@ -45,7 +46,7 @@ function toFragment(tokens) {
   const fragment = DOMPurify.sanitize(marked.parser(tokens), RULES);
   fragment.querySelectorAll("pre").forEach(frameCode);
   fragment.querySelectorAll("table").forEach((table) => {
-    const frame = element("div", { class: "table-frame", tabindex: 0, role: "group", "aria-label": "Table" });
+    const frame = element("div", { class: "table-frame", tabindex: 0, role: "group", "aria-label": t("table") });
     table.replaceWith(frame);
     frame.append(table);
   });
@@ -54,7 +55,7 @@ function toFragment(tokens) {
 
 function frameCode(pre) {
   const language = pre.querySelector("code")?.className.replace("language-", "") || "";
-  const copy = element("button", { type: "button", class: "quiet", "aria-label": "Copy code", title: "Copy code" }, icon("copy"));
+  const copy = element("button", { type: "button", class: "quiet", "aria-label": t("copy.code"), title: t("copy.code") }, icon("copy"));
   copy.addEventListener("click", () => copyFrom(copy, pre.textContent.replace(/\n$/, "")));
   const frame = element("div", { class: "code-frame" }, element("div", { class: "code-head" }, element("span", {}, language), copy));
   pre.setAttribute("tabindex", "0"); // so that the keyboard can scroll it

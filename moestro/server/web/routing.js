@@ -1,10 +1,12 @@
-// The load of every expert beside the conversation: `GET /routing` every second while an answer is written, every ten
-// seconds else. Figures are those of moestro.routing.stats, computed here from the loads so that both windows have them.
+// The load of every expert beside the conversation: of an answer, of the conversation, or of all that the server
+// computed (`GET /routing`, every second while an answer is written, every ten seconds else). Figures are those of
+// moestro.routing.stats, computed here from the loads so that every scope has them.
 
 import { getJson } from "./api.js";
-import { byId, element, fixed, layerName, plural, prepareCanvas, resolveColor, whole } from "./dom.js";
-import { hideTip, showTip } from "./tip.js";
-import { shape } from "./tokens.js";
+import { byId, fixed, layerName, prepareCanvas, resolveColor, whole } from "./dom.js";
+import { shape } from "./inspector.js";
+import { countLoads, measure } from "./loads.js";
+import { t } from "./strings.js";
 
 const BUSY_MS = 1000;
 const IDLE_MS = 10000;
@@ -16,26 +18,11 @@ const TIMES = "×";
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const mean = (values) => (values.length ? sum(values) / values.length : NaN);
 
-/** `{ ratio, dead, entropy, mean }` of one layer's loads; ratio and entropy are NaN where no token came. */
-export function measure(loads) {
-  const total = sum(loads);
-  const shares = loads.map((load) => load / total);
-  const entropy = -sum(shares.map((share) => (share > 0 ? share * Math.log(share) : 0))) / Math.log(loads.length);
-  return {
-    mean: total / loads.length,
-    ratio: total ? (Math.max(...loads) * loads.length) / total : NaN,
-    entropy: total ? (loads.length === 1 ? 1 : entropy) : NaN,
-    dead: loads.filter((load) => load === 0).length,
-  };
-}
-
 export class RoutingPanel {
-  constructor() {
+  /** `getTokens(scope)`: those of the "answer" or the "conversation" at hand; `onExpert` gets a cell that is clicked. */
+  constructor(getTokens, onExpert) {
+    Object.assign(this, { getTokens, onExpert, data: null, timer: 0, isBusy: false, cursor: null });
     this.canvas = byId("load");
-    this.data = null;
-    this.timer = 0;
-    this.isBusy = false;
-    this.cursor = null;
     byId("window").addEventListener("change", () => this.draw());
     document.addEventListener("visibilitychange", () => this.poll());
     new ResizeObserver(() => this.draw()).observe(byId("load-box"));
@@ -50,14 +37,20 @@ export class RoutingPanel {
     this.canvas.addEventListener("pointerleave", () => this.point(null));
     this.canvas.addEventListener("blur", () => this.point(null));
     this.canvas.addEventListener("keydown", (event) => this.key(event));
+    this.canvas.addEventListener("click", () => { if (this.cursor) this.onExpert(this.cursor); });
   }
 
   get isShown() {
     return byId("panel").checkVisibility() && !document.hidden;
   }
 
+  get scope() {
+    return byId("window").elements.window.value;
+  }
+
   get window() {
-    return this.data[byId("window").elements.window.value];
+    if (this.scope in this.data) return this.data[this.scope];
+    return countLoads(this.getTokens(this.scope), this.data.layers.length, this.data.num_experts);
   }
 
   setBusy(isBusy) {
@@ -74,7 +67,7 @@ export class RoutingPanel {
     try {
       this.data = await getJson("routing");
     } catch (error) {
-      message = error.status === 404 ? "This server does not report its routing." : error.message;
+      message = error.status === 404 ? t("load.none") : error.message;
       if (error.status) this.data = null;
     }
     if (mine !== this.turn) return; // asked again meanwhile
@@ -84,23 +77,27 @@ export class RoutingPanel {
 
   show(message) {
     const hasLayers = Boolean(this.data?.layers.length);
-    const dense = "This model has no MoE layers: every token passes through the same weights, and there is no load to show.";
-    byId("panel-note").textContent = message || (this.data && !hasLayers ? dense : "");
+    byId("panel-note").textContent = message || (this.data && !hasLayers ? t("load.dense") : "");
     byId("panel-note").hidden = !byId("panel-note").textContent;
     byId("panel-body").hidden = !hasLayers;
     if (!hasLayers) return;
     Object.assign(shape, { layers: this.data.layers, numExperts: this.data.num_experts });
-    byId("recent-label").textContent = `last ${whole(this.data.recent.seconds ?? 30)} s`;
+    byId("recent-label").textContent = t("load.recent", { seconds: Math.round(this.data.recent.seconds ?? 30) });
     this.draw();
+  }
+
+  /** Draw again while an answer grows, if its own load is shown. */
+  drawOwn() {
+    if (this.data && !(this.scope in this.data)) this.draw();
   }
 
   draw() {
     if (!this.data?.layers.length || !this.isShown) return;
-    const { load, tokens } = this.window;
+    const { load, tokens } = this.shown = this.window;
     this.figures = load.map(measure);
     this.writeFigures(tokens);
     this.drawMap(load);
-    if (this.cursor) this.point(this.cursor);
+    this.point(this.cursor);
   }
 
   writeFigures(tokens) {
@@ -111,14 +108,16 @@ export class RoutingPanel {
       byId(id).querySelector(".number").textContent = number;
       byId(id).querySelector(".note").textContent = note;
     };
-    byId("panel-about").textContent = `${plural(layers.length, "MoE layer")} × ${numExperts} experts, ${topK} a token · ${plural(tokens, "token")}`;
-    set("ratio", worst < 0 ? "–" : `${fixed(this.figures[worst].ratio, 2)}${TIMES}`, worst < 0 ? "no token yet" : `in ${layerName(layers[worst])}, the least even`);
-    set("vio", fixed(mean(seen.map(({ ratio }) => ratio - 1)), 2), "mean of the layers, 0 is even");
-    set("dead", seen.length ? whole(sum(seen.map(({ dead }) => dead))) : "–", `of ${whole(layers.length * numExperts)} got no token`);
-    set("entropy", fixed(mean(seen.map(({ entropy }) => entropy)), 3), "mean of the layers, 1 is even");
+    byId("panel-about").textContent = `${t("load.shape", { count: layers.length, experts: numExperts, topK })} · ${t("tokens.count", { count: tokens })}`;
+    set("ratio", worst < 0 ? "–" : `${fixed(this.figures[worst].ratio, 2)}${TIMES}`, worst < 0 ? t("load.noToken") : t("load.worst", { layer: layerName(layers[worst]) }));
+    set("vio", fixed(mean(seen.map(({ ratio }) => ratio - 1)), 2), t("load.vioNote"));
+    set("dead", seen.length ? whole(sum(seen.map(({ dead }) => dead))) : "–", t("load.deadNote", { of: layers.length * numExperts }));
+    set("entropy", fixed(mean(seen.map(({ entropy }) => entropy)), 3), t("load.entropyNote"));
     const perExpert = (tokens * topK) / numExperts;
     byId("few").hidden = tokens === 0 || perExpert >= FEW;
-    byId("few").textContent = `Only ${fixed(perExpert, 1)} choices an expert so far: chance alone makes this uneven.`;
+    byId("few").textContent = t("load.few", { each: fixed(perExpert, 1) });
+    const meanings = { answer: "load.ofAnswer", conversation: "load.ofConversation" };
+    byId("load-what").textContent = t(meanings[this.scope] ?? "load.ofAll");
   }
 
   buildScale() {
@@ -170,8 +169,7 @@ export class RoutingPanel {
     context.textAlign = "center";
     const stride = [1, 2, 4, 8, 16, 32, 64].find((step) => step * cell >= 22) || 128;
     for (let expert = 0; expert < numExperts; expert += stride) context.fillText(String(expert), left + (expert + 0.5) * cell, height - 7);
-    const summary = `Load of ${numExperts} experts in ${layers.length} MoE layers; the arrow keys read single cells`;
-    this.canvas.setAttribute("aria-label", summary);
+    this.canvas.setAttribute("aria-label", t("load.map", { count: layers.length, experts: numExperts }));
   }
 
   cellAt(event) {
@@ -187,38 +185,30 @@ export class RoutingPanel {
   key(event) {
     const [down, right] = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key] || [];
     if (event.key === "Escape") this.point(null);
+    if ((event.key === "Enter" || event.key === " ") && this.cursor) {
+      event.preventDefault();
+      this.onExpert(this.cursor);
+    }
     if (down === undefined || !this.data?.layers.length) return;
     event.preventDefault();
     const { layers, num_experts: numExperts } = this.data;
     const at = this.cursor || { layer: down ? -1 : 0, expert: right ? -1 : 0 };
     const within = (value, end) => Math.max(0, Math.min(end - 1, value));
     this.point({ layer: within(at.layer + down, layers.length), expert: within(at.expert + right, numExperts) });
-    byId("load-words").textContent = this.describe(this.cursor).join(", ");
   }
 
+  /** The words of a cell stand below the map, so that nothing is covered. */
   point(cell) {
     this.cursor = cell;
-    if (!cell) {
-      hideTip();
-      return;
-    }
-    const { left, row, cell: width } = this.layout();
-    const frame = this.canvas.getBoundingClientRect();
-    const x = frame.left + left + cell.expert * width;
-    const y = frame.top + cell.layer * row;
-    const rows = this.describe(cell).map((text, index) => element("p", { class: index ? "" : "tip-head" }, text));
-    showTip({ left: x, right: x + width, top: y, bottom: y + row }, rows);
+    byId("load-words").textContent = cell ? this.describe(cell) : t("load.hint");
   }
 
   describe({ layer, expert }) {
     const figure = this.figures[layer];
-    const count = this.window.load[layer][expert];
-    const name = `${layerName(this.data.layers[layer])}, expert ${expert}`;
-    if (!figure.mean) return [name, "no token came to this layer"];
-    return [
-      name,
-      `${fixed(count / figure.mean, 2)}${TIMES} the mean: ${plural(count, "token")}, mean ${fixed(figure.mean, 1)}`,
-      `layer: max ÷ mean ${fixed(figure.ratio, 2)}, ${figure.dead} dead, entropy ${fixed(figure.entropy, 3)}`,
-    ];
+    const count = this.shown.load[layer][expert];
+    const name = t("load.cell", { layer: layerName(this.data.layers[layer]), expert: String(expert) });
+    if (!figure.mean) return `${name}: ${t("load.emptyLayer")}`;
+    const own = t("load.cellCount", { ratio: fixed(count / figure.mean, 2), count, mean: fixed(figure.mean, 1) });
+    return `${name}: ${own}. ${t("load.cellLayer", { ratio: fixed(figure.ratio, 2), dead: figure.dead, entropy: fixed(figure.entropy, 3) })}`;
   }
 }

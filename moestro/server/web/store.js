@@ -2,14 +2,16 @@
 // sibling beside the old one, so nothing is overwritten and every branch can be gone back to.
 
 import { newId } from "./dom.js";
+import { t } from "./strings.js";
 
 const PREFIX = "moestro.chat.";
 const ROLES = ["user", "assistant"];
+const KINDS = ["chat", "text"]; // questions and answers; a text and its continuations
 const FORMAT = "moestro-conversations";
 
 export class Conversation {
-  constructor({ id = newId(), updated = Date.now(), messages = [], leaf = null } = {}) {
-    Object.assign(this, { id, updated, messages, leaf });
+  constructor({ id = newId(), updated = Date.now(), kind = "chat", draft = "", messages = [], leaf = null } = {}) {
+    Object.assign(this, { id, updated, kind, draft, messages, leaf }); // draft: a text that was changed and not continued
   }
 
   find(id) {
@@ -18,14 +20,18 @@ export class Conversation {
 
   /** From the first message to the leaf that is shown. */
   get path() {
+    return this.pathTo(this.find(this.leaf));
+  }
+
+  pathTo(message) {
     const found = [];
-    for (let at = this.find(this.leaf); at; at = this.find(at.parent)) found.unshift(at);
+    for (let at = message; at; at = this.find(at.parent)) found.unshift(at);
     return found;
   }
 
   get title() {
     const first = this.messages.find((message) => message.role === "user");
-    return first ? first.content.trim().replace(/\s+/g, " ").slice(0, 80) || "…" : "New chat";
+    return first ? first.content.trim().replace(/\s+/g, " ").slice(0, 80) || "…" : t("list.untitled");
   }
 
   siblings(message) {
@@ -55,7 +61,7 @@ export class Conversation {
 
 /** A conversation from outside; throws an Error that says what is wrong with it. */
 function readConversation(tree) {
-  const bad = (what) => { throw new Error(`not a conversation of this page: ${what}`); };
+  const bad = (what) => { throw new Error(t("import.bad", { what })); };
   if (typeof tree?.id !== "string" || !/^[0-9a-f]{16}$/.test(tree.id)) bad("its id");
   if (!Array.isArray(tree.messages)) bad("no list of messages");
   const known = new Set([null]);
@@ -67,10 +73,12 @@ function readConversation(tree) {
     return readMessage(message);
   });
   const leaf = known.has(tree.leaf) ? tree.leaf : messages.at(-1)?.id ?? null;
-  return new Conversation({ id: tree.id, updated: Number(tree.updated) || 0, messages, leaf });
+  const kind = KINDS.includes(tree.kind) ? tree.kind : "chat";
+  const draft = typeof tree.draft === "string" ? tree.draft : "";
+  return new Conversation({ id: tree.id, updated: Number(tree.updated) || 0, kind, draft, messages, leaf });
 }
 
-function readMessage({ id, parent, role, content, reasoning, tokens, usage, timing, finish, error }) {
+function readMessage({ id, parent, role, content, reasoning, tokens, usage, timing, finish, error, problem, system, dropped }) {
   const number = (value) => (Number.isFinite(value) ? value : undefined);
   const list = Array.isArray(tokens) ? tokens.map(readToken).filter(Boolean) : [];
   return {
@@ -81,6 +89,9 @@ function readMessage({ id, parent, role, content, reasoning, tokens, usage, timi
     ...(timing && { timing: { first: number(timing.first), span: number(timing.span), thought: number(timing.thought), early: number(timing.early) } }),
     ...(typeof finish === "string" && { finish }),
     ...(typeof error === "string" && { error }),
+    ...(typeof problem === "string" && { problem }),
+    ...(typeof system === "string" && { system }),
+    ...(Number.isInteger(dropped) && dropped > 0 && { dropped }),
   };
 }
 
@@ -139,7 +150,7 @@ export class Store {
         return;
       } catch {
         const oldest = withTokens.shift();
-        if (!oldest) throw new Error("The browser's storage is full: export and delete some conversations.");
+        if (!oldest) throw new Error(t("store.full"));
         oldest.messages.forEach((message) => { delete message.tokens; });
         if (oldest !== conversation) write(oldest);
       }
@@ -161,10 +172,10 @@ export class Store {
     try {
       tree = JSON.parse(text);
     } catch {
-      throw new Error("This file is not JSON.");
+      throw new Error(t("import.notJson"));
     }
     if (tree?.format !== FORMAT || tree.version !== 1 || !Array.isArray(tree.conversations)) {
-      throw new Error("This file holds no conversations exported here.");
+      throw new Error(t("import.none"));
     }
     const found = tree.conversations.map(readConversation);
     found.forEach((conversation) => this.save(conversation));
