@@ -90,9 +90,9 @@ def list_estimate(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("", f"speed of one text, at most: {measured['read_gb_per_second']:.1f} GB/s of memory ÷ bytes read")
         )
-        rows.append(("", "for a token (active weights and the cached context); none if caches hold them"))
+        rows.append(("", "for a token (active weights, cached context), if no cache holds them"))
         if found["machine"]["is_busy"]:
-            rows.append(("", "! other programs compute now: the speeds of a quiet machine are higher"))
+            rows.append(("", "! other programs compute now: a quiet machine is faster"))
     training = found["training"]
     state = sum(training[key] for key in ("weights", "gradients", "moments", "copies"))
     rest = training["activations"] + training["working"]

@@ -1,9 +1,10 @@
 """The compiled library of `csrc/`, loaded with ctypes, and the rules for which tensors it may take.
 
 The library is optional and never the specification. If it was not built, or the CPU lacks AVX2, or a tensor is not a
-plain fp32 or bf16 tensor in CPU memory, plain torch computes the same. Results depend neither on the number of threads
-nor on what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one, `MOESTRO_LIBRARY`
-names another build, `MOESTRO_OPS` (reference or fused) forces plain torch. `abi.py` lists the functions.
+plain fp32 or bf16 tensor in CPU memory, plain torch computes. With the kernels, results depend neither on the number of
+threads nor on what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one,
+`MOESTRO_LIBRARY` names another build, `MOESTRO_OPS` forces plain torch: reference, the specifications, or fused, the
+quick forms. `abi.py` lists the functions.
 """
 
 from __future__ import annotations

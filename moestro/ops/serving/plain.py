@@ -8,7 +8,7 @@ weights are multiplied as the numbers that they mean, and rows stay as they are 
 purpose. `MOESTRO_OPS=reference` has the promise instead.
 
 Weights are opened once, that is, kept as matrices instead of panels, if memory allows; else a product opens what it
-needs each time. Where the CPU has no bf16 instructions, products are in fp32.
+needs each time. Small models, and all where the CPU has no bf16 instructions, are multiplied in fp32.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from moestro.ops.training.fused import sort_by_expert
 from moestro.routing.selection import Selection, add_bias, choose, score_experts, weigh
 
 OPENED_SHARE = 0.8  # of the free memory may go to opened weights
+SMALL = 10**9  # bytes of weights in fp32 that are read quickly enough; products in bf16 cost more time per call
 SCORES_ROWS = 2048  # rows of attention scores, queries times heads, that exist at a time
 Packed = PackedLinear | PackedHeads | PackedExperts
 
@@ -51,12 +52,15 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def open_parts(parts: Iterable[object], dtype: torch.dtype) -> bool:
     """Open the packed weights among `parts`, for rows of `dtype`, if memory allows; whether it did."""
     packed = [part for part in parts if isinstance(part, Packed)]
-    for kind in dict.fromkeys((product_dtype(dtype), dtype)):
-        if sum(part.bytes_to_open(kind) for part in packed) <= machine.usable_bytes() * OPENED_SHARE:
-            for part in packed:
-                part.open(kind)
-            return True
-    return False
+    needed = {kind: sum(part.bytes_to_open(kind) for part in packed) for kind in (torch.float32, dtype)}
+    room = int(machine.usable_bytes() * OPENED_SHARE)
+    wished = (torch.float32,) if needed[torch.float32] <= min(SMALL, room) else (product_dtype(dtype), dtype)
+    kind = next((kind for kind in wished if needed[kind] <= room), None)
+    if kind is None:
+        return False
+    for part in packed:
+        part.open(kind)
+    return True
 
 
 def linear(weight: PackedLinear, x: Tensor) -> Tensor:
@@ -171,6 +175,8 @@ def _split(rows: Tensor, width: int, heads: Heads) -> tuple[Tensor, Tensor]:
 def experts(weight: PackedExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """x [N, D] through the experts ids [N, A] -> [N, D] of its type; see `PackedExperts.__call__`."""
     kind, (n, top_k) = product_dtype(x.dtype), ids.shape
+    if weight.values is not None:
+        kind = torch.promote_types(kind, weight.values[0].dtype)
     order, inverse, bounds = sort_by_expert(ids, weight.num_experts)
     if not int(bounds[-1]):
         return torch.zeros_like(x)  # every choice was dropped
