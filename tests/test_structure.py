@@ -21,7 +21,8 @@ PACKAGE = ROOT / "moestro"
 
 # Imports go down this list only. Sub-packages in one row are independent of each other.
 LAYERS = (
-    ("errors", "version"),
+    ("terminal", "version"),
+    ("errors",),
     ("config",),
     ("machine", "sizes"),
     ("data", "routing"),
