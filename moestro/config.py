@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moestro.errors import ConfigError
 
@@ -300,6 +300,19 @@ class DataConfig(Frozen):
     tokenizer: str = Field("auto", description="auto, builtin, train, or a tokenizer.json")
     weights: dict[str, float] = {}
     valid_fraction: float = Field(0.02, gt=0, lt=0.5)
+    encoding: str = Field("", description="of files that are not UTF-8, such as cp1252; empty: guessed, with a notice")
+    text_field: str = Field("", description="of a record, its text; empty: text, content, or a conversation")
+
+    @field_validator("encoding")
+    @classmethod
+    def check_encoding(cls, name: str) -> str:
+        """Refuse what Python does not know as an encoding of text."""
+        try:
+            if name:
+                "".encode(name)
+        except (LookupError, ValueError):
+            raise ValueError("is no encoding of text; there are cp1252, cp949, gb18030, shift_jis and more") from None
+        return name
 
     @model_validator(mode="after")
     def check_weights(self) -> Self:

@@ -11,12 +11,12 @@ import re
 import sys
 
 # Controls; marks that change the direction of text; characters that end a line; halves of surrogate pairs
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, most: int = 0) -> str:
     """`text` with escapes for what is unsafe to print, on one line; beyond `most` characters its middle is left out."""
-    safe = _UNSAFE.sub(escape, text)
+    safe = UNSAFE.sub(escape, text)
     if most and len(safe) > most:
         safe = safe[: most // 2] + "…" + safe[len(safe) - (most - most // 2 - 1) :]
     return safe

@@ -24,7 +24,7 @@ LAYERS = (
     ("terminal", "version"),
     ("errors",),
     ("config",),
-    ("machine", "sizes"),
+    ("machine", "sizes", "checks"),
     ("data", "routing"),
     ("ops",),
     ("model",),

@@ -10,6 +10,7 @@ import sys
 from cyclopts import App, CycloptsError
 
 from moestro.errors import MoestroError
+from moestro.terminal import mend_streams, printable
 from moestro.version import __version__
 
 app = App(
@@ -34,19 +35,22 @@ app.command("moestro.cli.doctor:doctor", name="doctor")
 
 def main() -> None:
     """Entry point of the `moestro` script."""
+    mend_streams()
     try:
         result = app(sys.argv[1:], exit_on_error=False, print_error=False, result_action="return_value")
     except MoestroError as error:
         print(f"moestro: {error.command_line_text}", file=sys.stderr)
+        for detail in error.details:
+            print(f"  {printable(detail)}", file=sys.stderr)
         sys.exit(2)
     except CycloptsError as error:
-        print(f"moestro: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"moestro: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        print(f"moestro: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        print(printable(f"moestro: {error.filename or 'files'}: {error.strerror or error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("moestro: interrupted", file=sys.stderr)

@@ -8,18 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moestro.errors import DataError
+from moestro.terminal import UNSAFE, printable, printable_lines
 
 
 def print_json(tree: Mapping[str, Any]) -> None:
     """Print a JSON object on one line of standard output, the last line of a command."""
-    print(json.dumps(tree, ensure_ascii=False), flush=True)
+    is_utf8 = "utf" in (sys.stdout.encoding or "").lower()
+    text = json.dumps(tree, ensure_ascii=not is_utf8)
+    print(UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     """Print aligned names and values, one pair a line."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        print(f"{printable(name):<{width}}  {printable(value)}")
 
 
 def read_input(read: Callable[[], str]) -> str:
@@ -32,4 +35,4 @@ def read_input(read: Callable[[], str]) -> str:
 
 def print_note(text: str) -> None:
     """Print a remark for people on standard error."""
-    print(text, file=sys.stderr)
+    print(printable_lines(text), file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +9,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.config import SETTINGS, Config, apply_overrides, build_config, load_file, load_preset
+from moestro.cli.plan import Open, plan_run, print_plan, set_train, settle_length
+from moestro.config import SETTINGS, Config, build_config, load_file, load_preset
 from moestro.errors import ConfigError
-from moestro.sizes import tree_of_depth
+from moestro.sizes import DEFAULT_MINUTES, tree_of_depth
 
 
 def train(
@@ -21,6 +21,10 @@ def train(
     config: Path | None = None,
     depth: int | None = None,
     data: str | None = None,
+    encoding: str | None = None,
+    text_field: str | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
     out: Path | None = None,
     start: Annotated[str | None, Parameter(name="--from")] = None,
     threads: int | None = None,
@@ -29,22 +33,30 @@ def train(
     quiet: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train a model; without arguments, the demo preset on the built-in corpus.
+    """Train a model: of a size that fits the text of --data; without arguments, the demo on the built-in corpus.
 
     Ctrl-C saves a checkpoint; --resume goes on from the last one.
 
     Parameters
     ----------
     overrides
-        Settings as section.key=value, such as train.steps=40 model.top_k=4.
+        Settings as section.key=value, such as train.lr=2e-3 model.top_k=4.
     preset
         A shipped configuration: demo, small, deepseek-v3, …
     config
         A TOML or JSON file with sections [model], [train], [data], [fp8].
     depth
-        One dial for size: the number of layers sets width, heads, experts, learning rate and steps.
+        One dial for size: the number of layers sets width, heads, experts and learning rate; the text sets the steps.
     data
-        A file or folder (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
+        A file or folder (docs/training.md lists what is read), a Hugging Face data set, or builtin.
+    encoding
+        Of files that are not UTF-8, such as cp1252 or cp949; by default it is guessed.
+    text_field
+        The field or column of a record that holds its text; by default text, content, or a conversation.
+    minutes
+        How long to train; with --data and no size, 30 by default.
+    steps
+        How many steps to train, whatever a preset says of minutes.
     out
         The run directory; runs/NAME by default.
     start
@@ -54,45 +66,64 @@ def train(
     resume
         Continue the run in --out if there is one.
     dry_run
-        Print the configuration and the size of the model, and stop.
+        Print the plan and stop.
     quiet
-        Show no progress.
+        Show neither plan nor progress.
     json_output
-        Print the outcome as one JSON object on the last line.
+        Print the outcome, or the plan of a dry run, as one JSON object on the last line.
     """
-    tree, name = choose_tree(preset, config, depth)
-    if data is not None:
-        tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
-        name = Path(os.path.abspath(data)).stem or name  # .. is not the name of a folder
-    if start is not None:
-        tree, name = start_from(tree, Path(start)), Path(os.path.abspath(start)).name
+    asked = (preset, config, depth, start)
+    flags = {"train.minutes": minutes, "train.steps": steps, "train.threads": threads}
+    overrides = (*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None))
+    tree, name = choose_tree(preset, config, depth, start, data)
     run = out or free_directory(Path("runs"), name, resume)
-    if threads is not None:
-        overrides = (*overrides, f"train.threads={threads}")
-    given = any((preset, config, depth, data, start))
-    settings = resume_config(tree, overrides, run, given=given, resume=resume)
+    saved = run / SETTINGS if resume and (run / SETTINGS).exists() else None
+    if saved is not None and not any(asked):
+        tree = load_file(saved)
+    tree = set_data(tree, {"source": data, "encoding": encoding, "text_field": text_field})
+    left_open = what_is_open(preset or config, depth, start, data, resumed=saved is not None)
+    overrides = settle_length(overrides, from_text=left_open.length)
+    settings = build_config(tree, overrides)
+    prepare_machine(settings)
+    if saved is None and not (quiet and left_open == Open(size=False, length=False)):
+        planned = plan_run(tree, overrides, left_open, timed=not quiet)
+        settings = planned.settings
+        if not quiet:
+            print_plan(planned, run, dry_run=dry_run)
+        if dry_run and json_output:
+            print_json(planned.to_json())
     if dry_run:
-        return print_plan(settings)
+        return 0
     return run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
 
 
-def print_plan(settings: Config) -> int:
-    """Print the configuration and the size of the model as JSON."""
-    from moestro.model.size import describe_size
+def what_is_open(given: object, depth: int | None, start: str | None, data: str | None, *, resumed: bool) -> Open:
+    """What a preset or configuration would say, and follows from the text without one."""
+    if given or resumed:
+        return Open(size=False, length=False)
+    return Open(size=data is not None and depth is None and start is None, length=any((depth, start, data)))
 
-    print_json({"config": settings.model_dump(mode="json"), **describe_size(settings.model)})
-    return 0
+
+def set_data(tree: dict[str, Any], values: dict[str, str | None]) -> dict[str, Any]:
+    """The raw configuration with the values that are given in [data]."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return {**tree, "data": {**tree.get("data", {}), **given}}
+
+
+def prepare_machine(settings: Config) -> None:
+    """Threads and allocator of this process, before anything large."""
+    from moestro import machine
+
+    machine.use_threads(settings.train.threads)
+    machine.keep_freed_memory()
 
 
 def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, json_output: bool) -> int:
     """Train, write the report and print the ending; returns the exit code."""
-    from moestro import machine
     from moestro.parallel import world
     from moestro.report import write_report
     from moestro.training.loop import train as run_training
 
-    machine.use_threads(settings.train.threads)
-    machine.keep_freed_memory()
     with world.join() as processes:
         outcome = run_training(settings, run, resume=resume, quiet=quiet, world=processes)
         if not processes.is_main:
@@ -121,15 +152,22 @@ def start_from(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**tree, "model": model, "train": train, "data": data}
 
 
-def choose_tree(preset: str | None, config: Path | None, depth: int | None) -> tuple[dict[str, Any], str]:
+def choose_tree(
+    preset: str | None, config: Path | None, depth: int | None, start: str | None, data: str | None
+) -> tuple[dict[str, Any], str]:
     """The raw configuration that the flags name, and a name for the run."""
     if sum(choice is not None for choice in (preset, config, depth)) > 1:
         raise ConfigError("give one of --preset, --config and --depth")
+    tree, name = load_preset(preset or "demo"), preset or "demo"
     if config is not None:
-        return load_file(config), config.stem
-    if depth is not None:
-        return tree_of_depth(depth), f"depth-{depth}"
-    return load_preset(preset or "demo"), preset or "demo"
+        tree, name = load_file(config), config.stem
+    elif depth is not None:
+        tree, name = tree_of_depth(depth), f"depth-{depth}"
+    if start is not None:
+        if not (preset or config or depth):  # the demo's time is none to train a given model for
+            tree = set_train(tree, {"minutes": DEFAULT_MINUTES})
+        return start_from(tree, Path(start)), Path(os.path.abspath(start)).name
+    return tree, name if data is None else Path(os.path.abspath(data)).stem or name  # .. is not the name of a folder
 
 
 def free_directory(parent: Path, name: str, resume: bool) -> Path:
@@ -139,14 +177,6 @@ def free_directory(parent: Path, name: str, resume: bool) -> Path:
         number += 1
         run = parent / f"{name}-{number}"
     return run
-
-
-def resume_config(tree: dict[str, Any], overrides: tuple[str, ...], run: Path, *, given: bool, resume: bool) -> Config:
-    """What to run: a resumed run keeps its saved configuration unless the flags name another."""
-    saved = run / SETTINGS
-    if resume and not given and saved.exists():
-        tree = load_file(saved)
-    return build_config(tree, overrides)
 
 
 def print_ending(outcome: Any, report: Path) -> None:

@@ -105,7 +105,7 @@ class Corpus:
                 yield from self.read(file)
 
     def _find_encoding(self, file: SourceFile) -> str:
-        """"" for a binary file, which is left out; tables say themselves how their strings are written."""
+        """ "" for a binary file, which is left out; tables say themselves how their strings are written."""
         if file.kind in (".parquet", ".arrow"):
             return "utf-8"
         try:

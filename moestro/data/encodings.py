@@ -25,15 +25,6 @@ CANDIDATES = (
 )
 
 
-def check_encoding(name: str) -> None:
-    """Refuse a name that Python does not know as an encoding of text; ValueError says so."""
-    try:
-        "".encode(name)
-        b"".decode(name)
-    except (LookupError, UnicodeError, ValueError):
-        raise ValueError(f"'{name}' is no encoding of text: try utf-8, cp1252, cp949, gb18030, shift_jis …") from None
-
-
 def find_encoding(open_file: Callable[[], AbstractContextManager[IO[bytes]]], named: str) -> str:
     """The encoding of a file, "" if it is binary. `named` is that of files that are not UTF-8; empty: guess."""
     with open_file() as file:

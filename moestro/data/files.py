@@ -1,7 +1,7 @@
 """The files of a folder that hold text, in sorted order, and why others are left out.
 
-What is hidden, empty, of another kind, or a folder seen before (symbolic links) is counted. Of a Hugging Face data set on
-disk only the split `train` is read, as from the hub, and its own bookkeeping is not text.
+What is hidden, empty, of another kind, or a folder seen before (symbolic links) is counted. Of a Hugging Face data set
+on disk only the split `train` is read, as from the hub, and its own bookkeeping is not text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def advise(suffix: str) -> str:
     """What to do with a file that is not read."""
     if suffix in ARCHIVES:
         return "unpack it first"
-    return "convert it to text first" if suffix in DOCUMENTS else f"known are {' '.join(SUFFIXES)}, each also .gz or .zst"
+    return (
+        "convert it to text first" if suffix in DOCUMENTS else f"known are {' '.join(SUFFIXES)}, each also .gz or .zst"
+    )
 
 
 def single_file(path: Path, kind: str) -> SourceFile:

@@ -6,6 +6,7 @@ tokenising the same text takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moestro.data.corpus import Corpus
@@ -15,7 +16,8 @@ from moestro.terminal import printable
 
 MOST_LISTED = 50
 SAMPLE_BYTES = 1_000_000  # of text, to count tokens on
-_SAMPLE_PARTS = 256  # per domain
+HUB_BYTES = 4_000_000  # of a data set that is streamed from the hub, since nobody knows its size
+_DOMAIN_CHARS, _DOCUMENT_CHARS = 500_000, 8_000  # most that is kept
 
 
 @dataclass
@@ -38,10 +40,14 @@ class DomainText:
 
 @dataclass
 class Survey:
-    """What a source holds. `files` is 0 where text does not come from files; `sample` are documents spread over it."""
+    """What a source holds. `files` is 0 where text does not come from files; `sample` are documents spread over it.
+
+    `complete` is False for a data set that is streamed: the other figures are of its beginning.
+    """
 
     source: str
     files: int = 0
+    complete: bool = True
     domains: dict[str, DomainText] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
@@ -59,20 +65,27 @@ class Survey:
 
 
 def survey(corpus: Corpus) -> Survey:
-    """Read all of a corpus. Raises one `DataError` whose details are all files that cannot be read, or if it is empty."""
+    """Read all of a corpus. Raises one `DataError`, whose details are all files that cannot be read, or for no text."""
     result = Survey(corpus.source)
     sampler = _Sampler()
     if corpus.found is None:
-        for document in corpus.documents():
-            _count(document, result, sampler)
+        _read_stream(corpus, result, sampler)
     else:
         result.files = len(corpus.found.files)
         result.skipped = dict(corpus.found.skipped.most_common())
         _read_files(corpus, result, sampler)
     if not result.domains:
         raise DataError(f"no text in '{corpus.source}'")
-    result.notices, result.sample = tuple(corpus.notices()), sampler.texts()
+    result.notices, result.sample = tuple(corpus.notices()), sampler.texts(result.domains)
     return result
+
+
+def _read_stream(corpus: Corpus, result: Survey, sampler: _Sampler) -> None:
+    for document in corpus.documents():
+        _count(document, result, sampler)
+        if corpus.source != "builtin" and result.bytes >= HUB_BYTES:
+            result.complete = False
+            return
 
 
 def _read_files(corpus: Corpus, result: Survey, sampler: _Sampler) -> None:
@@ -103,34 +116,37 @@ def _count(document: Document, result: Survey, sampler: _Sampler) -> None:
 
 
 class _Sampler:
-    """Keeps every k-th document of a domain; k doubles when there are too many, so that they stay spread evenly."""
+    """Keeps the beginning of every k-th document of a domain; k doubles at `_DOMAIN_BYTES`, so they stay spread out."""
 
     def __init__(self) -> None:
         self.kept: dict[str, list[str]] = {}
         self.every: dict[str, int] = {}
         self.seen: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
 
     def add(self, document: Document) -> None:
         """Take one document, or leave it."""
         name = document.domain
-        kept, every, seen = self.kept.setdefault(name, []), self.every.setdefault(name, 1), self.seen.get(name, 0)
+        kept, seen = self.kept.setdefault(name, []), self.seen.get(name, 0)
         self.seen[name] = seen + 1
-        if seen % every:
+        if seen % self.every.setdefault(name, 1):
             return
-        kept.append(document.text)
-        if len(kept) > _SAMPLE_PARTS:
+        kept.append(document.text[:_DOCUMENT_CHARS])
+        self.sizes[name] = self.sizes.get(name, 0) + len(kept[-1])
+        if self.sizes[name] > _DOMAIN_CHARS and len(kept) > 1:
             del kept[1::2]
-            self.every[name] = 2 * every
+            self.every[name] *= 2
+            self.sizes[name] = sum(map(len, kept))
 
-    def texts(self) -> list[str]:
-        """At most `SAMPLE_BYTES` in all, each domain with its share of the documents seen."""
-        total = sum(self.seen.values())
+    def texts(self, domains: Mapping[str, DomainText]) -> list[str]:
+        """About `SAMPLE_BYTES` in all, of each domain its share of the text."""
+        total = sum(domain.bytes for domain in domains.values())
         texts = []
-        for name, kept in self.kept.items():
-            room = SAMPLE_BYTES * self.seen[name] // total
-            for text in kept:
+        for name, domain in domains.items():
+            room = SAMPLE_BYTES * domain.bytes / total
+            for text in self.kept[name]:
                 if room <= 0:
                     break
-                texts.append(text[:room])
+                texts.append(text)
                 room -= len(text.encode())
         return texts

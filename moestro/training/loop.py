@@ -25,6 +25,7 @@ from moestro.errors import MoestroError
 from moestro.model.size import measure_size
 from moestro.parallel.world import ONE, World
 from moestro.routing import stats
+from moestro.terminal import printable
 from moestro.training import optim
 from moestro.training.checkpoint import save_checkpoint
 from moestro.training.evaluate import pad_token_bytes, score_domains
@@ -86,7 +87,7 @@ def train(
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _say_nothing(text: str) -> None:
