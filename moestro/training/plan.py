@@ -4,8 +4,8 @@ The rule. A model is trained on `TOKENS_PER_PARAMETER` tokens for each active pa
 the largest is taken whose tokens this machine computes in the minutes given, and whose tokens are at most `FEW_PASSES`
 over the text: up to about four passes are worth nearly as much as new text, beyond sixteen little is learned
 (Muennighoff et al., arXiv 2305.16264). Training then fills the minutes, up to four passes over the text; where even the
-smallest model wants more tokens than that, up to sixteen. The vocabulary is the largest power of two with `BYTES_PER_ID`
-of text for each id, from 512 to 8192.
+smallest model wants more tokens than that, up to sixteen. The vocabulary is the largest power of two that leaves
+`BYTES_PER_ID` of text for each id, from 512 to 8192.
 
 All functions here but `measure_text` are pure.
 """
@@ -187,14 +187,11 @@ def warn(plan: TrainingPlan, config: Config, survey: Survey) -> list[str]:
             f"about {sum(text.held_out.values()):,} tokens are held out, too few for a score that means much; "
             "data.valid_fraction holds out more"
         )
-    if (
-        trains_tokenizer(config)
-        and survey.complete
-        and config.model.vocab_size > SPARSE_VOCABULARY * choose_vocabulary(survey)
-    ):
+    supported = choose_vocabulary(survey)
+    if trains_tokenizer(config) and config.model.vocab_size > SPARSE_VOCABULARY * supported:
         found.append(
-            f"a vocabulary of {config.model.vocab_size} is larger than {survey.bytes / 1e6:.2f} MB of text support: "
-            f"try model.vocab_size={choose_vocabulary(survey)}"
+            f"a vocabulary of {config.model.vocab_size} is more than {survey.bytes / 1e6:.2f} MB of text support: "
+            f"try model.vocab_size={supported}"
         )
     if plan.seconds is not None and plan.seconds > MANY_HOURS * 3600:
         found.append(
