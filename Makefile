@@ -23,6 +23,7 @@ WORKERS := -n auto --dist loadfile
 
 demo: $(VENV)/.installed
 	$(BIN)/moestro train --preset demo
+	@echo "To type moestro without its folder: . $(BIN)/activate"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(WORKERS)

@@ -29,16 +29,23 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def setting(default: Any, unit: str, meaning: str, **bounds: Any) -> Any:
+    """A field, with what `moestro settings` says of it; the unit of choices and of plain numbers is ""."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
+
+
 class RopeConfig(Frozen):
     """Rotary embedding, with YaRN (arXiv 2309.00071) when `factor` > 1."""
 
-    theta: float = Field(10000.0, gt=1)
-    factor: float = Field(1.0, ge=1)
-    original_max_seq_len: int = Field(4096, gt=0)
-    beta_fast: float = Field(32.0, gt=0)
-    beta_slow: float = Field(1.0, gt=0)
-    mscale: float = Field(1.0, ge=0)
-    mscale_all_dim: float = Field(1.0, ge=0)
+    theta: float = setting(10000.0, "", "base of the frequencies", gt=1)
+    factor: float = setting(1.0, "", "> 1: YaRN stretches the context by this much", ge=1)
+    original_max_seq_len: int = setting(4096, "tokens", "context length before YaRN", gt=0)
+    beta_fast: float = setting(
+        32.0, "turns", "YaRN keeps frequencies with more turns than this in the original context", gt=0
+    )
+    beta_slow: float = setting(1.0, "turns", "YaRN stretches frequencies with fewer turns than this", gt=0)
+    mscale: float = setting(1.0, "", "YaRN: scale of the rotated values, relative to mscale_all_dim", ge=0)
+    mscale_all_dim: float = setting(1.0, "", "YaRN: scale of attention scores; 0 for none", ge=0)
 
 
 class BalanceTerm(Frozen):
@@ -49,9 +56,11 @@ class BalanceTerm(Frozen):
     `expert`, `device` and `communication` are counted on: every sequence, or all tokens of a forward pass.
     """
 
-    kind: Literal["sequence", "expert", "first_choice", "device", "communication", "importance", "load", "z"]
-    weight: float = Field(ge=0)
-    over: Literal["batch", "sequence"] = "batch"
+    kind: Literal["sequence", "expert", "first_choice", "device", "communication", "importance", "load", "z"] = Field(
+        description="which loss"
+    )
+    weight: float = Field(ge=0, description="factor of the loss")
+    over: Literal["batch", "sequence"] = setting("batch", "", "what expert, device and communication count shares on")
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -71,39 +80,45 @@ class CapacityConfig(Frozen):
     (V2: 0.1).
     """
 
-    factor: float = Field(0.0, ge=0)
-    eval_factor: float = Field(0.0, ge=0)
-    unit: Literal["expert", "device"] = "expert"
-    order: Literal["position", "affinity"] = "position"
-    spared_fraction: float = Field(0.0, ge=0, le=1)
+    factor: float = setting(0.0, "mean loads", "most choices accepted in training; 0: no limit", ge=0)
+    eval_factor: float = setting(0.0, "mean loads", "the same in evaluation and serving", ge=0)
+    unit: Literal["expert", "device"] = setting(
+        "expert", "", "what is limited: every expert, or every device (a group of experts)"
+    )
+    order: Literal["position", "affinity"] = setting(
+        "position", "", "what is dropped first: what comes last (GShard, Switch), or the lowest affinities (V2)"
+    )
+    spared_fraction: float = setting(
+        0.0, "fraction", "sequences, chosen at random, that lose nothing (V2: 0.1)", ge=0, le=1
+    )
 
 
 class RouterConfig(Frozen):
-    """How tokens choose experts: a scheme is data, not a class. Presets in `presets/routers/`.
+    """How tokens choose experts: a scheme is data, not a class. Presets in `presets/routers/`."""
 
-    score           an expert's score: sigmoid (V3), softmax, sqrt_softplus (V4), or constant (no learned gate: Hash
-                    layers)
-    selection       the top_k by score, or by a hash of the token id; the first `num_hash_layers` MoE layers always
-                    use the hash (V4)
-    group_score     a group's score: the sum of its two best experts (V3) or its best (V2)
-    normalize       whether the weights of the chosen experts sum to `scale`
-    noise           in training: none; learned, Shazeer's noisy top-k (both matrices start at zero); jitter, Switch's
-    random_second   in training, a choice after the first is kept with probability 2 · weight (GShard)
-    bias            none; sign, b += γ sign(e) (V3); error, b += γ e; multiplicative, s · (1 + b) with the sign rule,
-                    where e = (mean load − load) / mean load (arXiv 2408.15664)
-    """
-
-    score: Literal["sigmoid", "softmax", "sqrt_softplus", "constant"] = "sigmoid"
-    selection: Literal["top_k", "hash"] = "top_k"
-    num_hash_layers: int = Field(0, ge=0)
-    group_score: Literal["top2", "max"] = "top2"
-    normalize: bool = True
-    scale: float = Field(2.5, gt=0)
-    noise: Literal["none", "learned", "jitter"] = "none"
-    random_second: bool = False
-    bias: Literal["none", "sign", "error", "multiplicative"] = "sign"
-    bias_speed: float = Field(0.001, ge=0)
-    balance: tuple[BalanceTerm, ...] = (BalanceTerm(kind="sequence", weight=1e-4),)
+    score: Literal["sigmoid", "softmax", "sqrt_softplus", "constant"] = setting(
+        "sigmoid", "", "an expert's score: sigmoid (V3), sqrt_softplus (V4); constant has no learned gate (Hash layers)"
+    )
+    selection: Literal["top_k", "hash"] = setting("top_k", "", "the top_k by score, or by a hash of the token id")
+    num_hash_layers: int = setting(0, "layers", "the first so many MoE layers always use the hash (V4)", ge=0)
+    group_score: Literal["top2", "max"] = setting(
+        "top2", "", "a group's score: the sum of its two best experts (V3), or its best (V2)"
+    )
+    normalize: bool = setting(True, "", "whether the weights of the chosen experts sum to scale")
+    scale: float = setting(2.5, "", "factor of the routed experts' output", gt=0)
+    noise: Literal["none", "learned", "jitter"] = setting(
+        "none", "", "in training: learned is Shazeer's noisy top-k, from matrices that start at zero; jitter Switch's"
+    )
+    random_second: bool = setting(
+        False, "", "in training, a choice after the first is kept with probability 2 · weight (GShard)"
+    )
+    bias: Literal["none", "sign", "error", "multiplicative"] = setting(
+        "sign", "", "b += γ sign(e) (V3), b += γ e, or s · (1 + b) with the sign rule; e = 1 - load / mean load"
+    )
+    bias_speed: float = setting(0.001, "per step", "γ of the bias rule", ge=0)
+    balance: tuple[BalanceTerm, ...] = setting(
+        (BalanceTerm(kind="sequence", weight=1e-4),), "", "auxiliary losses: a list of {kind, weight, over}"
+    )
     capacity: CapacityConfig = CapacityConfig()
 
     @model_validator(mode="after")
@@ -126,34 +141,34 @@ class ModelConfig(Frozen):
     With `attention` other than `mla`, heads are `nope_dim + rope_dim` wide, the last `rope_dim` rotated.
     """
 
-    vocab_size: int = Field(8192, gt=0)
-    hidden_dim: int = Field(256, gt=0)
-    num_layers: int = Field(6, gt=0)
-    num_dense_layers: int = Field(1, ge=0)
-    dense_dim: int = Field(640, gt=0)
-    max_seq_len: int = Field(4096, gt=0)
-    attention: Literal["mla", "mha", "gqa", "mqa"] = "mla"
-    num_heads: int = Field(4, gt=0)
-    num_kv_heads: int = Field(1, gt=0, description="for gqa only")
-    q_lora_rank: int = Field(0, ge=0)
-    kv_lora_rank: int = Field(64, gt=0)
-    nope_dim: int = Field(32, ge=0)
-    rope_dim: int = Field(32, ge=2, multiple_of=2)
-    v_dim: int = Field(64, gt=0)
-    num_experts: int = Field(32, ge=0)
-    num_shared_experts: int = Field(1, ge=0)
-    top_k: int = Field(4, gt=0)
-    num_groups: int = Field(1, gt=0)
-    top_k_groups: int = Field(1, gt=0)
-    expert_dim: int = Field(128, gt=0)
-    moe_every: int = Field(1, gt=0, description="of the blocks after the dense ones, every so many has experts")
-    mtp_depth: int = Field(0, ge=0)
-    tie_embeddings: bool = False
-    norm_eps: float = Field(1e-6, gt=0)
-    init_std: float = Field(0.02, gt=0)
-    init_scale: float = Field(
-        0.0, ge=0, description="> 0: σ = √(init_scale / inputs) instead of init_std (Switch: 0.1)"
+    vocab_size: int = setting(8192, "tokens", "size of the vocabulary; training sets it to the tokenizer's", gt=0)
+    hidden_dim: int = setting(256, "values", "width of the residual stream", gt=0)
+    num_layers: int = setting(6, "layers", "blocks, MTP modules not counted", gt=0)
+    num_dense_layers: int = setting(1, "layers", "the first so many blocks have no experts", ge=0)
+    dense_dim: int = setting(640, "values", "inner width of a feed-forward layer without experts", gt=0)
+    max_seq_len: int = setting(4096, "tokens", "longest context", gt=0)
+    attention: Literal["mla", "mha", "gqa", "mqa"] = setting(
+        "mla", "", "mla: latent attention; mha, gqa, mqa: keys and values per head, per group, or shared"
     )
+    num_heads: int = setting(4, "heads", "query heads", gt=0)
+    num_kv_heads: int = setting(1, "heads", "heads of keys and values, for gqa only", gt=0)
+    q_lora_rank: int = setting(0, "values", "width of the queries' latent; 0: projected directly, as in V2-Lite", ge=0)
+    kv_lora_rank: int = setting(64, "values", "width of the cached latent", gt=0)
+    nope_dim: int = setting(32, "values", "width of a head's part that is not rotated", ge=0)
+    rope_dim: int = setting(32, "values", "width of a head's rotated part", ge=2, multiple_of=2)
+    v_dim: int = setting(64, "values", "width of a head's values", gt=0)
+    num_experts: int = setting(32, "experts", "routed experts of a layer; 0: a dense Transformer", ge=0)
+    num_shared_experts: int = setting(1, "experts", "experts that every token uses", ge=0)
+    top_k: int = setting(4, "experts", "routed experts of a token", gt=0)
+    num_groups: int = setting(1, "groups", "groups that experts are divided into", gt=0)
+    top_k_groups: int = setting(1, "groups", "groups whose experts a token may use", gt=0)
+    expert_dim: int = setting(128, "values", "inner width of an expert", gt=0)
+    moe_every: int = setting(1, "layers", "of the blocks after the dense ones, every so many has experts", gt=0)
+    mtp_depth: int = setting(0, "modules", "multi-token prediction: tokens predicted beyond the next", ge=0)
+    tie_embeddings: bool = setting(False, "", "whether the head is the embedding")
+    norm_eps: float = setting(1e-6, "", "added to the mean square in RMSNorm", gt=0)
+    init_std: float = setting(0.02, "", "standard deviation of the initial weights", gt=0)
+    init_scale: float = setting(0.0, "", "> 0: σ = √(init_scale / inputs) instead of init_std (Switch: 0.1)", ge=0)
     rope: RopeConfig = RopeConfig()
     router: RouterConfig = RouterConfig()
 
@@ -208,37 +223,45 @@ SLOWEST_BF16_BETA = 1 - 2**-8  # neighbours among bf16 values are up to 2⁻⁷ 
 class TrainConfig(Frozen):
     """The run: length, schedule, optimizer, precision, and what is written when."""
 
-    start_from: str = Field("", description="a run, checkpoint or model directory whose weights are trained on")
-    seed: int = Field(0, gt=-(2**43), lt=2**43, description="seed and step together seed a step's noise, 64 bits")
-    steps: int = Field(1000, gt=0)
-    minutes: float = Field(0.0, ge=0, description="> 0: after 20 steps, `steps` is lowered to fit this time")
-    seq_len: int = Field(512, gt=1)
-    batch_size: int = Field(16, gt=0, description="sequences per forward pass")
-    accumulate: int = Field(1, gt=0, description="forward passes per step")
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    moments: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where precision is fp8, else fp32")
-    lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(20, ge=0)
-    decay_fraction: float = Field(0.3, ge=0, le=1)
-    final_lr_ratio: float = Field(0.05, ge=0, le=1)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, gt=0)
-    mtp_weight: float = Field(0.3, ge=0)
-    mtp_weight_late: float = Field(0.1, ge=0, description="V3 lowers the weight after two thirds of the run")
-    bias_frozen_fraction: float = Field(0.034, ge=0, le=1, description="last part of the run without bias updates")
-    precision: Literal["auto", "bf16", "fp32", "fp8"] = Field(
-        "auto", description="of products; auto: bf16 where it is measured faster than fp32"
+    start_from: str = setting("", "", "a run, checkpoint or model directory whose weights are trained on")
+    seed: int = setting(0, "", "decides initial weights, order of data and noise", gt=-(2**43), lt=2**43)
+    steps: int = setting(1000, "steps", "length of the run", gt=0)
+    minutes: float = setting(0.0, "minutes", "> 0: after 20 steps, steps is lowered to fit this time", ge=0)
+    seq_len: int = setting(512, "tokens", "length of a row", gt=1)
+    batch_size: int = setting(16, "rows", "rows per forward pass", gt=0)
+    accumulate: int = setting(1, "passes", "forward passes per step", gt=0)
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "", "of matrices; muon leaves the rest to AdamW")
+    moments: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "", "how the optimizer's averages are kept; auto: bf16 where precision is fp8, else fp32"
     )
-    recompute: bool = False
-    mask_documents: bool = True
-    checkpoint_every: int = Field(200, gt=0)
-    keep_checkpoints: int = Field(2, gt=0)
-    save_dtype: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="of checkpoints; resumes stay exact")
-    eval_every: int = Field(100, gt=0)
-    eval_tokens: int = Field(65536, gt=0, description="validation tokens per domain while training")
-    threads: int = Field(0, ge=0, le=1024, description="set by commands; 0: every core they may use")
-    mirror: Literal["none", "tensorboard", "trackio"] = "none"
+    lr: float = setting(1e-3, "", "highest learning rate", gt=0)
+    warmup_steps: int = setting(20, "steps", "the learning rate rises over so many", ge=0)
+    decay_fraction: float = setting(
+        0.3, "fraction", "last part of the run, over which the learning rate falls", ge=0, le=1
+    )
+    final_lr_ratio: float = setting(0.05, "fraction", "of lr, at the end", ge=0, le=1)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = setting(
+        (0.9, 0.95), "", "AdamW: decay of the mean and of the mean square of gradients"
+    )
+    weight_decay: float = setting(0.1, "", "AdamW: decay of matrices, times the learning rate", ge=0)
+    clip: float = setting(1.0, "", "largest norm of the gradient", gt=0)
+    mtp_weight: float = setting(0.3, "", "weight of the MTP loss", ge=0)
+    mtp_weight_late: float = setting(0.1, "", "the same after two thirds of the run, as in V3", ge=0)
+    bias_frozen_fraction: float = setting(
+        0.034, "fraction", "last part of the run, without updates of the routers' biases", ge=0, le=1
+    )
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = setting(
+        "auto", "", "of products; auto: bf16 where it is measured faster than fp32"
+    )
+    recompute: bool = setting(False, "", "compute blocks again in the backward pass: slower, less memory")
+    mask_documents: bool = setting(True, "", "no token attends to another document of its row")
+    checkpoint_every: int = setting(200, "steps", "between checkpoints", gt=0)
+    keep_checkpoints: int = setting(2, "checkpoints", "newest ones to keep", gt=0)
+    save_dtype: Literal["fp32", "bf16", "fp8"] = setting("fp32", "", "of checkpoints; resumes stay exact")
+    eval_every: int = setting(100, "steps", "between evaluations", gt=0)
+    eval_tokens: int = setting(65536, "tokens", "held-out text of a domain that is evaluated while training", gt=0)
+    threads: int = setting(0, "threads", "set by commands; 0: every core they may use", ge=0, le=1024)
+    mirror: Literal["none", "tensorboard", "trackio"] = setting("none", "", "a tracker that gets the metrics too")
 
     @model_validator(mode="before")
     @classmethod
@@ -267,22 +290,22 @@ class TrainConfig(Frozen):
 
 
 class Fp8Config(Frozen):
-    """How `train.precision=fp8` quantises and multiplies; the defaults are DeepSeek-V3's (docs/fp8-training.md).
+    """How `train.precision=fp8` quantises and multiplies; the defaults are DeepSeek-V3's (docs/fp8-training.md)."""
 
-    scale        of a block: fp32, or ue8m0, the next power of two (V3.1)
-    transpose    inputs for the gradient of weights: requantize the FP8 codes along tokens (V3), or keep both
-                 directions, each quantised from the unrounded tensor (TransformerEngine)
-    accumulate   sums of products: fp32, or hopper, the 14 bits of H100 tensor cores, added to fp32 every `promote`
-    tile         scales per block (V3), or one per tensor
-    dgrad_tile   gradients of activations in rows of 128 (V3), or in squares of 128 x 128
-    """
-
-    scale: Literal["fp32", "ue8m0"] = "fp32"
-    transpose: Literal["requantize", "both"] = "requantize"
-    accumulate: Literal["fp32", "hopper"] = "fp32"
-    promote: int = Field(128, gt=0, multiple_of=32)
-    tile: Literal["block", "tensor"] = "block"
-    dgrad_tile: Literal["row", "square"] = "row"
+    scale: Literal["fp32", "ue8m0"] = setting("fp32", "", "of a block: fp32, or ue8m0, the next power of two (V3.1)")
+    transpose: Literal["requantize", "both"] = setting(
+        "requantize", "", "for gradients of weights: codes requantized along tokens (V3), or both ways from the tensor"
+    )
+    accumulate: Literal["fp32", "hopper"] = setting(
+        "fp32", "", "sums of products: fp32, or hopper, the 14 bits of H100 tensor cores"
+    )
+    promote: int = setting(
+        128, "products", "hopper: after so many, a sum is added to one in fp32", gt=0, multiple_of=32
+    )
+    tile: Literal["block", "tensor"] = setting("block", "", "a scale per block (V3), or one per tensor")
+    dgrad_tile: Literal["row", "square"] = setting(
+        "row", "", "gradients of activations in rows of 128 (V3), or in squares of 128 x 128"
+    )
 
     @model_validator(mode="after")
     def check_promotion(self) -> Self:
@@ -296,12 +319,14 @@ class DataConfig(Frozen):
     """Where text comes from. `weights` sets each domain's share of the tokens. Domains not named divide the rest by
     size, 0 leaves a domain out, and if all are named only the proportions count."""
 
-    source: str = "builtin"
-    tokenizer: str = Field("auto", description="auto, builtin, train, or a tokenizer.json")
-    weights: dict[str, float] = {}
-    valid_fraction: float = Field(0.02, gt=0, lt=0.5)
-    encoding: str = Field("", description="of files that are not UTF-8, such as cp1252; empty: guessed, with a notice")
-    text_field: str = Field("", description="of a record, its text; empty: text, content, or a conversation")
+    source: str = setting("builtin", "", "a file, a folder, a Hugging Face data set, or builtin")
+    tokenizer: str = setting("auto", "", "auto, builtin, train, or a tokenizer.json")
+    weights: dict[str, float] = setting(
+        {}, "shares", "of the tokens, by domain; those not named divide the rest by size, 0 leaves one out"
+    )
+    valid_fraction: float = setting(0.02, "fraction", "documents that are held out", gt=0, lt=0.5)
+    encoding: str = setting("", "", "of files that are not UTF-8, such as cp1252; empty: guessed, with a notice")
+    text_field: str = setting("", "", "the field of a record that is its text; empty: text, content, or a conversation")
 
     @field_validator("encoding")
     @classmethod
@@ -402,8 +427,8 @@ def build_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> Conf
         raise ConfigError(_describe(error)) from error
 
 
-def _suggest(key: str) -> str:
-    """The nearest known key: the same name in another section, else a similar spelling."""
+def suggest_key(key: str) -> str:
+    """A question that names the nearest key: the same name in another section, else a similar spelling."""
     known = list(_list_keys(Config().model_dump()))
     leaf = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == leaf]
@@ -423,7 +448,7 @@ def _describe(error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{key}'" + _suggest(key))
+            problems.append(f"unknown key '{key}'" + suggest_key(key))
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"

@@ -37,7 +37,9 @@ def ablate(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Bits per byte with experts masked, without retraining, against the intact model, per domain.
+    """Measure what a model loses, in bits per byte, when experts are masked.
+
+    Nothing is retrained; every domain is compared with the intact model.
 
     Parameters
     ----------

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from pathlib import Path
+from contextlib import closing
+from typing import TYPE_CHECKING
 
-from moestro.cli.output import print_note, read_input
+from moestro.cli.history import line_editing
+from moestro.cli.models import Download, Model, choose_model
+from moestro.cli.output import print_error, print_note, read_input, visible
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.errors import MoestroError
+
+if TYPE_CHECKING:
+    from moestro.engine.conversation import Conversation
+
+BASE_MODEL = "This is a base model: it continues your text rather than answering it."
+QUOTES = '"""'
 
 
 def chat(
-    model: Path,
+    model: Model = None,
     *,
     system: str | None = None,
     max_tokens: int = 256,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
     seed: int = 0,
+    download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Talk to a model; an empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.
+    """Talk to a model in the terminal; /help lists what can be typed beside messages.
+
+    Ctrl-C stops a reply and keeps what was said of it, Ctrl-D leaves. What sampling settings are not given are those of
+    the model's directory, or else a temperature of 0.7 and a top-p of 0.9.
 
     Parameters
     ----------
-    model
-        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
     system
         A first message that says how to behave.
     max_tokens
@@ -37,40 +52,100 @@ def chat(
         0 takes the likeliest token; 1 samples the model's own distribution.
     top_p
         Sample from the smallest set of tokens with this much probability.
+    top_k
+        Sample from this many of the likeliest tokens; 0 for all.
+    repetition_penalty
+        Above 1, tokens that have occurred become less likely.
     seed
         The same seed and messages give the same replies.
     """
-    from moestro.engine.conversation import Conversation
-    from moestro.engine.language_model import load
+    from moestro.engine.conversation import Conversation, is_base_model
+    from moestro.engine.language_model import find_model_directory, load
+    from moestro.server.renderer import Renderer
 
+    directory = choose_model(model, download, "chat")
     use_threads(threads)
-    beginning = [{"role": "system", "content": system}] if system else []
+    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
     conversation = Conversation(
-        load(model, dtype, weights=weights, cache=cache, activations=activations),
+        language_model,
         max_tokens,
         temperature,
         top_p,
+        top_k,
+        repetition_penalty,
         seed,
-        list(beginning),
+        plain=is_base_model(language_model.tokenizer),
+        messages=[{"role": "system", "content": system}] if system else [],
     )
     if sys.stdin.isatty():
-        print_note("An empty line or Ctrl-D ends, Ctrl-C stops a reply, /new starts over.")
-        print_note("A model trained on plain text alone continues your text rather than answering it.")
-    while text := read_line():
-        if text == "/new":
-            conversation.messages = list(beginning)
-            continue
+        print_note("/help lists commands; Ctrl-C stops a reply, Ctrl-D leaves.")
+    if conversation.plain:
+        print_note(BASE_MODEL)
+    with closing(Renderer(find_model_directory(directory))) as renderer, line_editing():
+        conversation.render = renderer.render
+        converse(conversation)
+
+
+def converse(conversation: Conversation) -> None:
+    """Answer messages and follow commands until the input ends or /exit."""
+    from moestro.cli.chat_commands import Session
+
+    session = Session(conversation)
+    while not session.is_over and (text := read_message()) is not None:
         try:
-            for piece in conversation.reply(text):
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print_note("\n(stopped)")
-        print()
+            question = session.follow(text) if text.startswith("/") else text
+            if question:
+                say(conversation, question)
+        except MoestroError as error:  # of this message alone
+            print_error(error)
+            if not sys.stdin.isatty():
+                raise SystemExit(2) from None
 
 
-def read_line() -> str:
-    """The next line without spaces around it; empty at the end of input."""
+def say(conversation: Conversation, text: str) -> None:
+    """Print the reply as it comes. Ctrl-C stops it between two tokens, so that the engine stays whole."""
+    from moestro.training.loop import stop_on_signal
+
+    with stop_on_signal() as stop:
+        reply = conversation.reply(text)
+        for place, piece in enumerate(reply):
+            if not place and conversation.num_forgotten:
+                print_note(f"(the context is full: the {conversation.num_forgotten} oldest exchanges are left out)")
+            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+            if stop.signal is not None:
+                break
+        reply.close()
+    print()
+    if stop.signal == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    if stop.signal is not None:
+        print_note("(stopped; /retry asks again)")
+
+
+def read_message() -> str | None:
+    '''The next message, without spaces around it; lines between """ and """ are one. None at the end of input.'''
     try:
-        return read_input(lambda: input("> " if sys.stdin.isatty() else "")).strip()
+        text = read_line("> ").strip()
+        return read_rest(text.removeprefix(QUOTES)) if text.startswith(QUOTES) else text
     except EOFError:
+        return None
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print_note("\n(Ctrl-D or /exit leaves)")
         return ""
+
+
+def read_rest(text: str) -> str:
+    """A message of several lines, of which the first is known, up to its quotes or the end of input."""
+    while not text.rstrip().endswith(QUOTES):
+        try:
+            text += "\n" + read_line(". ")
+        except EOFError:
+            break
+    return text.strip().removesuffix(QUOTES).strip()
+
+
+def read_line(prompt: str) -> str:
+    """A line of standard input; people see a prompt. EOFError at its end."""
+    return read_input(lambda: input(prompt if sys.stdin.isatty() else ""))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from moestro.cli.hints import spell_commands
 from moestro.cli.output import print_json, print_note
 from moestro.config import load_preset
 
@@ -40,7 +41,7 @@ def compare(
     dry_run: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train router schemes of equal FLOPs per token on the same data and compare them.
+    """Train routers at equal cost on the same data and compare them.
 
     The same command continues a stopped comparison; cells and seeds may be added.
 
@@ -116,7 +117,7 @@ def run_and_show(plan: Plan, *, json_output: bool) -> int:
     if failed:
         print_note(f"{failed} of {total} runs failed; the same command tries them again")
     if signal is not None:
-        print_note(f"Stopped; {finished} of {total} runs are finished. Go on with:\n  {command}")
+        print_note(f"Stopped; {finished} of {total} runs are finished. Go on with:\n  {spell_commands(command)}")
     if json_output:
         print_json(
             {"out": str(plan.directory), "report": str(report), "runs": total, "finished": finished, "failed": failed,

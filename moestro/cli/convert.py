@@ -20,7 +20,9 @@ def convert(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write a model as a new Hugging Face directory in fp8 or bf16, one matrix after another.
+    """Write a model as a new Hugging Face directory in fp8 or bf16.
+
+    One matrix is in memory at a time.
 
     Parameters
     ----------

@@ -20,7 +20,9 @@ def doctor(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Instruction sets, threads, torch; memory bandwidth and matrix products measured in seconds; advice.
+    """Check this machine: kernels, threads, memory and speed, with advice.
+
+    Memory bandwidth and matrix products are measured, in a few seconds.
 
     Parameters
     ----------

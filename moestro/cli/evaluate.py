@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moestro.cli.output import print_json, print_rows
+from moestro.cli.output import print_json, print_note, print_rows
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 from moestro.errors import ConfigError, DataError
 
@@ -27,7 +27,7 @@ def evaluate(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Bits per byte and loss on text, overall and per domain.
+    """Measure bits per byte and loss on text, overall and per domain.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def evaluate(
         if number is not None and number < least:
             raise ConfigError(f"{name} must be at least {least}, not {number}")
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
+    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
     seq_len = min(seq_len, language_model.config.max_seq_len)
     with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
         record = score_source(

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from moestro.cli.output import print_json, read_input
+from moestro.cli.models import Download, Model, choose_model
+from moestro.cli.output import print_json, print_note, read_input, visible
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moestro.engine.engine import Engine
 
 
 def generate(
-    model: Path,
+    model: Model = None,
+    text: str | None = None,
     *,
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     max_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
     seed: int = 0,
+    parse_special: Annotated[bool, Parameter(negative="")] = False,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
     cache: Cache = "auto",
@@ -28,44 +41,115 @@ def generate(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Continue a prompt; greedy unless a temperature is given.
+    """Continue a text.
+
+    What sampling settings are not given are those of the model's directory, or else a temperature of 0.7 and a top-p of
+    0.9, as in chat. The text comes as it is written; the speed is then told on standard error.
 
     Parameters
     ----------
-    model
-        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
-    prompt
+    text
         The beginning of a text; "-" reads it from standard input.
+    prompt
+        The same, for a text that begins with a hyphen.
     max_tokens
         Most tokens to write.
     temperature
         0 takes the likeliest token; 1 samples the model's own distribution.
     top_p
         Sample from the smallest set of tokens with this much probability.
+    top_k
+        Sample from this many of the likeliest tokens; 0 for all.
+    repetition_penalty
+        Above 1, tokens that have occurred become less likely.
     seed
         The same seed gives the same text.
+    parse_special
+        Special tokens spelled in the text are meant as such; else they are text.
+    quiet
+        Do not tell the speed.
     json_output
-        Print one JSON object: text, tokens, finish_reason, tokens_per_second.
+        Print one JSON object: text, tokens, ids, finish_reason, prompt_tokens, tokens_per_second, first_token_seconds,
+        prompt_tokens_per_second.
     """
+    from moestro.engine.conversation import USUAL
+    from moestro.engine.defaults import Settings
     from moestro.engine.language_model import load
 
-    if prompt == "-":
-        prompt = read_input(sys.stdin.read)
+    directory = choose_model(model, download, "generate")
+    beginning = read_prompt(text, prompt)
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
-    start = time.perf_counter()
-    written = language_model.generate(prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    seconds = time.perf_counter() - start
-    if not json_output:
-        print(prompt + written.text)
-        return
-    print_json(
-        {
-            "text": written.text,
-            "tokens": len(written.ids),
-            "ids": written.ids,
-            "finish_reason": written.finish_reason,
-            "prompt_tokens": len(language_model.tokenizer.encode(prompt)) + 1,
-            "tokens_per_second": len(written.ids) / seconds,
-        }
+    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+    chosen = language_model.defaults.choose(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    settings: Settings = {**USUAL, **chosen}
+    stop_ids, stream = language_model.stop_ids, language_model.stream_ids
+    written = Written(language_model.encode(beginning, parse_special=parse_special), language_model.engine)
+    pieces = language_model.tokenizer.decode_stream(
+        id for id in written.follow(stream(written.prompt, **settings)) if id not in stop_ids
     )
+    if json_output:
+        text = "".join(pieces)
+        reason = "stop" if written.ids[-1] in stop_ids else "length"
+        counts = {"tokens": len(written.ids), "ids": written.ids, "finish_reason": reason}
+        print_json({"text": text, **counts, **written.figures()})
+        return
+    show(beginning, pieces)
+    if not quiet:
+        print_note(written.describe())
+
+
+@dataclass
+class Written:
+    """What follows a prompt, and when it came. The engine is made before the clock starts."""
+
+    prompt: list[int]
+    engine: Engine
+    ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=lambda: [time.perf_counter()])
+
+    def follow(self, stream: Iterable[int]) -> Iterator[int]:
+        """The stream, recorded."""
+        for id in stream:
+            self.ids.append(id)
+            self.times.append(time.perf_counter())
+            yield id
+
+    def figures(self) -> dict[str, float]:
+        """Speeds: of the prompt until the first token, and of the tokens after it (of the first if it is the only)."""
+        start, first, *_ = self.times
+        count, since = (len(self.ids) - 1, first) if len(self.ids) > 1 else (1, start)
+        return {
+            "prompt_tokens": len(self.prompt),
+            "first_token_seconds": first - start,
+            "prompt_tokens_per_second": len(self.prompt) / (first - start),
+            "tokens_per_second": count / (self.times[-1] - since),
+        }
+
+    def describe(self) -> str:
+        """The same for people."""
+        figures = self.figures()
+        return (
+            f"{len(self.ids)} tokens, {figures['tokens_per_second']:,.1f} tokens/s; first token after "
+            f"{figures['first_token_seconds']:.2f} s, prompt {figures['prompt_tokens_per_second']:,.0f} tokens/s"
+        )
+
+
+def read_prompt(text: str | None, prompt: str | None) -> str:
+    """The one of both that is given; ConfigError unless it is exactly one."""
+    if (text is None) == (prompt is None):
+        wrong = "there is no text to continue" if text is None else "there are two texts to continue"
+        raise ConfigError(wrong, hint='moestro generate MODEL "a text", or - to read it from standard input')
+    given = text if text is not None else prompt
+    assert given is not None
+    return read_input(sys.stdin.read) if given == "-" else given
+
+
+def show(beginning: str, pieces: Iterator[str]) -> None:
+    """Print a text as it comes, once there is a first token; a terminal gets nothing that it would obey."""
+    spell = visible if sys.stdout.isatty() else str
+    for piece in chain([beginning + next(pieces)], pieces):
+        print(spell(piece), end="", flush=True)
+    print()

@@ -21,7 +21,9 @@ def init(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write a model directory with random weights, streamed in shards, so that memory stays bounded.
+    """Write a model directory with random weights, for tests and benchmarks.
+
+    It is streamed in shards, so that memory stays bounded.
 
     Parameters
     ----------

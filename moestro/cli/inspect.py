@@ -14,7 +14,7 @@ from moestro.config import ModelConfig, build_config, load_preset, preset_names
 def inspect(
     model: str, *overrides: str, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False
 ) -> None:
-    """Parameters, cache bytes per token, arithmetic and memory of a preset, a run or a model directory.
+    """Show what a model costs: parameters, memory, cache and arithmetic per token.
 
     Of a directory with weights, also the format and the bytes of every part, as stored and as served; only the headers
     of its files are read.

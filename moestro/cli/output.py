@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moestro.errors import DataError
+from moestro.cli.hints import spell_commands
+from moestro.errors import DataError, MoestroError
 from moestro.terminal import UNSAFE, printable, printable_lines
 
 
@@ -36,3 +37,10 @@ def read_input(read: Callable[[], str]) -> str:
 def print_note(text: str) -> None:
     """Print a remark for people on standard error."""
     print(printable_lines(text), file=sys.stderr)
+
+
+def print_error(error: MoestroError) -> None:
+    """Print what the user can mend, and how, on one line of standard error, and below it what the line sums up."""
+    print_note(f"moestro: {spell_commands(error.command_line_text)}")
+    for detail in error.details:
+        print_note(f"  {printable(detail)}")

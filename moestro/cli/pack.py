@@ -20,7 +20,7 @@ def pack(
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write a directory of packed weights, from which generate, chat, serve and eval start without loading.
+    """Pack weights once; generate, chat, serve and eval then map them instead of loading.
 
     Parameters
     ----------

@@ -16,9 +16,9 @@ def report(
     out: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Write the report of a run (losses, loads, experts by domain, biases, samples) or of a comparison.
+    """Write the report of a run or of a comparison, one HTML file.
 
-    No network is needed to view it.
+    A run's has losses, loads, experts by domain, biases and samples. No network is needed to view it.
 
     Parameters
     ----------

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moestro.cli.models import Download, Model, choose_model
+from moestro.cli.output import print_note
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 from moestro.errors import ConfigError
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Path,
+    model: Model = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -27,18 +29,17 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
+    download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
     threads: Threads = 0,
 ) -> int:
-    """Serve a model over HTTP: the OpenAI API under /v1, a chat page at /.
+    """Serve the OpenAI API under /v1 and a chat page at /.
 
     Parameters
     ----------
-    model
-        A run, a checkpoint, a Hugging Face directory of the family, or packed weights.
     host
         The address to listen on; an address that others can reach needs a key.
     port
@@ -64,14 +65,14 @@ def serve(
     require_extra()
     from moestro.server.run import bind, run_service
 
-    key = check_access(host, api_key_file)
+    directory, key = choose_model(model, download, "serve"), check_access(host, api_key_file)
     if not 0 <= drain_seconds < float("inf"):
         raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
-        language_model = load(model, dtype, weights=weights, cache=cache, activations=activations)
-        service = make_service(language_model, model, served_name, memory_bytes=num_bytes, **limits)
+        language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+        service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
         return run_service(service, listener, key, drain_seconds)
 
 
@@ -104,7 +105,8 @@ def make_service(language_model: LanguageModel, path: Path, served_name: str | N
         return Engine(m.runtime, m.tokenizer, m.stop_ids, **limits)  # type: ignore[arg-type]
 
     tokenizer_path = find_model_directory(path) / "tokenizer.json"
-    return Service(make_engine, tokenizer_path, served_name or path.resolve().name)
+    name = served_name or path.resolve().name
+    return Service(make_engine, tokenizer_path, name, defaults=language_model.defaults)
 
 
 def parse_bytes(text: str | None) -> int | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from moestro.cli.hints import format_command
 from moestro.cli.output import print_json
 from moestro.cli.plan import Open, plan_run, print_plan, set_train, settle_length
 from moestro.config import SETTINGS, Config, build_config, load_file, load_preset
@@ -33,7 +34,7 @@ def train(
     quiet: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train a model: of a size that fits the text of --data; without arguments, the demo on the built-in corpus.
+    """Train a model that fits your own text; without arguments, the demo on the built-in corpus.
 
     Ctrl-C saves a checkpoint; --resume goes on from the last one.
 
@@ -184,12 +185,11 @@ def print_ending(outcome: Any, report: Path) -> None:
     run = outcome.run
     if outcome.stopped_by:
         print(f"\nStopped and saved at step {outcome.step} of {outcome.total_steps}. Go on with:")
-        print(f"  moestro train --out {run} --resume")
+        print(f"  {format_command('train', '--out', run, '--resume')}")
         return
     for sample in outcome.samples:
         print(f"\n── {sample['domain']} " + "─" * 60)
         print(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}")
     print(f"\nTrained {outcome.step} steps. The report is {report}: open it in a browser. Next:")
-    print(f"  moestro chat {run}")
-    print(f'  moestro generate {run} --prompt "Once upon a time"')
-    print(f"  moestro eval {run} --json")
+    for words in (("chat", run), ("generate", run, "Once upon a time"), ("eval", run, "--json")):
+        print(f"  {format_command(*words)}")

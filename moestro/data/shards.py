@@ -2,8 +2,8 @@
 
 A shard directory holds, for domain number `d` and split `s` (`train`, `valid`):
 
-    d.s.tokens    documents one after another, each [BOS] text [EOS]; little-endian uint16, or uint32 if the
-                  vocabulary exceeds 65536
+    d.s.tokens    documents one after another, each what begins a prompt (BOS), text, EOS; little-endian uint16, or
+                  uint32 if the vocabulary exceeds 65536
     d.s.offsets   little-endian uint64 [documents + 1]: where each document starts, and the end of the last
     index.json    format, dtype, fingerprints; tokens, documents and bytes of text by domain and split
 
@@ -204,13 +204,13 @@ def _write(
     border = int(valid_fraction * 2**64)
     num_documents = num_tokens = 0
     for batch in _group(documents):
-        encoded = tokenizer.encode_batch([document.text for document in batch])
+        encoded = tokenizer.encode_documents([document.text for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
             text = document.text.encode()
             hashed = hashlib.sha256(text).digest()
             source.update(hashlib.sha256(document.domain.encode()).digest() + hashed)
             digest = int.from_bytes(hashed[:8], "little")
-            tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
+            tokens = np.array(ids, dtype)
             sides = _find_sides(domains, document.domain, directory)
             sides["valid" if digest < border else "train"].add(tokens, digest, len(text))
             num_tokens += len(tokens)

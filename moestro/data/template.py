@@ -6,8 +6,8 @@ If a message spells `<｜Assistant｜>`, that must stay text. So before renderin
 every character of the messages that could begin a special token; only the template's own tokens are found, and
 the marks are removed again. Assistant messages may hold real `<think>` tags, which templates look for.
 
-Foreign templates run in Jinja's immutable sandbox, with bounds on their size, loop depth, repetition and output.
-That stops cheap attacks, but not every slow program, so a server renders outside its event loop.
+Foreign templates run in a bounded sandbox (`jinja.py`). That stops cheap attacks, but not every slow program, so
+whoever does not trust a directory renders in a process of its own (`server/renderer.py`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import count
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from moestro.data.jinja import clean_text, compile_template
 from moestro.data.specials import CHAT_TEMPLATE
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-MAX_TEMPLATE_CHARS = 128 * 1024
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 MAX_OUTPUT_CHARS = 4 * 1024 * 1024
-MAX_LOOP_DEPTH = 4
 _THINK_TAGS = re.compile("(</?think>)")
 
 
@@ -41,40 +35,52 @@ def encode_chat(
     template: str | None = None,
     *,
     add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a conversation; only the template gives special tokens.
 
-    Each message has `role` (one of `ROLES`) and `content`. `template` defaults to the tokenizer's own, else
-    to `CHAT_TEMPLATE`. Raises `DataError` for bad messages and for templates that fail or exceed their bounds.
+    Each message has `role` (one of `ROLES`) and `content`. `template` defaults to the tokenizer's own, else to
+    `CHAT_TEMPLATE`. `variables` are further ones for the template: `tools`, `documents`, `enable_thinking`, … Raises
+    `DataError` for bad messages and for templates that fail or exceed their bounds.
     """
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str | None):
             raise DataError(f"a chat message needs a role of {', '.join(ROLES)} and a content that is a string")
-    template = template or tokenizer.chat_template or CHAT_TEMPLATE
+    given = {"tools": None, "documents": None, **(variables or {})}
+    template = template or choose_template(tokenizer, has_tools=bool(given["tools"])) or CHAT_TEMPLATE
     if template == CHAT_TEMPLATE and (tokenizer.user_id is None or tokenizer.assistant_id is None):
         raise DataError("this tokenizer has no tokens for user and assistant, and brings no chat template")
-    mark = _choose_mark(messages)
-    starts = re.compile("[" + re.escape("".join(sorted({name[0] for name in tokenizer.specials}))) + "]")
-    marked = [_mark_message(message, starts, mark) for message in messages]
-    text = _render(template, marked, tokenizer, add_generation_prompt)
-    return _encode_rendered(text, mark, tokenizer)
+    mark = _choose_mark([messages, given])
+    starts = re.compile("[" + re.escape("".join(sorted({name[0] for name in tokenizer.specials if name}))) + "]")
+    marked = {name: _mark_value(value, starts, mark) for name, value in given.items()}
+    marked["messages"] = [_mark_message(_name_thoughts(message), starts, mark) for message in messages]
+    marked["add_generation_prompt"] = add_generation_prompt
+    text = _render(template, marked, tokenizer)
+    return tokenizer.encode_marked(text.replace(_escape(mark), mark), mark)
 
 
-def _encode_rendered(text: str, mark: str, tokenizer: Tokenizer) -> list[int]:
-    longest_first = sorted(tokenizer.specials, key=len, reverse=True)
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text):
-        if part in tokenizer.specials:
-            ids.append(tokenizer.specials[part])
-        elif part:
-            ids.extend(tokenizer.encode(part.replace(mark, "")))
-    return ids
+def choose_template(tokenizer: Tokenizer, *, has_tools: bool) -> str | None:
+    """The template for a conversation with or without tools; None if the tokenizer brings none."""
+    templates = tokenizer.chat_templates
+    return templates.get("tool_use", tokenizer.chat_template) if has_tools else tokenizer.chat_template
 
 
-def _choose_mark(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A string of Unicode non-characters that no message contains."""
-    text = json.dumps([dict(message) for message in messages], ensure_ascii=False, default=str)
-    return next(mark for length in count(1) if (mark := "\ufdd0" * length + "\ufdd1") not in text)
+def _name_thoughts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its thoughts under each of the names that templates know."""
+    thoughts = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+    return {**message} if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+
+
+def _escape(text: str) -> str:
+    """As JSON in ASCII spells it."""
+    return json.dumps(text)[1:-1]
+
+
+def _choose_mark(values: object) -> str:
+    """A string of Unicode non-characters that no value contains, nor its spelling in ASCII."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    marks = ("\ufdd0" * length + "\ufdd1" for length in count(1))
+    return next(mark for mark in marks if mark not in text and _escape(mark) not in text)
 
 
 def _mark_message(message: Mapping[str, Any], starts: re.Pattern[str], mark: str) -> dict[str, Any]:
@@ -97,18 +103,11 @@ def _mark_value(value: Any, starts: re.Pattern[str], mark: str) -> Any:
     return value
 
 
-def _render(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer, add_prompt: bool) -> str:
-    names = {id: name for name, id in tokenizer.specials.items()}
+def _render(template: str, variables: dict[str, Any], tokenizer: Tokenizer) -> str:
     parts: list[str] = []
     size = 0
     try:
-        for part in _compile(template).generate(
-            messages=messages,
-            bos_token=names.get(tokenizer.bos_id, ""),
-            eos_token=names.get(tokenizer.eos_id, ""),
-            pad_token=names.get(tokenizer.pad_id, ""),
-            add_generation_prompt=add_prompt,
-        ):
+        for part in compile_template(template).generate({**_special_names(tokenizer), **variables}):
             parts.append(part)
             size += len(part)
             if size > MAX_OUTPUT_CHARS:
@@ -116,55 +115,14 @@ def _render(template: str, messages: list[dict[str, Any]], tokenizer: Tokenizer,
     except DataError:
         raise
     except Exception as error:  # a template is a program and may fail in any way
-        raise DataError(f"chat template: {error}") from error
+        raise DataError(f"chat template: {clean_text(error)}") from error
     return "".join(parts)
 
 
-class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox, without the operators that turn a short template into gigabytes."""
-
-    intercepted_binops = frozenset({"*", "**", "%"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Refuse powers, and repeating or formatting strings and lists; other arithmetic works as usual."""
-        if operator == "**" or not all(isinstance(value, int | float) for value in (left, right)):
-            raise SecurityError(f"operator '{operator}' is bounded to products of numbers")
-        return super().call_binop(context, operator, left, right)
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    if len(template) > MAX_TEMPLATE_CHARS:
-        raise DataError(f"chat template: longer than {MAX_TEMPLATE_CHARS} characters")
-    environment = _BoundedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], autoescape=False
-    )
-    for name in (
-        "center",
-        "indent",
-        "format",
-        "wordwrap",
-    ):  # each pads by a number that the template chooses
-        environment.filters.pop(name)
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    try:
-        if _measure_loops(environment.parse(template)) > MAX_LOOP_DEPTH:
-            raise DataError(f"chat template: loops nested deeper than {MAX_LOOP_DEPTH}")
-        return environment.from_string(template)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise DataError(f"chat template: {error}") from error
-
-
-def _measure_loops(node: nodes.Node) -> int:
-    depth = max((_measure_loops(child) for child in node.iter_child_nodes()), default=0)
-    return depth + isinstance(node, nodes.For)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as chat templates expect it: without HTML escapes."""
-    return json.dumps(value, ensure_ascii=False, indent=indent if indent is None else min(indent, 8))
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """`bos_token` and so on, as the directory names them; where it names none, those that were found."""
+    if tokenizer.named:
+        return tokenizer.named
+    names = {id: name for name, id in tokenizer.specials.items()}
+    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    return {role: names[id] for role, id in roles.items() if id in names}

@@ -1,9 +1,12 @@
-"""Text to ids and back: byte-level BPE, lossless on every valid UTF-8 text.
+"""Text to ids and back: byte-level BPE, lossless on every valid UTF-8 text unless `notice` says otherwise.
 
 `Tokenizer` wraps the `tokenizers` library around one `tokenizer.json`, ours or any other byte-level one
 (GPT-2's kind, including DeepSeek's own). It promises three things beyond the library. No text becomes a special
-token, however it is spelled. `token_bytes` says exactly how many bytes of text each id stands for, so loss can
-be given in bits per byte. Decoding joins bytes first, so a stream can hold back half a character.
+token, however it is spelled, unless that is asked for. `token_bytes` says exactly how many bytes of text each id stands
+for, so loss can be given in bits per byte. Decoding joins bytes first, so a stream can hold back half a character.
+
+`encode_prompt` is the one place that decides which ids a text becomes as a prompt, `encode_documents` as text to be
+trained on or evaluated; `template.py` decides it for conversations.
 
 New vocabularies are trained with DeepSeek-V3's pre-tokenizer: digits in threes, CJK runs apart, then words,
 punctuation and white space. Other kinds of tokenizer (SentencePiece, WordPiece) are refused, because their ids
@@ -13,9 +16,12 @@ do not stand for definite bytes.
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,9 +29,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken as LibraryToken
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from moestro.data.added_tokens import AddedToken, AddedTokenFinder
+from moestro.data.byte_alphabet import CHAR_TO_BYTE, NEVER_IN_UTF8
 from moestro.data.specials import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS, THINK, THINK_END, USER
+from moestro.data.tiktoken import NAME as TIKTOKEN
+from moestro.data.tokenizer_files import find_file, name_templates, read_files, was_saved_without_bos
 from moestro.errors import DataError
 
 # DeepSeek-V3's three splits.
@@ -44,74 +55,79 @@ _FALLBACKS = {
     "user": (USER, "<|im_user|>", "<|user|>"),
     "assistant": (ASSISTANT, "<|im_assistant|>", "<|assistant|>"),
 }
+_OURS = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "chat_template": CHAT_TEMPLATE}
+# texts that a tokenizer may lose parts of: white space, case, composed and compatible characters, marks, joined emoji
+_SAMPLES = (
+    "a",
+    " a  b\t\r\n\n c ",
+    "Éa e\u0301 ﬁ Ａ ½ İ ß",
+    "漢字 かな 한국어 各 ᄒ\u1161",
+    "👩\u200d👧 \ufeff \u00a0 \u3000",
+    "<a>'s 007 …",
+)
 
 
 class Tokenizer:
     """One byte-level vocabulary; immutable.
 
-    `specification` is the text of its `tokenizer.json`, `fingerprint` the hash of that text. `specials` maps every
-    added token to its id. `pieces[id]` are the bytes an id decodes to. `token_bytes`, int32 [vocab_size], says how
-    many bytes of text an id stands for, 0 for added tokens.
+    `specification` is the text of its `tokenizer.json`; `fingerprint` the hash of all of it that decides how text is
+    encoded. `specials` maps every added token to its id, `named` the roles that the configuration names, such as
+    `bos_token`, to the tokens. `prefix_ids` and `suffix_ids` stand around every prompt. `pieces[id]` are the bytes an
+    id decodes to. `token_bytes`, int32 [vocab_size], says how many bytes of text an id stands for, 0 for added tokens.
+    `chat_templates` has the templates by name, `chat_template` the usual one. `notice` says which text is lost, if any.
     """
 
     def __init__(self, specification: str, configuration: dict[str, Any] | None = None) -> None:
         """Raises `DataError` for anything but a byte-level vocabulary with a beginning and an end token."""
         self.specification = specification
-        self.fingerprint = hashlib.sha256(specification.encode()).hexdigest()
         configuration = configuration or {}
         tree = _parse_specification(specification)
-        added = [token for token in tree["added_tokens"] if isinstance(token, dict)]
-        self.specials: dict[str, int] = {token["content"]: token["id"] for token in added}
-        self._encoder = _build_encoder(tree)
+        self.added = _read_added(tree, configuration)
+        self.specials: dict[str, int] = {token.content: token.id for token in self.added}
+        self._encoder = _build_encoder(tree, self.added)
+        self._finder = AddedTokenFinder(self.added)
         self.pieces = _spell_pieces(self._encoder, self.specials)
         self.vocab_size = len(self.pieces)
-        self.bos_id = self._require("bos", configuration)
-        self.eos_id = self._require("eos", configuration)
-        pad = self._find("pad", configuration)
+        self.named = _read_names(configuration)
+        self.bos_id = self._require("bos")
+        self.eos_id = self._require("eos")
+        pad = self._find("pad")
         self.pad_id = self.eos_id if pad is None else pad
-        self.user_id = self._find("user", configuration)
-        self.assistant_id = self._find("assistant", configuration)
+        self.user_id = self._find("user")
+        self.assistant_id = self._find("assistant")
         self.think_id = self.specials.get(THINK)
         self.think_end_id = self.specials.get(THINK_END)
-        self.chat_template: str | None = configuration.get("chat_template")
-        self._hidden = {token["id"] for token in added if token["special"]}
+        self.prefix_ids, self.suffix_ids = self._own_ends = _find_ends(self._encoder)
+        self.chat_templates = name_templates(configuration.get("chat_template"))
+        self.chat_template: str | None = self.chat_templates.get("default")
+        self._hidden = {token.id for token in self.added if token.special}
         self._hidden |= {self.bos_id, self.eos_id, self.pad_id}
         self._hidden |= {id for id in (self.user_id, self.assistant_id) if id is not None}
         self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self.pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
         self.token_bytes.flags.writeable = False
+        self.notice = self._find_loss()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read a `tokenizer.json`, or the one in a directory; files beside it name specials and template."""
-        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        configuration_path = path.with_name("tokenizer_config.json")
-        template_path = path.with_name("chat_template.jinja")
+        """Read a `tokenizer.json` or `tiktoken.model`, or the one in a directory; see `tokenizer_files.py`."""
+        path = find_file(Path(path))
+        specification, configuration = read_files(path)
         try:
-            specification = path.read_text("utf-8")
-            configuration = json.loads(configuration_path.read_text("utf-8")) if configuration_path.exists() else {}
-            if not isinstance(configuration, dict):
-                raise DataError(f"{configuration_path} is not a JSON object")
-            if template_path.exists():
-                configuration["chat_template"] = template_path.read_text("utf-8")
-        except OSError as error:
-            raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise DataError(f"the tokenizer files beside {path} are damaged: {error}") from error
-        template = configuration.get("chat_template")
-        if isinstance(template, list):  # several named templates: take the usual one
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            configuration["chat_template"] = named.get("default")
-        try:
-            return cls(specification, configuration)
+            tokenizer = cls(specification, configuration)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
+        if not tokenizer.prefix_ids and was_saved_without_bos(configuration):
+            return tokenizer.beginning_with_bos()
+        if path.name == TIKTOKEN and configuration.get("add_bos_token") is True:
+            return tokenizer.beginning_with_bos()
+        return tokenizer
 
     @classmethod
     def builtin(cls) -> Tokenizer:
         """The shipped vocabulary of 8192, trained on the built-in corpus."""
         path = resources.files("moestro") / "data" / "builtin" / "tokenizer.json"
-        return cls(path.read_text("utf-8"), {"chat_template": CHAT_TEMPLATE})
+        return cls(path.read_text("utf-8"), _OURS).beginning_with_bos()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -126,7 +142,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIALS],
+            special_tokens=[LibraryToken(name, special=True, normalized=False) for name in SPECIALS],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -135,7 +151,39 @@ class Tokenizer:
         for token in tree["added_tokens"]:  # thoughts stay visible, as in DeepSeek's own file
             token["special"] = token["content"] not in (THINK, THINK_END)
         specification = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
-        return cls(specification, {"chat_template": CHAT_TEMPLATE})
+        return cls(specification, _OURS).beginning_with_bos()
+
+    def beginning_with_bos(self) -> Tokenizer:
+        """The same with BOS, and nothing else, around every prompt, as models expect that are trained here."""
+        other = copy.copy(self)
+        other.prefix_ids, other.suffix_ids = [self.bos_id], []
+        return other
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of everything that decides how text is encoded; what stands around prompts does not."""
+        tree = {**json.loads(self.specification), "post_processor": None}
+        return hashlib.sha256(_compact(tree).encode()).hexdigest()
+
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Ids of a text to be continued, as the model's directory asks for it.
+
+        `add_special_tokens`: with the tokens that stand around every prompt, such as BOS. `parse_special`: added tokens
+        spelled in the text become their ids, as in transformers; else they stay text.
+        """
+        ids = self.encode_marked(text) if parse_special else self.encode(text)
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole texts: what begins a prompt, the text, EOS."""
+        return [[*self.prefix_ids, *ids, self.eos_id] for ids in self.encode_batch(texts)]
+
+    def encode_marked(self, text: str, mark: str = "") -> list[int]:
+        """Ids of a text whose added tokens are meant; a `mark` inside one makes it text, and is left out."""
+        ids: list[int] = []
+        for part in self._finder.split(text):
+            ids += [part.id] if isinstance(part, AddedToken) else self.encode(part.replace(mark, "") if mark else part)
+        return ids
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no beginning or end token, and special spellings as plain text."""
@@ -164,47 +212,94 @@ class Tokenizer:
         yield decoder.decode(b"", final=True)
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` reads them."""
-        names = {id: name for name, id in self.specials.items()}
-        configuration = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": names.get(self.bos_id),
-            "eos_token": names.get(self.eos_id),
-            "pad_token": names.get(self.pad_id),
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-        }
-        if self.chat_template is not None:
-            configuration["chat_template"] = self.chat_template
+        """Write `tokenizer.json` and `tokenizer_config.json`, so that every reader of them makes the same prompts."""
         folder = Path(directory)
+        tree = json.loads(self.specification)
+        tree["added_tokens"] = [token.as_tree() for token in self.added]
+        if (self.prefix_ids, self.suffix_ids) != self._own_ends:
+            tree["post_processor"] = self._describe_ends()
         try:
-            (folder / "tokenizer.json").write_text(self.specification, "utf-8")
-            text = json.dumps(configuration, ensure_ascii=False, indent=2)
+            (folder / "tokenizer.json").write_text(_compact(tree), "utf-8")
+            text = json.dumps(self._describe(), ensure_ascii=False, indent=2)
             (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")
         except OSError as error:
             raise DataError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
+
+    def _describe(self) -> dict[str, Any]:
+        """The tree of tokenizer_config.json. The two flags are for readers that do not follow the post-processor."""
+        names = {id: name for name, id in self.specials.items()}
+        flags = {token.id: token.as_tree() for token in self.added}
+        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        templates = [{"name": name, "template": text} for name, text in self.chat_templates.items()]
+        tree: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.named,
+            **{role: names.get(id) for role, id in roles.items()},
+            "add_bos_token": self.prefix_ids == [self.bos_id],
+            "add_eos_token": self.suffix_ids == [self.eos_id],
+            "added_tokens_decoder": {
+                str(id): {key: value for key, value in flag.items() if key != "id"}
+                for id, flag in sorted(flags.items())
+            },
+            "clean_up_tokenization_spaces": False,
+        }
+        if templates:
+            tree["chat_template"] = self.chat_template if list(self.chat_templates) == ["default"] else templates
+        return tree
+
+    def _describe_ends(self) -> dict[str, Any]:
+        """A post-processor that puts `prefix_ids` and `suffix_ids` around a text."""
+        names = {id: name for name, id in self.specials.items()}
+
+        def spell(ids: list[int], type_id: int) -> list[dict[str, Any]]:
+            return [{"SpecialToken": {"id": names[id], "type_id": type_id}} for id in ids]
+
+        def template(*parts: str) -> list[dict[str, Any]]:
+            return [
+                piece
+                for type_id, part in enumerate(parts)
+                for piece in (
+                    *spell(self.prefix_ids, type_id),
+                    {"Sequence": {"id": part, "type_id": type_id}},
+                    *spell(self.suffix_ids, type_id),
+                )
+            ]
+
+        ends = {names[id]: id for id in (*self.prefix_ids, *self.suffix_ids)}
+        return {
+            "type": "TemplateProcessing",
+            "single": template("A"),
+            "pair": template("A", "B"),
+            "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]} for name, id in ends.items()},
+        }
 
     def _spell(self, id: int, skip_special: bool) -> bytes:
         if id >= self.vocab_size or (skip_special and id in self._hidden):
             return b""
         return self.pieces[id]
 
-    def _find(self, role: str, configuration: dict[str, Any]) -> int | None:
-        name = configuration.get(f"{role}_token")
-        if isinstance(name, dict):
-            name = name.get("content")
-        candidates = (name, *_FALLBACKS[role]) if isinstance(name, str) else _FALLBACKS[role]
+    def _find(self, role: str) -> int | None:
+        candidates = (self.named.get(f"{role}_token", ""), *_FALLBACKS[role])
         return next((self.specials[candidate] for candidate in candidates if candidate in self.specials), None)
 
-    def _require(self, role: str, configuration: dict[str, Any]) -> int:
-        id = self._find(role, configuration)
+    def _require(self, role: str) -> int:
+        id = self._find(role)
         if id is None:
             raise DataError(
                 f"no {role.upper()} token found (tried {' '.join(_FALLBACKS[role])}); "
                 f'name it as "{role}_token" in tokenizer_config.json'
             )
         return id
+
+    def _find_loss(self) -> str | None:
+        for text in _SAMPLES:
+            if (back := self.decode(self.encode(text))) != text:
+                return f"this tokenizer does not keep text as it is: {text!a} is read as {back!a:.120}"
+        return None
+
+
+def _compact(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
 
 
 def _parse_specification(text: str) -> dict[str, Any]:
@@ -219,11 +314,49 @@ def _parse_specification(text: str) -> dict[str, Any]:
     return tree
 
 
-def _build_encoder(tree: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer, made to treat every added token as special, and specials as plain text."""
-    added = [{**token, "special": True} for token in tree["added_tokens"]]
+def _read_added(tree: dict[str, Any], configuration: dict[str, Any]) -> list[AddedToken]:
+    """The added tokens of a tokenizer.json, and behind them those that only `added_tokens_decoder` has.
+
+    The latter get the next free ids, as in transformers, or the vocabulary's where it has the token.
+    """
+    listed = configuration.get("added_tokens_decoder")
     try:
-        encoder = tokenizers.Tokenizer.from_str(json.dumps({**tree, "added_tokens": added}))
+        added = [AddedToken.from_tree(entry) for entry in tree["added_tokens"]]
+        entries = {int(id): entry for id, entry in listed.items()} if isinstance(listed, dict) else {}
+        further = [AddedToken.from_tree({**entry, "id": id}) for id, entry in sorted(entries.items())]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError("an added token has no id or no content") from error
+    known = {token.content for token in added}
+    further = [token for token in further if token.content not in known]
+    if not further:
+        return added
+    model = tree.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict):
+        raise DataError("not a byte-level tokenizer: its model has no vocabulary by token")
+    free = max([*vocabulary.values(), *(token.id for token in added)], default=-1) + 1
+    for token in further:
+        id = vocabulary.get(token.content, free)
+        added.append(replace(token, id=id))
+        free += id == free
+    return added
+
+
+def _read_names(configuration: dict[str, Any]) -> dict[str, str]:
+    """What the configuration names: `bos_token` and so on to the token, given as a string or as an object."""
+    contents = {
+        role: value.get("content") if isinstance(value, dict) else value
+        for role, value in configuration.items()
+        if role.endswith("_token")
+    }
+    return {role: content for role, content in contents.items() if isinstance(content, str)}
+
+
+def _build_encoder(tree: dict[str, Any], added: list[AddedToken]) -> tokenizers.Tokenizer:
+    """The library's tokenizer, made to treat every added token as special, and specials as plain text."""
+    entries = [{**token.as_tree(), "special": True} for token in added]
+    try:
+        encoder = tokenizers.Tokenizer.from_str(json.dumps({**tree, "added_tokens": entries}))
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"not a tokenizer.json that the tokenizers library reads: {error}") from error
     encoder.encode_special_tokens = True
@@ -232,23 +365,25 @@ def _build_encoder(tree: dict[str, Any]) -> tokenizers.Tokenizer:
     return encoder
 
 
+def _find_ends(encoder: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and behind a text."""
+    text = encoder.encode("a", add_special_tokens=False).ids
+    whole = encoder.encode("a", add_special_tokens=True)
+    first = whole.special_tokens_mask.index(0) if 0 in whole.special_tokens_mask else len(whole.ids)
+    if whole.ids[first : first + len(text)] != text:
+        raise DataError("the post-processor of this tokenizer does more than put tokens around a text")
+    return whole.ids[:first], whole.ids[first + len(text) :]
+
+
 def _spell_pieces(encoder: tokenizers.Tokenizer, specials: dict[str, int]) -> list[bytes]:
     vocabulary = encoder.get_vocab(with_added_tokens=True)
-    char_to_byte = _map_alphabet()
-    missing = [char for char in char_to_byte if char not in vocabulary]
+    missing = [c for c, byte in CHAR_TO_BYTE.items() if c not in vocabulary and byte not in NEVER_IN_UTF8]
     if missing:
         raise DataError(f"the vocabulary lacks {len(missing)} of the 256 single bytes, so it would lose text")
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for token, id in vocabulary.items():
-        if token in specials or not all(char in char_to_byte for char in token):
+        if token in specials or not all(char in CHAR_TO_BYTE for char in token):
             pieces[id] = token.encode()
         else:
-            pieces[id] = bytes(char_to_byte[char] for char in token)
+            pieces[id] = bytes(CHAR_TO_BYTE[char] for char in token)
     return pieces
-
-
-def _map_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: Latin-1 letters for themselves, other bytes from U+0100 on, in order."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -6,35 +6,51 @@ The same engine that serves many requests writes the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Unpack
 
-from moestro.checkpoints.files import DTYPES, ModelFiles, read_json, read_model
+from torch import Tensor
+
+from moestro.checkpoints.files import DTYPES, ModelFiles, read_model
+from moestro.checkpoints.hub import find_cached, is_hub_name
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
 from moestro.checkpoints.packing import Source, choose_format, pack_model, write_parts
 from moestro.data.tokenizer import Tokenizer
+from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
 from moestro.engine.engine import Engine
+from moestro.engine.events import Completion, Event, TokenLogprob
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.attention import check_cache
 from moestro.model.transformer import Transformer
 
+MAX_STREAMS = 8  # sequences that are computed at once; a stream beyond them waits until one ends
+
 
 @dataclass(frozen=True)
 class Generation:
-    """The continuation of a prompt: `text` and `ids` without the prompt; `finish_reason` is "stop" or "length"."""
+    """The continuation of a prompt: `text` and `ids` without the prompt; `finish_reason` is "stop" or "length".
+
+    Only where they were asked for: `logprobs`, one for each of `ids`; `routes` [tokens, MoE layers, top_k] int16, the
+    experts of every token of `prompt_ids` and `ids` but the last, which the model never read. Layer i of them is block
+    `config.moe_layers[i]`.
+    """
 
     text: str
     ids: list[int]
     finish_reason: str
+    prompt_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    routes: Tensor | None = None
 
 
 class LanguageModel:
-    """Model, tokenizer, and the ids that end a text.
+    """Model, tokenizer, the ids that end a text, and how the model's authors recommend to sample it (`defaults`).
 
     `source` is a model or a directory's files; `runtime` and `model` each read what they need from them when first
     used. `weights` is how matrices are packed for serving (None: as they are stored as codes, else as they are computed
@@ -48,13 +64,14 @@ class LanguageModel:
         tokenizer: Tokenizer,
         stop_ids: frozenset[int],
         *,
+        defaults: GenerationDefaults = NO_DEFAULTS,
         weights: str | None = None,
         cache: str = "auto",
         activations: str = "auto",
     ) -> None:
         check_cache(source.config, cache)
         self.source, self.config = source, source.config
-        self.tokenizer = tokenizer
+        self.tokenizer, self.defaults = tokenizer, defaults
         self.stop_ids, self.cache, self.activations = stop_ids, cache, activations
         has_format = isinstance(source, PackedFiles) or (isinstance(source, ModelFiles) and source.scheme is not None)
         self.weights = choose_format(source, weights) if weights or has_format else None
@@ -75,48 +92,58 @@ class LanguageModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """An engine for one sequence at a time; what a prompt shares with the previous one is not computed again."""
-        return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=1)
+        """An engine for a few sequences; what a prompt shares with previous ones is not computed again."""
+        return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=MAX_STREAMS)
 
-    def stream_ids(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[int]:
+    def encode(self, prompt: str | Sequence[int], *, parse_special: bool = False) -> list[int]:
+        """The ids of a text as a prompt, see `Tokenizer.encode_prompt`; ids stay as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt, parse_special=parse_special)
+        return list(prompt)
+
+    def stream_ids(self, prompt: Sequence[int], **settings: Unpack[Settings]) -> Iterator[int]:
         """Yield token ids after `prompt` until a stop id (yielded last) or `max_tokens`.
 
-        Several streams may be read in turn, by one thread. MoestroError if the model fails.
+        `settings`: see `SamplingParams`. Several streams may be read in turn, by one thread; each gets the tokens that
+        it would get alone. MoestroError if the model fails.
         """
-        if max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        for event in self._stream(prompt, SamplingParams(**settings)):
+            if event.token is not None:
+                yield event.token
+
+    def _stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Event]:
+        """The events of one request; MoestroError if it fails."""
+        if params.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, not {params.max_tokens}")
         with closing(self.engine.stream(Request(prompt, params))) as events:
             for event in events:
                 if event.error is not None:
                     raise MoestroError(event.error.message)
-                if event.token is not None:
-                    yield event.token
+                yield event
 
     def generate(
         self,
         prompt: str | Sequence[int],
         *,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        logprobs: int | None = None,
+        routes: bool = False,
+        **settings: Unpack[Settings],
     ) -> Generation:
-        """Continue a text (as the beginning of a document) or token ids. Greedy by default."""
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
-        stream = self.stream_ids(ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        written = list(stream)
-        stopped = bool(written) and written[-1] in self.stop_ids
-        text = self.tokenizer.decode(written[:-1] if stopped else written)
-        return Generation(text, written, "stop" if stopped else "length")
+        """Continue a text (as the beginning of a document) or token ids.
+
+        Greedy by default; `**model.defaults.choose()` samples as the model's authors recommend. `logprobs`: how many of
+        the likeliest tokens to report in each place, beside the log-probability of the one written; `routes`: whether
+        to report experts.
+        """
+        ids = self.encode(prompt)
+        params = SamplingParams(**settings, logprobs=logprobs, return_routes=routes)
+        done = Completion()
+        for event in self._stream(ids, params):
+            done.add(event)
+        stopped = bool(done.ids) and done.ids[-1] in self.stop_ids
+        text = self.tokenizer.decode(done.ids[:-1] if stopped else done.ids)
+        scores = None if logprobs is None else done.logprobs
+        return Generation(text, done.ids, "stop" if stopped else "length", ids, scores, done.routes)
 
 
 def find_model_directory(path: Path) -> Path:
@@ -129,8 +156,18 @@ def find_model_directory(path: Path) -> Path:
     if (path / "run.json").is_file():
         raise CheckpointError(f"{path} is a run without a checkpoint yet")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face model directory")
+        return find_on_hub(path)
     raise CheckpointError(f"{path} is neither a run with a checkpoint nor a model directory (no config.json)")
+
+
+def find_on_hub(path: Path) -> Path:
+    """The cached directory of a name of the Hugging Face Hub; CheckpointError if it is no name, or not cached."""
+    if not is_hub_name(path):
+        raise CheckpointError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face model directory")
+    directory = find_cached(path.as_posix())
+    if directory is None:
+        raise CheckpointError(f"{path} is no directory; if it is a model of the Hub: hf download {path}")
+    return directory
 
 
 def load(
@@ -140,15 +177,27 @@ def load(
     weights: str | None = None,
     cache: str = "auto",
     activations: str = "auto",
+    log: Callable[[str], None] | None = None,
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
-    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`.
+    A name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, means its directory in the Hub's cache.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`. `log` is told
+    of what is not as one expects.
     """
     source = open_source(Path(path), dtype)
-    tokenizer = Tokenizer.from_file(source.directory / "tokenizer.json")
-    stop_ids = _stop_ids(source.directory, tokenizer)
-    return LanguageModel(source, tokenizer, stop_ids, weights=weights, cache=cache, activations=activations)
+    tokenizer = Tokenizer.from_file(source.directory)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.directory}: the tokenizer has {tokenizer.vocab_size} ids and the model embeds only "
+            f"{source.config.vocab_size}: they do not belong together"
+        )
+    if log is not None and tokenizer.notice is not None:
+        log(f"{source.directory}: {tokenizer.notice}")
+    stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
+    return LanguageModel(
+        source, tokenizer, stop_ids, defaults=defaults, weights=weights, cache=cache, activations=activations
+    )
 
 
 def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
@@ -182,11 +231,3 @@ def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = No
     with write_packed(out, source.directory, format, source.dtype) as save:
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)
-
-
-def _stop_ids(directory: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """End-of-sequence ids from the generation config and the tokenizer."""
-    path = directory / "generation_config.json"
-    listed = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset([tokenizer.eos_id, *(i for i in ids if isinstance(i, int))])

@@ -24,7 +24,7 @@ from moestro.server.answers import answer
 from moestro.server.guard import Guard, error_tree
 from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
-from moestro.server.service import ContextLengthError, Service
+from moestro.server.service import DEFAULTS, ContextLengthError, Service
 from moestro.server.worker import ClosedError, EngineError
 from moestro.version import __version__
 
@@ -102,6 +102,7 @@ def _describe_model(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "moestro",
         "max_model_len": service.config.max_seq_len,
+        "defaults": DEFAULTS | service.defaults.choose(),  # an extension: what holds where a request gives no value
     }
 
 

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moestro.data.specials import CHAT_TEMPLATE
 from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
 from moestro.errors import DataError
@@ -42,10 +41,14 @@ class Renderer:
         self._child: subprocess.Popen[bytes] | None = None
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """The ids of a conversation. DataError if the template refuses it or does not finish in time."""
-        asked = {"messages": messages, "variables": variables, "add_generation_prompt": add_generation_prompt}
+        asked = {"messages": messages, "variables": variables or {}, "add_generation_prompt": add_generation_prompt}
         with self._lock:
             answer = self._ask(json.dumps(asked).encode() + b"\n")
         if "error" in answer:
@@ -105,18 +108,9 @@ class Renderer:
 
 
 def encode(messages: list[dict[str, Any]], variables: Mapping[str, Any], tokenizer: Tokenizer, add: bool) -> list[int]:
-    """`encode_chat` with variables for the template besides the messages: tools, enable_thinking, …
-
-    They travel in their own message, which the template never sees, so strings in them cannot forge special tokens
-    either.
-    """
-    names = [name for name in variables if _NAME.fullmatch(name) and name not in RESERVED]
-    if not names:
-        return encode_chat(messages, tokenizer, add_generation_prompt=add)
-    sets = "".join(f"{{%- set {name} = messages[0].variables.{name} %}}" for name in names)
-    template = sets + "{%- set messages = messages[1:] %}" + (tokenizer.chat_template or CHAT_TEMPLATE)
-    envelope = {"role": "system", "content": None, "variables": {name: variables[name] for name in names}}
-    return encode_chat([envelope, *messages], tokenizer, template, add_generation_prompt=add)
+    """`encode_chat` with variables for the template besides the messages, as far as they may have their names."""
+    allowed = {name: value for name, value in variables.items() if _NAME.fullmatch(name) and name not in RESERVED}
+    return encode_chat(messages, tokenizer, add_generation_prompt=add, variables=allowed)
 
 
 def answer(line: str, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def _children(node: object) -> Iterator[object]:
         yield from node
 
 
+ADD_SPECIAL_TOKENS = (
+    "extension: the tokens that the model's directory puts around a text, such as the one that begins it"
+)
+PARSE_SPECIAL = "extension: special tokens spelled in a text are meant as such; else they are text"
+
+
 class Received(BaseModel):
     """Part of a request."""
 
@@ -130,6 +136,8 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MAX_N)
     suffix: Text | None = None
+    add_special_tokens: bool = Field(True, description=ADD_SPECIAL_TOKENS)
+    parse_special: bool = Field(False, description=PARSE_SPECIAL)
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -271,7 +279,8 @@ class TokenizeRequest(Received):
 
     prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    add_special_tokens: bool = Field(True, description="the token that begins a document, before a text")
+    add_special_tokens: bool = Field(True, description=ADD_SPECIAL_TOKENS)
+    parse_special: bool = Field(False, description=PARSE_SPECIAL)
     add_generation_prompt: bool = True
 
     @model_validator(mode="after")

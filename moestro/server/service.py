@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moestro.data.template import choose_template
+from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults
 from moestro.engine.engine import Engine
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
@@ -31,6 +33,8 @@ from moestro.server.tools import (
 from moestro.server.worker import EngineWorker
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+# what holds where neither a request nor the model's directory gives a value; the first two are OpenAI's
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class ContextLengthError(ConfigError):
@@ -56,13 +60,23 @@ class PreparedRequest:
 
 
 class Service:
-    """One model, its engine's thread, its template's process, and its metrics."""
+    """One model, its engine's thread, its template's process, and its metrics.
 
-    def __init__(self, make_engine: Callable[[], Engine], tokenizer_path: Path, name: str) -> None:
+    `defaults`: how the model is sampled where a request does not say.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        tokenizer_path: Path,
+        name: str,
+        *,
+        defaults: GenerationDefaults = NO_DEFAULTS,
+    ) -> None:
         self.worker = EngineWorker(make_engine)
         engine = self.worker.engine
         self.tokenizer, self.config = engine.tokenizer, engine.runtime.config
-        self.name, self.created = name, int(time.time())
+        self.name, self.created, self.defaults = name, int(time.time()), defaults
         self.renderer = Renderer(tokenizer_path)
         self.metrics = Metrics(layer_names(self.config))
         self.loads = LoadHistory(self.config)
@@ -80,14 +94,14 @@ class Service:
         begun = time.monotonic()
         n = body.n or 1
         self.worker.check_room(len(body.prompts) * n)
-        prompts = await asyncio.to_thread(self._encode_all, body.prompts)
+        prompts = await asyncio.to_thread(self._encode_all, body.prompts, body)
         grammar = await asyncio.to_thread(structured_grammar, body.structured_outputs)
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = []
         for ids in prompts:
             room = self._room(len(ids), wanted)
             scored = body.logprobs if body.echo else None
-            requests.append(Request(ids, make_params(body, room, body.logprobs, scored, grammar)))
+            requests.append(Request(ids, self._params(body, room, body.logprobs, scored, grammar)))
         form = Format(self.tokenizer, body.logprobs is not None, body.token_details)
         choices: list[Choice] = [
             TextChoice(place * n + index, form, ids if body.echo else None)
@@ -103,7 +117,8 @@ class Service:
         self.worker.check_room(n)
         self._check_chars(sum(len(message.text) for message in body.messages))
         grammar = await asyncio.to_thread(chat_grammar, body)
-        ids = await self._render(*template_input(body, self.tokenizer.chat_template))
+        template = choose_template(self.tokenizer, has_tools=uses_tools(body))
+        ids = await self._render(*template_input(body, template))
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = self._room(len(ids), asked)
         top = (body.top_logprobs or 0) if body.logprobs else None
@@ -117,7 +132,7 @@ class Service:
             thinks=grammar is None and self._thinks(ids),
         )
         choices: list[Choice] = [ChatChoice(index, form) for index in range(n)]
-        params = make_params(body, room, top, None, grammar)
+        params = self._params(body, room, top, None, grammar)
         request = Request(ids, replace(params, spelled_ids=spelled_ids(body, self.tokenizer)))
         return PreparedRequest(body, "chat.completion", [request], choices, begun)
 
@@ -125,9 +140,7 @@ class Service:
         """Ids of a text or of a conversation, as the other routes would compute them."""
         if body.messages is None:
             assert body.prompt is not None
-            if not body.add_special_tokens:
-                return await asyncio.to_thread(self.tokenizer.encode, body.prompt)
-            return (await asyncio.to_thread(self._encode_all, [body.prompt]))[0]
+            return await asyncio.to_thread(self._encode, body.prompt, body)
         messages = template_messages(body.messages, self.tokenizer.chat_template)
         return await self._render(messages, {}, body.add_generation_prompt)
 
@@ -141,13 +154,14 @@ class Service:
 
         return await asyncio.get_running_loop().run_in_executor(self._template_thread, render)
 
-    def _encode_all(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Encode each text as the beginning of a document; ids are taken as they are."""
-        return [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    def _encode_all(self, prompts: Sequence[str | list[int]], body: CompletionRequest) -> list[list[int]]:
+        """Encode each text; ids are taken as they are."""
+        return [self._encode(prompt, body) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, body: CompletionRequest | TokenizeRequest) -> list[int]:
         self._check_chars(len(text))
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        special = {"add_special_tokens": body.add_special_tokens, "parse_special": body.parse_special}
+        return self.tokenizer.encode_prompt(text, **special)
 
     def _check_chars(self, count: int) -> None:
         """Refuse, before encoding, text that no encoding can make short enough."""
@@ -173,30 +187,30 @@ class Service:
             return False
         return end not in tail[tail.index(begin) :]
 
-
-def make_params(
-    body: Sampling, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None, grammar: str | None
-) -> SamplingParams:
-    """A body's sampling settings, with OpenAI's defaults where it has none, and a new seed if it has no seed."""
-    seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
-    temperature = 1.0 if body.temperature is None else body.temperature
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-        top_k=max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None else max(body.top_p, MIN_TOP_P),
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
-        stop_ids=frozenset(body.stop_token_ids or ()),
-        stop=body.stops,
-        seed=seed,
-        n=body.n or 1,
-        logprobs=0 if logprobs is None and body.token_details else logprobs,
-        prompt_logprobs=prompt_logprobs,
-        return_routes=body.return_routes,
-        return_text=True,
-        grammar=grammar,
-    )
+    def _params(
+        self, body: Sampling, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None, grammar: str | None
+    ) -> SamplingParams:
+        """A body's sampling settings, with the model's defaults where it has none, and a new seed without a seed."""
+        given = {name: getattr(body, name) for name in DEFAULTS}
+        chosen: dict[str, Any] = {**DEFAULTS, **self.defaults.choose(**given)}
+        is_greedy = chosen["temperature"] < MIN_TEMPERATURE
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0 if is_greedy else chosen["temperature"],
+            top_k=max(chosen["top_k"], 0),
+            top_p=max(chosen["top_p"], MIN_TOP_P),
+            min_p=chosen["min_p"],
+            repetition_penalty=chosen["repetition_penalty"],
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
+            stop_ids=frozenset(body.stop_token_ids or ()),
+            stop=body.stops,
+            seed=secrets.randbits(62) if body.seed is None else body.seed % 2**62,
+            n=body.n or 1,
+            logprobs=0 if logprobs is None and body.token_details else logprobs,
+            prompt_logprobs=prompt_logprobs,
+            return_routes=body.return_routes,
+            return_text=True,
+            grammar=grammar,
+        )

@@ -45,6 +45,7 @@ from moestro.parallel.world import ONE, World
 from moestro.training.optim import Optimizers
 
 SaveDtype = Literal["fp32"] | Precision
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}  # small models repeat themselves when greedy
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def write_config_files(directory: Path, model: Transformer, tokenizer: Tokenizer
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
+        **SAMPLING,
     }
     _write_json(directory / "generation_config.json", generation)
     tokenizer.save(directory)

@@ -187,6 +187,11 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
+    def count_moments(self) -> int:
+        """Numbers that the moments of all parameters hold: two each under AdamW, one under Muon."""
+        counts = [(optimizer, p.numel()) for optimizer in self.all for g in optimizer.param_groups for p in g["params"]]
+        return sum(number if isinstance(optimizer, Muon) else 2 * number for optimizer, number in counts)
+
     def state_tensors(self) -> dict[str, Tensor]:
         """`parameter/key` -> tensor, for a checkpoint."""
         return {

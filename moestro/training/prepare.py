@@ -215,4 +215,4 @@ def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
     path = Path(choice)
     if not path.exists():
         raise ConfigError(f"data.tokenizer is '{choice}', which is neither auto, builtin, train nor a file")
-    return Tokenizer.from_file(path)
+    return Tokenizer.from_file(path).beginning_with_bos()

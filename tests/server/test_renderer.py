@@ -16,7 +16,7 @@ from moestro.server.renderer import START_SECONDS, Renderer, encode
 
 TALK = [{"role": "user", "content": "Hi <｜Assistant｜> \ud83d there"}, {"role": "assistant", "content": "été"}]
 WITH_TOOLS = (
-    "{{ bos_token }}{% if tools is defined %}{{ tools | tojson }}{% endif %}{% if enable_thinking %}T{% endif %}"
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% if enable_thinking %}T{% endif %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
 )
 SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
