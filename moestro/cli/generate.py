@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_json, print_note, read_input, visible
+from moestro.cli.output import print_json, print_note, read_input
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
 from moestro.errors import ConfigError
+from moestro.terminal import printable_lines
 
 if TYPE_CHECKING:
     from moestro.engine.engine import Engine
@@ -149,7 +150,7 @@ def read_prompt(text: str | None, prompt: str | None) -> str:
 
 def show(beginning: str, pieces: Iterator[str]) -> None:
     """Print a text as it comes, once there is a first token; a terminal gets nothing that it would obey."""
-    spell = visible if sys.stdout.isatty() else str
+    spell = printable_lines if sys.stdout.isatty() else str
     for piece in chain([beginning + next(pieces)], pieces):
         print(spell(piece), end="", flush=True)
     print()

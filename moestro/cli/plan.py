@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from moestro.checks import idle_settings, refuse_futile
 from moestro.cli.inspect import format_count, format_size
-from moestro.cli.output import print_note
+from moestro.cli.output import print_json, print_note
 from moestro.config import Config, build_config
 from moestro.data.files import ARCHIVES, DOCUMENTS, advise
 from moestro.errors import ConfigError
+from moestro.machine import GIB
+from moestro.machine.memory import memory_bytes
 from moestro.terminal import printable
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 MOST_STEPS = 10**7  # where minutes alone limit a run
 CALIBRATION_DEPTH = 3  # a model that takes a second or two to time, and is not so small that calls cost more than work
 MOST_REASONS = 8
+PROGRAM_BYTES = 600 * 2**20  # Python, torch and a tokenizer at work, beside the model
 MEASURED_PARAMETERS = 40e6  # larger models are not built to be timed: their time follows from their arithmetic
 
 
@@ -35,6 +38,7 @@ class Planned:
     settings: Config
     survey: Survey
     plan: TrainingPlan
+    memory_bytes: int
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -42,7 +46,7 @@ class Planned:
         from moestro.model.size import describe_size
 
         config = self.settings.model_dump(mode="json")
-        plan = {**self.plan.to_json(), "warnings": list(self.warnings)}
+        plan = {**self.plan.to_json(), "memory_bytes": self.memory_bytes, "warnings": list(self.warnings)}
         return {"config": config, **describe_size(self.settings.model), "plan": plan}
 
 
@@ -52,6 +56,15 @@ class Open:
 
     size: bool
     length: bool
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What the user asked to see."""
+
+    quiet: bool
+    dry_run: bool
+    json: bool
 
 
 def settle_length(overrides: tuple[str, ...], *, from_text: bool) -> tuple[str, ...]:
@@ -78,6 +91,7 @@ def plan_run(tree: dict[str, Any], overrides: tuple[str, ...], left_open: Open, 
     from moestro.data.survey import survey
     from moestro.model.size import measure_size
     from moestro.training import plan
+    from moestro.training.memory import training_memory
 
     settings = build_config(tree, overrides)
     refuse_futile(settings)
@@ -90,17 +104,18 @@ def plan_run(tree: dict[str, Any], overrides: tuple[str, ...], left_open: Open, 
     text = plan.measure_text(found, settings, tokenizer)
     if left_open.length:
         settings = build_config(set_train(tree, {"steps": find_steps(settings, text)}), overrides)
+    needed = training_memory(settings).total + PROGRAM_BYTES
     seconds = None
-    if timed and is_alone():
-        settings = with_precision(settings)
-        seconds = estimate_step(settings)
+    if timed and is_alone() and needed <= memory_bytes()[0]:
+        settings, seconds = time_step_of(settings)
     size = measure_size(settings.model)
     planned = plan.plan_training(settings, text, size, seconds)
     if left_open.length:
-        train = {**settings.train.model_dump(mode="json"), **plan.pace(planned.steps)}
-        settings = build_config({**settings.model_dump(mode="json"), "train": train}, overrides_of_pace(overrides))
+        tree = set_train(settings.model_dump(mode="json"), plan.pace(settings, planned.steps))
+        settings = build_config(tree, of_pace(overrides))
         planned = plan.plan_training(settings, text, size, seconds)
-    return Planned(settings, found, planned, (*plan.warn(planned, settings, found), *idle_settings(settings)))
+    warnings = (*plan.warn(planned, settings, found), *idle_settings(settings))
+    return Planned(settings, found, planned, needed, warnings)
 
 
 def is_alone() -> bool:
@@ -113,9 +128,10 @@ def set_train(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "train": {**tree.get("train", {}), **values}}
 
 
-def overrides_of_pace(overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """Those that are about how often a run is evaluated and saved."""
-    return tuple(pair for pair in overrides if pair.strip().startswith(("train.eval_", "train.checkpoint_every")))
+def of_pace(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that say how a run is paced."""
+    names = ("train.eval_", "train.checkpoint_every", "train.warmup_steps")
+    return tuple(pair for pair in overrides if pair.strip().startswith(names))
 
 
 def known_tokenizer(settings: Config) -> Tokenizer | None:
@@ -174,18 +190,22 @@ def measure_flops(settings: Config) -> float:
     return step_flops(settings) / time_step(with_precision(settings))
 
 
-def estimate_step(settings: Config) -> float:
-    """Seconds of a step: measured, or for a large model scaled from a small one by their arithmetic."""
+def time_step_of(settings: Config) -> tuple[Config, float]:
+    """The configuration with its precision chosen and the seconds of a step.
+
+    A large model keeps its precision open, and its time is scaled from a small one's by their arithmetic.
+    """
     from moestro.model.size import measure_size
     from moestro.training import plan
     from moestro.training.speed import time_step
 
     size = measure_size(settings.model)
     if size.total + size.mtp <= MEASURED_PARAMETERS:
-        return time_step(settings)
+        settings = with_precision(settings)
+        return settings, time_step(settings)
     small = plan.fit_tree(CALIBRATION_DEPTH, settings.model.vocab_size)
     probe = build_config(small, [f"train.precision={settings.train.precision}"])
-    return step_flops(settings) / measure_flops(probe)
+    return settings, step_flops(settings) / measure_flops(probe)
 
 
 def step_flops(settings: Config) -> float:
@@ -194,6 +214,23 @@ def step_flops(settings: Config) -> float:
     from moestro.training.plan import tokens_per_step
 
     return float(training_flops(settings.model, settings.train.seq_len) * tokens_per_step(settings))
+
+
+def settle(
+    tree: dict[str, Any],
+    overrides: tuple[str, ...],
+    left_open: Open,
+    run: Path,
+    printed: Printed,
+) -> Config:
+    """The configuration to train, after its plan has been printed; the main process prints for all."""
+    quiet = printed.quiet or os.environ.get("RANK", "0") != "0"
+    planned = plan_run(tree, overrides, left_open, timed=not quiet)
+    if not quiet:
+        print_plan(planned, run, dry_run=printed.dry_run)
+    if printed.dry_run and printed.json:
+        print_json(planned.to_json())
+    return planned.settings
 
 
 def print_plan(planned: Planned, run: Path, *, dry_run: bool) -> None:
@@ -223,8 +260,11 @@ def plan_rows(planned: Planned, run: Path) -> Iterator[tuple[str, str]]:
     yield "training", f"{plan.steps:,} steps of {per_step:,} tokens: {format_count(plan.tokens)} tokens{passes}"
     if plan.seconds is not None and plan.tokens_per_second is not None:
         limit = f" (at most {settings.train.minutes:g} minutes: train.minutes)" if settings.train.minutes else ""
-        speed = f"{plan.tokens_per_second:,.0f} tokens/s in {settings.train.precision} measured here"
+        precision = "" if settings.train.precision == "auto" else f" in {settings.train.precision}"
+        speed = f"{plan.tokens_per_second:,.0f} tokens/s{precision}, measured here"
         yield "time", f"about {describe_duration(plan.seconds)}{limit}, {speed}"
+    total, free = memory_bytes()
+    yield "memory", f"about {planned.memory_bytes / GIB:,.1f} GiB; {free / GIB:,.1f} of {total / GIB:,.1f} GiB are free"
     yield "run", str(run)
 
 

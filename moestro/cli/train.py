@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +11,46 @@ from cyclopts import Parameter
 
 from moestro.cli.hints import format_command
 from moestro.cli.output import print_json
-from moestro.cli.plan import Open, plan_run, print_plan, set_train, settle_length
+from moestro.cli.plan import Open, Printed, set_train, settle, settle_length
 from moestro.config import SETTINGS, Config, build_config, load_file, load_preset
 from moestro.errors import ConfigError
 from moestro.sizes import DEFAULT_MINUTES, tree_of_depth
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What to train on, and for how long.
+
+    Parameters
+    ----------
+    data
+        A file or folder (docs/training.md lists what is read), a Hugging Face data set, or builtin.
+    encoding
+        Of files that are not UTF-8, such as cp1252 or cp949; by default it is guessed.
+    text_field
+        The field or column of a record that holds its text; by default text, content, or a conversation.
+    minutes
+        How long to train; with --data and no size, 30 by default.
+    steps
+        How many steps to train, whatever a preset says of minutes.
+    """
+
+    data: str | None = None
+    encoding: str | None = None
+    text_field: str | None = None
+    minutes: float | None = None
+    steps: int | None = None
+
+    def data_keys(self) -> dict[str, str]:
+        """Those that are settings of [data], under their names there; a folder's name is no TOML."""
+        values = {"source": self.data, "encoding": self.encoding, "text_field": self.text_field}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def overrides(self, threads: int | None) -> tuple[str, ...]:
+        """Those that are settings of [train], and the threads."""
+        values = {"train.minutes": self.minutes, "train.steps": self.steps, "train.threads": threads}
+        return tuple(f"{key}={value}" for key, value in values.items() if value is not None)
 
 
 def train(
@@ -21,11 +58,7 @@ def train(
     preset: str | None = None,
     config: Path | None = None,
     depth: int | None = None,
-    data: str | None = None,
-    encoding: str | None = None,
-    text_field: str | None = None,
-    minutes: float | None = None,
-    steps: int | None = None,
+    text: TextOptions | None = None,
     out: Path | None = None,
     start: Annotated[str | None, Parameter(name="--from")] = None,
     threads: int | None = None,
@@ -48,16 +81,6 @@ def train(
         A TOML or JSON file with sections [model], [train], [data], [fp8].
     depth
         One dial for size: the number of layers sets width, heads, experts and learning rate; the text sets the steps.
-    data
-        A file or folder (docs/training.md lists what is read), a Hugging Face data set, or builtin.
-    encoding
-        Of files that are not UTF-8, such as cp1252 or cp949; by default it is guessed.
-    text_field
-        The field or column of a record that holds its text; by default text, content, or a conversation.
-    minutes
-        How long to train; with --data and no size, 30 by default.
-    steps
-        How many steps to train, whatever a preset says of minutes.
     out
         The run directory; runs/NAME by default.
     start
@@ -73,42 +96,28 @@ def train(
     json_output
         Print the outcome, or the plan of a dry run, as one JSON object on the last line.
     """
-    asked = (preset, config, depth, start)
-    flags = {"train.minutes": minutes, "train.steps": steps, "train.threads": threads}
-    overrides = (*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None))
-    tree, name = choose_tree(preset, config, depth, start, data)
+    text = text or TextOptions()
+    tree, name = choose_tree(preset, config, depth, start, text.data)
     run = out or free_directory(Path("runs"), name, resume)
-    saved = run / SETTINGS if resume and (run / SETTINGS).exists() else None
-    if saved is not None and not any(asked):
-        tree = load_file(saved)
-    tree = set_data(tree, {"source": data, "encoding": encoding, "text_field": text_field})
-    left_open = what_is_open(preset or config, depth, start, data, resumed=saved is not None)
-    overrides = settle_length(overrides, from_text=left_open.length)
+    resumed = resume and (run / SETTINGS).exists()
+    if resumed and not (preset or config or depth or start):
+        tree = load_file(run / SETTINGS)  # a resumed run keeps its configuration unless the flags name another
+    tree = {**tree, "data": {**tree.get("data", {}), **text.data_keys()}}
+    left_open = what_is_open(resumed or preset or config, depth or start, text.data)
+    overrides = settle_length((*overrides, *text.overrides(threads)), from_text=left_open.length)
     settings = build_config(tree, overrides)
     prepare_machine(settings)
-    if saved is None and not (quiet and left_open == Open(size=False, length=False)):
-        planned = plan_run(tree, overrides, left_open, timed=not quiet)
-        settings = planned.settings
-        if not quiet:
-            print_plan(planned, run, dry_run=dry_run)
-        if dry_run and json_output:
-            print_json(planned.to_json())
-    if dry_run:
-        return 0
-    return run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
+    if dry_run or left_open.length or not (resumed or quiet):
+        printed = Printed(quiet=quiet, dry_run=dry_run, json=json_output)
+        settings = settle(tree, overrides, left_open, run, printed)
+    return 0 if dry_run else run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
 
 
-def what_is_open(given: object, depth: int | None, start: str | None, data: str | None, *, resumed: bool) -> Open:
-    """What a preset or configuration would say, and follows from the text without one."""
-    if given or resumed:
+def what_is_open(settled: object, sized: object, data: str | None) -> Open:
+    """What follows from the text: nothing where all is `settled`, the length alone where the size is given."""
+    if settled:
         return Open(size=False, length=False)
-    return Open(size=data is not None and depth is None and start is None, length=any((depth, start, data)))
-
-
-def set_data(tree: dict[str, Any], values: dict[str, str | None]) -> dict[str, Any]:
-    """The raw configuration with the values that are given in [data]."""
-    given = {name: value for name, value in values.items() if value is not None}
-    return {**tree, "data": {**tree.get("data", {}), **given}}
+    return Open(size=not sized and data is not None, length=bool(sized) or data is not None)
 
 
 def prepare_machine(settings: Config) -> None:

@@ -35,8 +35,8 @@ SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 8192
 SPARSE_VOCABULARY = 4  # times what the text supports
 MANY_HOURS = 100
 FEW_HELD_OUT = 2000  # tokens
-EVALUATIONS = 20
-EVAL_TOKENS = 16384
+EVALUATIONS = 20  # of a run, on the way
+EVAL_TOKENS = 16384  # of a domain, on the way
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,11 @@ def fit_tree(depth: int, vocabulary: int) -> dict[str, Any]:
     return tree
 
 
-def pace(steps: int) -> dict[str, int]:
-    """How often a run of about so many steps is evaluated and saved."""
+def pace(config: Config, steps: int) -> dict[str, int]:
+    """How often a run of about so many steps is evaluated and saved, and a warm-up that it has time for."""
     every = max(steps // EVALUATIONS, 25)
-    return {"eval_every": every, "checkpoint_every": every, "eval_tokens": EVAL_TOKENS}
+    warmup = min(config.train.warmup_steps, max(steps // 10, 1))
+    return {"eval_every": every, "checkpoint_every": every, "eval_tokens": EVAL_TOKENS, "warmup_steps": warmup}
 
 
 def count_active(model: ModelConfig) -> int:
