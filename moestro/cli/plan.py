@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moestro.checks import idle_settings, refuse_futile
 from moestro.cli.inspect import format_count, format_size
@@ -102,6 +102,7 @@ def plan_run(tree: dict[str, Any], overrides: tuple[str, ...], left_open: Open, 
         tree = fit_to_text(tree, overrides, found, tokenizer)
         settings = build_config(tree, overrides)
     text = plan.measure_text(found, settings, tokenizer)
+    plan.refuse_little(text, settings)
     if left_open.length:
         settings = build_config(set_train(tree, {"steps": find_steps(settings, text)}), overrides)
     needed = training_memory(settings).total + PROGRAM_BYTES
@@ -227,15 +228,14 @@ def settle(
     quiet = printed.quiet or os.environ.get("RANK", "0") != "0"
     planned = plan_run(tree, overrides, left_open, timed=not quiet)
     if not quiet:
-        print_plan(planned, run, dry_run=printed.dry_run)
+        print_plan(planned, run, sys.stdout if printed.dry_run and not printed.json else sys.stderr)
     if printed.dry_run and printed.json:
         print_json(planned.to_json())
     return planned.settings
 
 
-def print_plan(planned: Planned, run: Path, *, dry_run: bool) -> None:
-    """The plan: on standard output if it is all that was asked for, else on standard error."""
-    stream = sys.stdout if dry_run else sys.stderr
+def print_plan(planned: Planned, run: Path, stream: TextIO) -> None:
+    """The plan, and a line for each warning."""
     for name, value in plan_rows(planned, run):
         print(f"  {name:<9} {printable(value)}", file=stream)
     for warning in planned.warnings:

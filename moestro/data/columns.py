@@ -83,7 +83,7 @@ def _read_batches(batches: Iterator[Any], path: Path) -> Iterator[tuple[str, Any
         try:
             records = batch.to_pylist()
         except UnicodeDecodeError:
-            records = (_row(batch, row, f"{path}, row {number + row + 1}") for row in range(len(batch)))
+            records = [_row(batch, row, f"{path}, row {number + row + 1}") for row in range(len(batch))]
         for record in records:
             number += 1
             yield f"{path}, row {number}", record

@@ -114,7 +114,7 @@ class Corpus:
             return "utf-8"  # reading it again says where it is damaged
         if not encoding:
             self._notice("binary files left out", file.path)
-        elif encoding not in ("utf-8", self.encoding):
+        elif encoding != self.encoding and not encoding.startswith("utf"):
             self._notice(f"files that are not UTF-8, read as {encoding}", file.path)
         return encoding
 

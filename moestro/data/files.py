@@ -1,7 +1,8 @@
 """The files of a folder that hold text, in sorted order, and why others are left out.
 
 What is hidden, empty, of another kind, or a folder seen before (symbolic links) is counted. Of a Hugging Face data set
-on disk only the split `train` is read, as from the hub, and its own bookkeeping is not text.
+on disk only the split `train` is read, as from the hub, and its own bookkeeping is not text. Models and runs below the
+folder, such as `runs/` of an earlier command, are left out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz")
 DOCUMENTS = (".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html", ".htm", ".pptx", ".xlsx")
 NO_SUFFIX = "without a suffix"
 _BOOKKEEPING = frozenset({"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"})
+_OF_MODELS = ("tokenizer.json", "data/tokenizer.json")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(-\d+-of-\d+.*)?")
 
 
@@ -95,6 +97,8 @@ def _reason_to_skip(entry: Path, seen: set[Path]) -> str | None:
         if entry.name.startswith("."):
             return "hidden"
         if entry.is_dir():
+            if any((entry / name).exists() for name in _OF_MODELS):
+                return "a model or run"
             return "a folder seen before" if entry.resolve() in seen else None
         if not entry.exists():
             return "a broken link"

@@ -17,7 +17,7 @@ from moestro.terminal import printable
 MOST_LISTED = 50
 SAMPLE_BYTES = 1_000_000  # of text, to count tokens on
 HUB_BYTES = 4_000_000  # of a data set that is streamed from the hub, since nobody knows its size
-_DOMAIN_CHARS, _DOCUMENT_CHARS = 500_000, 8_000  # most that is kept
+_DOMAIN_CHARS, _DOCUMENT_CHARS = 1_000_000, 8_000  # most that is kept
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Any
 from moestro.config import Config, ModelConfig, build_config
 from moestro.data.survey import Survey
 from moestro.data.tokenizer import Tokenizer
+from moestro.errors import DataError
 from moestro.model.size import Size, training_flops
 from moestro.sizes import (
     DEFAULT_MINUTES,
@@ -137,6 +138,16 @@ def measure_text(survey: Survey, config: Config, tokenizer: Tokenizer | None) ->
     )
 
 
+def refuse_little(text: TextSize, config: Config) -> None:
+    """Raise `DataError` for a text that is clearly less than one batch; where it is close, training will tell."""
+    train = config.train
+    if text.complete and text.train * 1.2 < train.batch_size * train.seq_len:
+        raise DataError(
+            f"about {text.train:,} tokens to train on are less than one batch of {train.batch_size} x {train.seq_len}: "
+            "give more text, or lower train.batch_size or train.seq_len"
+        )
+
+
 def held_out_tokens(tokens: float, survey: Survey, name: str, fraction: float) -> int:
     """About how many of a domain's tokens are held out: its fraction, at least one document, none of a single text."""
     domain = survey.domains[name]
@@ -217,7 +228,7 @@ def fit_tree(depth: int, vocabulary: int) -> dict[str, Any]:
 
 def pace(config: Config, steps: int) -> dict[str, int]:
     """How often a run of about so many steps is evaluated and saved, and a warm-up that it has time for."""
-    every = max(steps // EVALUATIONS, 25)
+    every = max(steps // EVALUATIONS, min(25, steps))
     warmup = min(config.train.warmup_steps, max(steps // 10, 1))
     return {"eval_every": every, "checkpoint_every": every, "eval_tokens": EVAL_TOKENS, "warmup_steps": warmup}
 
