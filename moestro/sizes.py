@@ -1,4 +1,6 @@
-"""One dial for size: a depth gives a whole configuration that trains sensibly.
+"""Sizes: bytes as people write them, and one dial for the size of a model.
+
+`tree_of_depth`: a depth gives a whole configuration that trains sensibly.
 
 Width grows with depth (64 per layer), heads are 64 wide, fine-grained experts are half as wide as the model, and the
 learning rate falls with √width, as in the shipped presets. The number of steps follows from 8 tokens per active
@@ -9,6 +11,7 @@ models.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from moestro.errors import ConfigError
@@ -17,6 +20,24 @@ MIN_DEPTH, MAX_DEPTH = 2, 48
 TOKENS_PER_PARAMETER = 8
 DEFAULT_MINUTES = 30.0  # of training on a text of one's own: enough for words and short sentences, short enough to wait
 MIN_STEPS = 200  # fewer teach nothing
+BYTES_FORM = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:([kmgt])(i?b)?|b)?")
+BYTES_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def parse_bytes(text: str) -> int:
+    """`4GiB`, `4 GiB`, `4G` and `4g` (of 1024), `512MB` (of 1000), `1000000`, `7B` to bytes; ConfigError for others."""
+    found = BYTES_FORM.fullmatch(text.strip().lower())
+    number, prefix, suffix = found.groups() if found else ("0", None, None)
+    size = int(float(number) * (1000 if suffix == "b" else 1024) ** " kmgt".index(prefix or " "))
+    if not size:
+        raise ConfigError(f"memory is a size such as 4GiB, not '{text}'")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """12,345,678 bytes as 12.35 MB, of 1000."""
+    unit, scale = next(((unit, scale) for unit, scale in BYTES_UNITS if size >= scale), BYTES_UNITS[-1])
+    return f"{size / scale:,.2f} {unit}"
 
 
 def tree_of_depth(depth: int) -> dict[str, Any]:

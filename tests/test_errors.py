@@ -25,7 +25,7 @@ def test_the_command_line_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         raise ConfigError("runs/x holds a run", hint="choose another --out")
 
     monkeypatch.setattr(cli, "app", fail)
-    monkeypatch.setattr(sys, "argv", ["moestro"])
+    monkeypatch.setattr(sys, "argv", ["moestro", "train"])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2

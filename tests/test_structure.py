@@ -21,7 +21,7 @@ PACKAGE = ROOT / "moestro"
 
 # Imports go down this list only. Sub-packages in one row are independent of each other.
 LAYERS = (
-    ("terminal", "version"),
+    ("terminal", "version", "packages"),
     ("errors",),
     ("config",),
     ("machine", "sizes", "checks"),

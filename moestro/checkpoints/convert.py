@@ -27,7 +27,6 @@ from moestro.ops.serving.codes import Codes
 
 Precision = Literal["fp8", "bf16"]
 SHARD_BYTES = 1_000_000_000
-OTHER_FILES = ("special_tokens_map.json", "tiktoken.model")  # of tokenizers that nothing here reads
 FRACTION_BITS = (1 << 23) - 1
 
 
@@ -58,7 +57,7 @@ def convert(source: ModelFiles, out: Path, to: Precision, scale: Scale | None = 
 
 def write_converted(source: ModelFiles, folder: Path, to: Precision, scale: Scale | None = None) -> Converted:
     """Write the tokenizer, the weights and, last of all, config.json into a folder; see `convert`."""
-    copy_files(source.directory, folder, [name for name in (*COPIED, *OTHER_FILES) if name != "config.json"])
+    copy_files(source.directory, folder, [name for name in COPIED if name != "config.json"])
     writer = _Writer(source, to, scale or (source.scheme.scale if source.scheme is not None else "fp32"))
     write_tensors(folder, writer.tensors(), SHARD_BYTES, indexed=to == "fp8")
     tree = convert_config(read_json(source.directory / "config.json"), to, writer.scale)

@@ -33,12 +33,14 @@ from moestro.checkpoints.files import (
     sync,
     sync_directory,
 )
+from moestro.data.tokenizer_files import FILES as TOKENIZER_FILES
+from moestro.data.tokenizer_files import TEMPLATE_FOLDER
 from moestro.errors import CheckpointError, ConfigError
 from moestro.ops.serving.formats import FORMATS
 
 FORMAT, VERSION = "moestro-packed", 1
 INFO_NAME = "packed.json"
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, TEMPLATE_FOLDER)
 SHARD_BYTES = 1_000_000_000
 ALIGNMENT = 64
 Save = Callable[[Mapping[str, Tensor]], None]
@@ -131,10 +133,13 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy those of the named files that are there."""
+    """Copy those of the named files that are there, and the files of named folders."""
     for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        place = source / name
+        for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if file.is_file():
+                (target / file.relative_to(source)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target / file.relative_to(source))
 
 
 def claim(out: Path) -> None:

@@ -8,6 +8,7 @@ config.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from moestro.ops.serving.formats import FORMATS, RowSource, plain_format
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
 Source = Transformer | ModelFiles | PackedFiles
+Sizes = dict[str, int]  # bytes by the name of a part
 Shapes = Mapping[str, Sequence[int]]
 PACKED: Mapping[str, type[PackedLinear] | type[PackedHeads] | type[PackedExperts]]
 PACKED = {"linear": PackedLinear, "heads": PackedHeads, "experts": PackedExperts}
@@ -117,6 +119,27 @@ def write_parts(source: Transformer | ModelFiles, format: str, save: Save) -> in
     return sum(write(part) for part in served_parts(source.config))
 
 
+def packed_bytes(source: Source | ModelConfig, format: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Sizes:
+    """The bytes of every part by name, as `pack_model` makes them: nothing is read.
+
+    Of a configuration alone, for activations in `dtype`.
+    """
+    if isinstance(source, PackedFiles):
+        return {part.name: _mapped_bytes(part, source) for part in served_parts(source.config)}
+    if isinstance(source, ModelConfig):
+        config, parts = source, _Packer(None, parameter_shapes(source), format or plain_format(dtype), dtype)
+    else:
+        config, format = source.config, choose_format(source, format)
+        parts = _Packer(_weights_of(source), parameter_shapes(config), format, source.dtype)
+    return {part.name: parts.count_bytes(part) for part in served_parts(config)}
+
+
+def _mapped_bytes(part: Part, files: PackedFiles) -> int:
+    if part.form == "plain":
+        return files.tensor(part.name).nbytes
+    return sum(files.tensor(f"{part.name}.{key}").nbytes for key in PACKED[part.form].names)
+
+
 def refill(packed: PackedModel, model: Transformer) -> None:
     """Pack another model of the same configuration into the same memory, rounded to the same `dtype` first.
 
@@ -174,13 +197,14 @@ def _dimensions(part: Part, shapes: Shapes) -> tuple[int, ...]:
 class _Packer:
     """Packs the parts of one source as `format`, or keeps what it stores if it has codes of that format."""
 
-    weights: Weights
+    weights: Weights | None  # None: there are only shapes, to count bytes
     shapes: Shapes
     format: str
     dtype: torch.dtype
 
     def pack(self, part: Part) -> PackedPart:
         """A part in memory of its own."""
+        assert self.weights is not None
         format, numbers = self._format_of(part), _dimensions(part, self.shapes)
         packed: PackedPart
         if part.form == "plain":
@@ -190,15 +214,22 @@ class _Packer:
         _fill_part(packed, part, self.weights, self.dtype)
         return packed
 
+    def count_bytes(self, part: Part) -> int:
+        """The bytes of a part, without making it."""
+        format, numbers = self._format_of(part), _dimensions(part, self.shapes)
+        if part.form == "plain":
+            return math.prod(numbers) * DTYPES[format].itemsize
+        return PACKED[part.form].count_bytes(format, *numbers)
+
     def _format_of(self, part: Part) -> str:
-        if part.rule in ("weights", "head") and self._keeps:
+        if self.weights is not None and part.rule in ("weights", "head") and self._keeps:
             stored = {self.weights.kept_format(name) for name in part.parameters}
             return (stored.pop() if len(stored) == 1 else None) or plain_format(self.dtype)
         return part.format(self.format, self.dtype)
 
     @cached_property
     def _keeps(self) -> bool:
-        return self.format in map(self.weights.kept_format, self.shapes)
+        return self.weights is not None and self.format in map(self.weights.kept_format, self.shapes)
 
 
 def _fill_part(packed: PackedPart, part: Part, weights: Weights, dtype: torch.dtype) -> None:

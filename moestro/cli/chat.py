@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING
 from moestro.cli.history import line_editing
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_error, print_note, read_input
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.process import (
+    Activations,
+    Cache,
+    Dtype,
+    MaxTokens,
+    Penalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Weights,
+    use_threads,
+)  # fmt: skip
 from moestro.errors import MoestroError
 from moestro.terminal import printable_lines
 
@@ -25,12 +38,12 @@ def chat(
     model: Model = None,
     *,
     system: str | None = None,
-    max_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    repetition_penalty: float | None = None,
-    seed: int = 0,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
     download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
@@ -47,18 +60,6 @@ def chat(
     ----------
     system
         A first message that says how to behave.
-    max_tokens
-        Most tokens in a reply.
-    temperature
-        0 takes the likeliest token; 1 samples the model's own distribution.
-    top_p
-        Sample from the smallest set of tokens with this much probability.
-    top_k
-        Sample from this many of the likeliest tokens; 0 for all.
-    repetition_penalty
-        Above 1, tokens that have occurred become less likely.
-    seed
-        The same seed and messages give the same replies.
     """
     from moestro.engine.conversation import Conversation, is_base_model
     from moestro.engine.language_model import find_model_directory, load
@@ -80,8 +81,8 @@ def chat(
     )
     if sys.stdin.isatty():
         print_note("/help lists commands; Ctrl-C stops a reply, Ctrl-D leaves.")
-    if conversation.plain:
-        print_note(BASE_MODEL)
+        if conversation.plain:
+            print_note(BASE_MODEL)
     with closing(Renderer(find_model_directory(directory))) as renderer, line_editing():
         conversation.render = renderer.render
         converse(conversation)
@@ -89,9 +90,9 @@ def chat(
 
 def converse(conversation: Conversation) -> None:
     """Answer messages and follow commands until the input ends or /exit."""
-    from moestro.cli.chat_commands import Session
+    from moestro.cli.chat_commands import ChatSession
 
-    session = Session(conversation)
+    session = ChatSession(conversation)
     while not session.is_over and (text := read_message()) is not None:
         try:
             question = session.follow(text) if text.startswith("/") else text

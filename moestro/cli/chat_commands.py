@@ -36,7 +36,7 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclass
-class Session:
+class ChatSession:
     """A conversation and whether the user wants to leave."""
 
     conversation: Conversation

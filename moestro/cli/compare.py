@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -13,13 +12,13 @@ from cyclopts import Parameter
 
 from moestro.cli.hints import spell_commands
 from moestro.cli.output import print_json, print_note
-from moestro.config import load_preset
+from moestro.config import load_preset, quote_value
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from moestro.compare.plan import Plan
-    from moestro.compare.results import CellSummary, Estimate, Record, Summary
+    from moestro.compare.results import CellSummary, Estimate, Summary
 
 LARGEST_DEVIATION = 0.03  # how far FLOPs per token may differ from the base's before a warning
 PLAIN_WIDTH = 160  # width of tables that do not go to a terminal
@@ -77,7 +76,7 @@ def compare(
     """
     from moestro.compare.plan import make_plan
 
-    overrides = [*([f"data.source={json.dumps(data)}"] if data is not None else []), *settings]
+    overrides = [*([f"data.source={quote_value(data)}"] if data is not None else []), *settings]
     overrides += [f"train.threads={threads}"] if threads else []
     options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
     plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)
@@ -96,21 +95,14 @@ def print_cells(plan: Plan, *, dry_run: bool, json_output: bool) -> None:
 
 def run_and_show(plan: Plan, *, json_output: bool) -> int:
     """Train, write the report and print the table; returns the exit code."""
-    from moestro.compare.plan import prepare_directory
-    from moestro.compare.results import FAILED, FINISHED, summarise, verdicts
-    from moestro.compare.runner import Runner
+    from moestro.compare.comparison import run_plan
     from moestro.report.comparison import sentences, write_comparison
 
     command = shlex.join(["moestro", *sys.argv[1:]])
-    prepare_directory(plan, command, print_note)
-    total = len(plan.cells) * len(plan.seeds)
-    runner = Runner(plan, report=lambda record: print_note(describe_run(record)))
-    signal = runner.run()
-    records = list(runner.records.values())
+    done = run_plan(plan, command, print_note)
+    total, signal, summary, found = len(done.records), done.stopped_by, done.summary, done.verdicts
+    finished, failed = done.num_finished, done.num_failed
     report = write_comparison(plan.directory)
-    summary, found = summarise(records), verdicts(records, plan.budget.kind)
-    finished = sum(record["status"] == FINISHED for record in records)
-    failed = sum(record["status"] == FAILED for record in records)
     if finished:
         print_table(results_table(summary), error=False)
         print("\n".join([*sentences(found, summary), f"The report is {report}: open it in a browser."]))
@@ -196,19 +188,6 @@ def deviations(plan: Plan) -> list[str]:
         for cell in plan.cells
         if abs(cell.flops_ratio - 1) > LARGEST_DEVIATION
     ]
-
-
-def describe_run(record: Record) -> str:
-    """One line on how a run ended."""
-    from moestro.training.progress import format_duration
-
-    name = f"{record['label']}, seed {record['seed']}"
-    if record["error"] is not None:
-        return f"{name} failed: {record['error']}"
-    if record["status"] != "finished":
-        return f"{name} stopped at step {record['steps'] or 0}"
-    bits = "no held-out text" if record["bits_per_byte"] is None else f"{record['bits_per_byte']:.4f} bits per byte"
-    return f"{name}: {bits}, {record['tokens']:,} tokens in {format_duration(record['seconds'])}"
 
 
 def results_table(summary: Summary) -> Table:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_json, print_note, print_rows
 from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
-from moestro.errors import ConfigError, DataError
 
 
 def evaluate(
-    model: Path,
+    model: Model = None,
     *,
     data: str | None = None,
     split: str = "auto",
     max_tokens: int | None = None,
     seq_len: int = 512,
+    download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
     cache: Cache = "auto",
@@ -31,8 +30,6 @@ def evaluate(
 
     Parameters
     ----------
-    model
-        A run, a checkpoint, a Hugging Face deepseek_v3 or deepseek_v2 directory, or packed weights.
     data
         What to evaluate on: like train --data. Without it, the documents that the run held out.
     split
@@ -46,26 +43,12 @@ def evaluate(
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """
     from moestro.engine.language_model import load
-    from moestro.training.evaluate import score_source
+    from moestro.training.evaluate import evaluate as score
 
-    if split not in ("auto", "all", "valid"):
-        raise DataError(f"--split must be auto, all or valid, not '{split}'")
-    for name, number, least in (("--seq-len", seq_len, 2), ("--max-tokens", max_tokens, 1)):
-        if number is not None and number < least:
-            raise ConfigError(f"{name} must be at least {least}, not {number}")
+    directory = choose_model(model, download, "eval")
     use_threads(threads)
-    language_model = load(model, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
-    seq_len = min(seq_len, language_model.config.max_seq_len)
-    with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
-        record = score_source(
-            language_model,
-            data,
-            run=model,
-            split=split,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            scratch=Path(scratch),
-        )
+    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+    record = score(language_model, data, split=split, max_tokens=max_tokens, seq_len=seq_len)
     if json_output:
         print_json(record)
         return

@@ -7,13 +7,26 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_json, print_note, read_input
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.process import (
+    Activations,
+    Cache,
+    Dtype,
+    MaxTokens,
+    Penalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Weights,
+    use_threads,
+)  # fmt: skip
 from moestro.errors import ConfigError
 from moestro.terminal import printable_lines
 
@@ -26,12 +39,12 @@ def generate(
     text: str | None = None,
     *,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    max_tokens: int = 128,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    repetition_penalty: float | None = None,
-    seed: int = 0,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
     parse_special: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(negative="")] = False,
     download: Download = False,
@@ -53,18 +66,6 @@ def generate(
         The beginning of a text; "-" reads it from standard input.
     prompt
         The same, for a text that begins with a hyphen.
-    max_tokens
-        Most tokens to write.
-    temperature
-        0 takes the likeliest token; 1 samples the model's own distribution.
-    top_p
-        Sample from the smallest set of tokens with this much probability.
-    top_k
-        Sample from this many of the likeliest tokens; 0 for all.
-    repetition_penalty
-        Above 1, tokens that have occurred become less likely.
-    seed
-        The same seed gives the same text.
     parse_special
         Special tokens spelled in the text are meant as such; else they are text.
     quiet
@@ -73,29 +74,22 @@ def generate(
         Print one JSON object: text, tokens, ids, finish_reason, prompt_tokens, tokens_per_second, first_token_seconds,
         prompt_tokens_per_second.
     """
-    from moestro.engine.conversation import USUAL
-    from moestro.engine.defaults import Settings
+    from moestro.engine.conversation import choose_settings
     from moestro.engine.language_model import load
 
     directory = choose_model(model, download, "generate")
     beginning = read_prompt(text, prompt)
     use_threads(threads)
     language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
-    chosen = language_model.defaults.choose(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+    settings = choose_settings(
+        language_model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    settings: Settings = {**USUAL, **chosen}
-    stop_ids, stream = language_model.stop_ids, language_model.stream_ids
     written = Written(language_model.encode(beginning, parse_special=parse_special), language_model.engine)
-    pieces = language_model.tokenizer.decode_stream(
-        id for id in written.follow(stream(written.prompt, **settings)) if id not in stop_ids
-    )
+    stream = written.follow(language_model.stream_ids(written.prompt, **settings))
+    pieces = language_model.tokenizer.decode_stream(id for id in stream if id not in language_model.stop_ids)
     if json_output:
-        text = "".join(pieces)
-        reason = "stop" if written.ids[-1] in stop_ids else "length"
-        counts = {"tokens": len(written.ids), "ids": written.ids, "finish_reason": reason}
-        print_json({"text": text, **counts, **written.figures()})
+        print_json({"text": "".join(pieces), **written.report(language_model.stop_ids)})
         return
     show(beginning, pieces)
     if not quiet:
@@ -123,14 +117,19 @@ class Written:
         start, first, *_ = self.times
         count, since = (len(self.ids) - 1, first) if len(self.ids) > 1 else (1, start)
         return {
-            "prompt_tokens": len(self.prompt),
             "first_token_seconds": first - start,
             "prompt_tokens_per_second": len(self.prompt) / (first - start),
             "tokens_per_second": count / (self.times[-1] - since),
         }
 
+    def report(self, stop_ids: frozenset[int]) -> dict[str, Any]:
+        """Everything but the text, for programs."""
+        reason = "stop" if self.ids[-1] in stop_ids else "length"
+        counts = {"tokens": len(self.ids), "prompt_tokens": len(self.prompt)}
+        return {"ids": self.ids, "finish_reason": reason, **counts, **self.figures()}
+
     def describe(self) -> str:
-        """The same for people."""
+        """The speeds for people."""
         figures = self.figures()
         return (
             f"{len(self.ids)} tokens, {figures['tokens_per_second']:,.1f} tokens/s; first token after "

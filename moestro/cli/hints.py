@@ -19,11 +19,14 @@ _MENTION = re.compile(rf"(?<![\w/.-])moestro(?= (?:{'|'.join(command.name for co
 
 
 def command_name() -> str:
-    """What starts this program from the current directory, quoted for a shell: `moestro` if the path finds it."""
-    program = sys.argv[0]
-    if os.path.basename(program) in ("__main__.py", "-m"):
+    """What starts this program from the current directory, quoted for a shell: `moestro` if the path finds it.
+
+    In another program, which only uses the library, it is `moestro`, too.
+    """
+    program = Path(sys.argv[0])
+    if program.parts[-2:] == ("moestro", "__main__.py"):
         return f"{_spell_program(sys.executable)} -m moestro"
-    return _spell_program(program)
+    return _spell_program(sys.argv[0]) if program.stem == "moestro" else "moestro"
 
 
 def format_command(*words: str | Path) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from moestro.checks import idle_settings, refuse_futile
-from moestro.cli.inspect import format_count, format_size
+from moestro.cli.inspect import format_count
 from moestro.cli.output import print_json, print_note
 from moestro.config import Config, build_config
 from moestro.data.files import ARCHIVES, DOCUMENTS, advise
 from moestro.errors import ConfigError
 from moestro.machine import GIB
 from moestro.machine.memory import memory_bytes
+from moestro.sizes import format_bytes
 from moestro.terminal import printable
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def describe_text(planned: Planned) -> str:
     held_out = sum(text.held_out.values())
     domains = f" in {len(found.domains)} domains" if len(found.domains) > 1 else ""
     return (
-        f"{files}{format_size(found.bytes)}{domains}: about {format_count(text.train + held_out)} tokens, "
+        f"{files}{format_bytes(found.bytes)}{domains}: about {format_count(text.train + held_out)} tokens, "
         f"{format_count(held_out)} of them held out; vocabulary of {planned.settings.model.vocab_size:,}"
     )
 

@@ -21,6 +21,14 @@ Activations = Annotated[
     str, Parameter(help="What meets fp8 weights: auto (activations as they are) or fp8 (rounded in tiles of 128).")
 ]
 Cache = Annotated[str, Parameter(help="How latents are cached: auto (in the type of activations) or fp8.")]
+MaxTokens = Annotated[int, Parameter(help="Most tokens to write.")]
+Temperature = Annotated[
+    float | None, Parameter(help="0 takes the likeliest token; 1 samples the model's own distribution.")
+]
+TopP = Annotated[float | None, Parameter(help="Sample from the smallest set of tokens with this much probability.")]
+TopK = Annotated[int | None, Parameter(help="Sample from this many of the likeliest tokens; 0 for all.")]
+Penalty = Annotated[float | None, Parameter(help="Above 1, tokens that have occurred become less likely.")]
+Seed = Annotated[int, Parameter(help="The same seed and text give the same continuation.")]
 
 
 def use_threads(threads: int) -> None:

@@ -29,10 +29,9 @@ def report(
     json_output
         Print {"report": path} instead of the path.
     """
-    from moestro.compare.results import REQUEST
-    from moestro.report import write_comparison, write_report
+    from moestro.report.writing import report as write
 
-    path = (write_comparison if (run / REQUEST).is_file() else write_report)(run, out)
+    path = write(run, out)
     if json_output:
         print_json({"report": str(path)})
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_note
@@ -29,6 +29,7 @@ def serve(
     max_waiting: int = 1024,
     draft_tokens: int | None = None,
     drain_seconds: float = 30.0,
+    log_level: Literal["debug", "info", "warning", "error"] = "warning",
     download: Download = False,
     dtype: Dtype = "auto",
     weights: Weights = None,
@@ -58,16 +59,18 @@ def serve(
         Tokens that the model's MTP modules draft a step; 0 for none, by default one if the model has such modules.
     drain_seconds
         How long running requests may take to finish after SIGTERM.
+    log_level
+        What goes to stderr; from info on a line for every request, but never what it says.
     """
     from moestro.engine.language_model import load
 
     num_bytes = parse_bytes(memory)
     require_extra()
+    start_log(log_level)
     from moestro.server.run import bind, run_service
 
     directory, key = choose_model(model, download, "serve"), check_access(host, api_key_file)
-    if not 0 <= drain_seconds < float("inf"):
-        raise ConfigError(f"drain-seconds must be 0 or more, not {drain_seconds}")
+    check_drain(drain_seconds)
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
     use_threads(threads)
     with bind(host, port) as listener:
@@ -83,6 +86,19 @@ def require_extra() -> None:
         import_module("moestro.server.run")
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
+
+
+def start_log(level: str) -> None:
+    """Write the server's log to stderr."""
+    from moestro.server.log import configure_logging
+
+    configure_logging(level)
+
+
+def check_drain(seconds: float) -> None:
+    """Raise ConfigError for a time that is none."""
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"drain-seconds must be 0 or more, not {seconds}")
 
 
 def check_access(host: str, api_key_file: Path | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -108,19 +109,24 @@ def describe_values(kind: Any, metadata: list[Any]) -> str:
 
 
 def show_value(value: Any) -> str:
-    """A default as one writes it after `=`."""
+    """A default as one can type it after `=`: TOML, or a plain word."""
+    return value or '""' if isinstance(value, str) else "–" if value is None else format_toml(value)
+
+
+def format_toml(value: Any) -> str:
+    """A value in TOML."""
     match value:
-        case None:
-            return "–"
+        case str():
+            return json.dumps(value)
         case bool():
             return str(value).lower()
         case float():
             return f"{value:g}"
         case list() | tuple():
-            return "[" + ", ".join(show_value(item) for item in value) + "]"
+            return "[" + ", ".join(map(format_toml, value)) + "]"
         case dict():
-            return "{" + ", ".join(f"{key} = {show_value(item)}" for key, item in value.items()) + "}"
-    return str(value) or '""'
+            return "{" + ", ".join(f"{key} = {format_toml(item)}" for key, item in value.items()) + "}"
+    return str(value)
 
 
 def print_settings(found: list[dict[str, Any]]) -> None:

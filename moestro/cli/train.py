@@ -15,6 +15,7 @@ from moestro.cli.plan import Open, Printed, set_train, settle, settle_length
 from moestro.config import SETTINGS, Config, build_config, load_file, load_preset
 from moestro.errors import ConfigError
 from moestro.sizes import DEFAULT_MINUTES, tree_of_depth
+from moestro.terminal import printable_lines
 
 
 @Parameter(name="*")
@@ -198,7 +199,7 @@ def print_ending(outcome: Any, report: Path) -> None:
         return
     for sample in outcome.samples:
         print(f"\n── {sample['domain']} " + "─" * 60)
-        print(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}")
+        print(printable_lines(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}"))
     print(f"\nTrained {outcome.step} steps. The report is {report}: open it in a browser. Next:")
     for words in (("chat", run), ("generate", run, "Once upon a time"), ("eval", run, "--json")):
         print(f"  {format_command(*words)}")

@@ -48,7 +48,7 @@ class AddedTokenFinder:
     """Finds the tokens in texts."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
-        tokens = [token for token in tokens if token.content]
+        tokens = list(tokens)
         exact = {token.content: token for token in tokens if not token.normalized}
         normalized = {token.content: token for token in tokens if token.normalized}
         self._passes = [(_pattern_of(group), group) for group in (exact, normalized) if group]
@@ -72,7 +72,7 @@ def _split(text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken]
     for match in pattern.finditer(text):
         (start, end), token = match.span(), tokens[match[0]]
         before, after = text[done:start], text[end:]
-        if start < done or (token.single_word and (_is_word(text[:start][-1:]) or _is_word(after[:1]))):
+        if token.single_word and (_is_word(text[:start][-1:]) or _is_word(after[:1])):
             continue
         yield before.rstrip() if token.lstrip else before
         yield token

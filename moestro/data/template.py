@@ -84,13 +84,14 @@ def _choose_mark(values: object) -> str:
 
 
 def _mark_message(message: Mapping[str, Any], starts: re.Pattern[str], mark: str) -> dict[str, Any]:
-    marked = {key: _mark_value(value, starts, mark) for key, value in message.items() if key != "role"}
+    """A message with marks in all but its role, and in an assistant's content in all but its think tags."""
+    marked = {key: value if key == "role" else _mark_value(value, starts, mark) for key, value in message.items()}
     if message["role"] == "assistant" and isinstance(message.get("content"), str):
         parts = _THINK_TAGS.split(message["content"])
         marked["content"] = "".join(
             part if _THINK_TAGS.fullmatch(part) else _mark_value(part, starts, mark) for part in parts
         )
-    return {"role": message["role"], **marked}
+    return marked
 
 
 def _mark_value(value: Any, starts: re.Pattern[str], mark: str) -> Any:

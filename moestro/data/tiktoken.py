@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moestro.data.byte_alphabet import BYTE_TO_CHAR
+from moestro.data.byte_alphabet import spell_bytes
 from moestro.errors import DataError
 
 NAME = "tiktoken.model"
@@ -69,8 +69,8 @@ def read_tiktoken(path: Path, configuration: Mapping[str, Any]) -> str:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {_spell(token): rank for token, rank in ranks.items()},
-            "merges": [[_spell(left), _spell(right)] for left, right in find_merges(ranks)],
+            "vocab": {spell_bytes(token): rank for token, rank in ranks.items()},
+            "merges": [[spell_bytes(left), spell_bytes(right)] for left, right in find_merges(ranks)],
         },
     }
     return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
@@ -114,7 +114,3 @@ def _name_specials(base: int, listed: object) -> list[dict[str, Any]]:
         | {flag: bool(flags.get(id, {}).get(flag, default)) for flag, default in defaults.items()}
         for id in ids
     ]
-
-
-def _spell(token: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[byte] for byte in token)

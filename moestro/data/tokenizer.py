@@ -1,4 +1,4 @@
-"""Text to ids and back: byte-level BPE, lossless on every valid UTF-8 text unless `notice` says otherwise.
+"""Text to ids and back: byte-level BPE, lossless on every valid UTF-8 text unless `notices` say otherwise.
 
 `Tokenizer` wraps the `tokenizers` library around one `tokenizer.json`, ours or any other byte-level one
 (GPT-2's kind, including DeepSeek's own). It promises three things beyond the library. No text becomes a special
@@ -33,7 +33,7 @@ from tokenizers import AddedToken as LibraryToken
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from moestro.data.added_tokens import AddedToken, AddedTokenFinder
-from moestro.data.byte_alphabet import CHAR_TO_BYTE, NEVER_IN_UTF8
+from moestro.data.byte_alphabet import CHAR_TO_BYTE, NEVER_IN_UTF8, read_bytes
 from moestro.data.specials import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS, THINK, THINK_END, USER
 from moestro.data.tiktoken import NAME as TIKTOKEN
 from moestro.data.tokenizer_files import find_file, name_templates, read_files, was_saved_without_bos
@@ -56,6 +56,10 @@ _FALLBACKS = {
     "assistant": (ASSISTANT, "<|im_assistant|>", "<|assistant|>"),
 }
 _OURS = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "chat_template": CHAT_TEMPLATE}
+UNHEEDED_FLAG = (
+    "tokenizer_config.json has add_bos_token, but tokenizer.json adds no BOS: texts to continue begin without it, "
+    "as in transformers 5"
+)
 # texts that a tokenizer may lose parts of: white space, case, composed and compatible characters, marks, joined emoji
 _SAMPLES = (
     "a",
@@ -74,7 +78,7 @@ class Tokenizer:
     encoded. `specials` maps every added token to its id, `named` the roles that the configuration names, such as
     `bos_token`, to the tokens. `prefix_ids` and `suffix_ids` stand around every prompt. `pieces[id]` are the bytes an
     id decodes to. `token_bytes`, int32 [vocab_size], says how many bytes of text an id stands for, 0 for added tokens.
-    `chat_templates` has the templates by name, `chat_template` the usual one. `notice` says which text is lost, if any.
+    `chat_templates` has the templates by name, `chat_template` the usual one. `notices` say what one may not expect.
     """
 
     def __init__(self, specification: str, configuration: dict[str, Any] | None = None) -> None:
@@ -82,15 +86,18 @@ class Tokenizer:
         self.specification = specification
         configuration = configuration or {}
         tree = _parse_specification(specification)
-        self.added = _read_added(tree, configuration)
+        added = _read_added(tree, configuration)
+        self._encoder = _build_encoder(tree, added)
+        # the library gives further tokens the next free ids, or the vocabulary's, whatever the file says
+        self.added = [replace(token, id=self._encoder.token_to_id(token.content) or 0) for token in added]
         self.specials: dict[str, int] = {token.content: token.id for token in self.added}
-        self._encoder = _build_encoder(tree, self.added)
         self._finder = AddedTokenFinder(self.added)
         self.pieces = _spell_pieces(self._encoder, self.specials)
         self.vocab_size = len(self.pieces)
         self.named = _read_names(configuration)
-        self.bos_id = self._require("bos")
-        self.eos_id = self._require("eos")
+        bos, eos = self._find("bos"), self._find("eos")
+        self.bos_id = self._require("bos", eos if bos is None else bos)  # what ends documents can begin them, too
+        self.eos_id = self._require("eos", eos)
         pad = self._find("pad")
         self.pad_id = self.eos_id if pad is None else pad
         self.user_id = self._find("user")
@@ -106,7 +113,7 @@ class Tokenizer:
         self.token_bytes: npt.NDArray[np.int32] = np.array([len(piece) for piece in self.pieces], dtype=np.int32)
         self.token_bytes[list(self.specials.values())] = 0
         self.token_bytes.flags.writeable = False
-        self.notice = self._find_loss()
+        self.notices = self._find_losses()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -119,8 +126,11 @@ class Tokenizer:
             raise DataError(f"{path}: {error}") from error
         if not tokenizer.prefix_ids and was_saved_without_bos(configuration):
             return tokenizer.beginning_with_bos()
-        if path.name == TIKTOKEN and configuration.get("add_bos_token") is True:
+        if configuration.get("add_bos_token") is not True or tokenizer.bos_id in tokenizer.prefix_ids:
+            return tokenizer
+        if path.name == TIKTOKEN:
             return tokenizer.beginning_with_bos()
+        tokenizer.notices = [*tokenizer.notices, UNHEEDED_FLAG]
         return tokenizer
 
     @classmethod
@@ -282,8 +292,7 @@ class Tokenizer:
         candidates = (self.named.get(f"{role}_token", ""), *_FALLBACKS[role])
         return next((self.specials[candidate] for candidate in candidates if candidate in self.specials), None)
 
-    def _require(self, role: str) -> int:
-        id = self._find(role)
+    def _require(self, role: str, id: int | None) -> int:
         if id is None:
             raise DataError(
                 f"no {role.upper()} token found (tried {' '.join(_FALLBACKS[role])}); "
@@ -291,11 +300,11 @@ class Tokenizer:
             )
         return id
 
-    def _find_loss(self) -> str | None:
-        for text in _SAMPLES:
-            if (back := self.decode(self.encode(text))) != text:
-                return f"this tokenizer does not keep text as it is: {text!a} is read as {back!a:.120}"
-        return None
+    def _find_losses(self) -> list[str]:
+        """One notice if samples of text are not kept."""
+        read = ((text, self.decode(self.encode(text))) for text in _SAMPLES)
+        lost = next(((text, back) for text, back in read if text != back), None)
+        return [f"this tokenizer does not keep text as it is: {lost[0]!a} is read as {lost[1]!a:.120}"] if lost else []
 
 
 def _compact(tree: dict[str, Any]) -> str:
@@ -315,10 +324,7 @@ def _parse_specification(text: str) -> dict[str, Any]:
 
 
 def _read_added(tree: dict[str, Any], configuration: dict[str, Any]) -> list[AddedToken]:
-    """The added tokens of a tokenizer.json, and behind them those that only `added_tokens_decoder` has.
-
-    The latter get the next free ids, as in transformers, or the vocabulary's where it has the token.
-    """
+    """The added tokens of a tokenizer.json, and behind them those that only `added_tokens_decoder` has."""
     listed = configuration.get("added_tokens_decoder")
     try:
         added = [AddedToken.from_tree(entry) for entry in tree["added_tokens"]]
@@ -327,19 +333,7 @@ def _read_added(tree: dict[str, Any], configuration: dict[str, Any]) -> list[Add
     except (ValueError, TypeError, KeyError) as error:
         raise DataError("an added token has no id or no content") from error
     known = {token.content for token in added}
-    further = [token for token in further if token.content not in known]
-    if not further:
-        return added
-    model = tree.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict):
-        raise DataError("not a byte-level tokenizer: its model has no vocabulary by token")
-    free = max([*vocabulary.values(), *(token.id for token in added)], default=-1) + 1
-    for token in further:
-        id = vocabulary.get(token.content, free)
-        added.append(replace(token, id=id))
-        free += id == free
-    return added
+    return [token for token in (*added, *(new for new in further if new.content not in known)) if token.content]
 
 
 def _read_names(configuration: dict[str, Any]) -> dict[str, str]:
@@ -382,8 +376,6 @@ def _spell_pieces(encoder: tokenizers.Tokenizer, specials: dict[str, int]) -> li
         raise DataError(f"the vocabulary lacks {len(missing)} of the 256 single bytes, so it would lose text")
     pieces = [b""] * (max(vocabulary.values()) + 1)
     for token, id in vocabulary.items():
-        if token in specials or not all(char in CHAR_TO_BYTE for char in token):
-            pieces[id] = token.encode()
-        else:
-            pieces[id] = bytes(CHAR_TO_BYTE[char] for char in token)
+        data = None if token in specials else read_bytes(token)
+        pieces[id] = token.encode() if data is None else data
     return pieces

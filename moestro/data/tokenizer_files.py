@@ -29,12 +29,6 @@ _OLD_KEYS = {"tokenizer_class", "bos_token", "eos_token", "pad_token", "add_bos_
              "clean_up_tokenization_spaces"}  # fmt: skip
 
 
-def list_files(directory: Path) -> list[str]:
-    """The names, relative to a directory, of the files there that belong to its tokenizer."""
-    templates = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
-    return [name for name in FILES if (directory / name).is_file()] + [f"{TEMPLATE_FOLDER}/{t.name}" for t in templates]
-
-
 def find_file(path: Path) -> Path:
     """The vocabulary's file that a path means: the file, or the one in a directory or in the file's place."""
     if path.is_dir():

@@ -58,6 +58,7 @@ class Continuation:
             prompt_logprobs=self.prompt_logprobs if is_first and params.prompt_logprobs is not None else None,
             token_routes=None if token is None else routes,
             error=failure,
+            num_cached=sequence.num_cached if is_first else 0,
         )
 
     def _choose(self, logits: Tensor, likeliest: int | None, draft: Draft | None) -> tuple[int | None, Failure | None]:

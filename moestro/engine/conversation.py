@@ -24,6 +24,11 @@ def is_base_model(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template in (None, CHAT_TEMPLATE)
 
 
+def choose_settings(model: LanguageModel, **given: float | None) -> Settings:
+    """How to sample: what is `given` (None: it is not), else what the model's authors recommend, else `USUAL`."""
+    return {**USUAL, **model.defaults.choose(**given)}
+
+
 @dataclass
 class Conversation:
     """The messages so far and the sampling settings for replies; None: as the model's authors recommend, or `USUAL`.
@@ -68,15 +73,15 @@ class Conversation:
 
     def _choose_settings(self, prompt_tokens: int) -> Settings:
         model = self.language_model
-        chosen = model.defaults.choose(
-            max_tokens=min(self.max_tokens, max(model.config.max_seq_len - prompt_tokens, 1)),
+        return choose_settings(
+            model,
+            max_tokens=min(self.max_tokens, max(model.context - prompt_tokens, 1)),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             repetition_penalty=self.repetition_penalty,
             seed=self.seed + len(self.messages),
         )
-        return {**USUAL, **chosen}
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         if not self.plain and self.render is not None:
@@ -91,7 +96,7 @@ class Conversation:
 
         A system message stays. So does the last message, even if that leaves no room for a reply.
         """
-        limit = self.language_model.config.max_seq_len - self.max_tokens
+        limit = self.language_model.context - self.max_tokens
         prompt, self.num_forgotten = self._encode(messages), 0
         while len(prompt) > limit and sum(message["role"] == "user" for message in messages) > 1:
             first = next(i for i, message in enumerate(messages) if message["role"] == "user")

@@ -26,7 +26,7 @@ from moestro.data.tokenizer import Tokenizer
 from moestro.engine.continuation import Continuation, begin_continuation, score_token
 from moestro.engine.events import Completion, Event
 from moestro.engine.grammar import GrammarCompiler
-from moestro.engine.paged_cache import PagedCache, count_moe_layers, count_pages
+from moestro.engine.paged_cache import PagedCache, count_moe_layers, free_bytes, plan_room
 from moestro.engine.pages import PagePool
 from moestro.engine.runtime import Runtime
 from moestro.engine.scheduler import Row, Scheduler, pages_for
@@ -68,7 +68,10 @@ class Engine:
     """Serves the requests of one model; `stop_ids` end every text. Drive it by `run`, `stream`, or `add` and `step`.
 
     The cache takes `memory_bytes`, by default half of the free memory; `cache` is auto or fp8 (None: the runtime's).
-    A step computes at most `token_budget` tokens of at most `max_running` sequences; `max_waiting` more may queue.
+    A prompt and its continuation have at most `max_context` tokens (None: as many as fit and the model takes). With
+    `grows`, the cache holds what the requests so far could need at the same time, instead of all that it may take.
+    A step computes at most `token_budget` tokens (None: see `Scheduler`) of at most `max_running` sequences;
+    `max_waiting` more may queue.
     `draft_tokens`: how many tokens the model's MTP modules draft a step for each sequence, 0 for none; None: one, if
     the model has MTP modules. A sequence whose drafts do not pay stops drafting; `draft_cost` is what a draft costs,
     in steps without drafts (None: `speculative.estimate_cost`).
@@ -84,7 +87,9 @@ class Engine:
         *,
         memory_bytes: int | None = None,
         cache: str | None = None,
-        token_budget: int = 512,
+        max_context: int | None = None,
+        grows: bool = False,
+        token_budget: int | None = None,
         max_running: int = 64,
         max_waiting: int = 1024,
         draft_tokens: int | None = None,
@@ -95,8 +100,10 @@ class Engine:
         self.draft_tokens = min(1, config.mtp_depth) if draft_tokens is None else draft_tokens
         check_model(config, self.draft_tokens)
         kind = runtime.cache if cache is None else cache
-        num_pages = count_pages(config, runtime.dtype, max_running, memory_bytes, kind)
-        self.cache = PagedCache(config, num_pages, runtime.dtype, kind)
+        num_bytes = free_bytes(runtime.mapped_bytes) if memory_bytes is None else memory_bytes
+        self.room = plan_room(config, runtime.dtype, max_running, num_bytes, kind, max_context)
+        self.grows, num_pages = grows, 0 if grows else self.room.num_pages
+        self.cache = PagedCache(config, num_pages, runtime.dtype, kind, context=self.room.context)
         self.drafter: Drafter | None = None
         if self.draft_tokens:
             cost = estimate_cost(config) if draft_cost is None else draft_cost
@@ -174,6 +181,7 @@ class Engine:
             for i in range(params.n)
         ]
         self.scheduler.add(sequences)
+        self._make_room(sequences)
         for sequence in sequences:
             begun = begin_continuation(sequence, self.tokenizer, self.stop_ids, grammar, limit)
             self._continuations[sequence] = begun
@@ -188,20 +196,26 @@ class Engine:
         total = len(prompt) + params.max_tokens
         if not prompt:
             raise ConfigError("the prompt is empty")
-        if total > config.max_seq_len:
+        if total > self.room.context:
             raise ConfigError(
                 f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed "
-                f"the model's {config.max_seq_len}"
+                f"the context of {self.describe_context()}",
+                hint="--max-tokens and --max-context set both",
             )
         if params.n > self.scheduler.max_waiting:
             raise ConfigError(f"n={params.n} continuations exceed the queue of {self.scheduler.max_waiting}")
-        if pages_for(total) > self.scheduler.pool.num_pages:
-            raise ConfigError(f"{total} tokens do not fit the cache of {self.scheduler.pool.num_pages} pages")
         if (params.draft_tokens or 0) > self.draft_tokens:
             raise ConfigError(f"draft_tokens={params.draft_tokens} exceeds the engine's {self.draft_tokens}")
         ids = [*prompt, *params.logit_bias]
         if min(ids) < 0 or max(ids) >= config.vocab_size:
             raise ConfigError(f"prompt or logit_bias name token ids outside the vocabulary of {config.vocab_size}")
+
+    def describe_context(self) -> str:
+        """The most tokens of a sequence in words, and what limits them."""
+        context, longest = self.room.context, self.runtime.config.max_seq_len
+        if context == longest:
+            return f"{context} tokens, the model's own maximum"
+        return f"{context} tokens, as limited here: the model itself takes {longest}"
 
     def abort(self, request_id: int) -> bool:
         """Drop a request between two steps, without an event; False if it has already ended."""
@@ -389,6 +403,14 @@ class Engine:
             ready = self.drafter.run(work)
         for sequence, count in ready:
             self.scheduler.mark_ready(sequence, count)
+
+    def _make_room(self, sequences: list[Sequence]) -> None:
+        """Let a cache that grows hold everything that the requests under way and these could come to need."""
+        longest = [s.num_prompt + s.params.max_tokens for s in (*self._continuations, *sequences)]
+        wanted = min(sum(map(pages_for, longest)), self.room.num_pages)
+        if self.grows and wanted > self.scheduler.pool.num_pages:
+            self.cache.grow(wanted)
+            self.scheduler.pool.grow(wanted)
 
     def _forget(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)

@@ -43,7 +43,8 @@ class Event:
     characters, up to `stop_string`, the stop string that ended the text. `token_routes` [MoE layers, top_k] int16 are
     the experts of the token before this one, which predicted it; only if the request wants routes.
 
-    The first event has `prompt_logprobs`, for every prompt token but the first. The last event has `drafts`, if the
+    The first event has `prompt_logprobs`, for every prompt token but the first, and `num_cached`, how many tokens of
+    the prompt were found in the cache. The last event has `drafts`, if the
     sequence was to draft, and `routes` [tokens, MoE layers, top_k] int16, for every computed token: that is all but the
     last one of the continuation.
     """
@@ -60,6 +61,7 @@ class Event:
     token_routes: Tensor | None = None
     drafts: DraftCounts | None = None
     error: Failure | None = None
+    num_cached: int = 0
 
 
 @dataclass

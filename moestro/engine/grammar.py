@@ -1,9 +1,10 @@
 """Structured output: which tokens may come next, so that a text follows a JSON schema, a pattern or a grammar.
 
-`from_json_schema`, `from_regex` and `from_lark` write the one form, a string, that `SamplingParams.grammar` takes;
-llguidance compiles it against the vocabulary and follows the text. What a user may ask for is bounded: the size of the
-grammar here, the work of compiling and of each step by llguidance's own counters (`LIMITS`). Where a grammar allows
-only one text, it must be spelled as the tokenizer would spell it.
+`from_json_schema`, `from_calls`, `from_choices`, `from_regex` and `from_lark` write the one form, a string, that
+`SamplingParams.grammar` takes; llguidance compiles it against the vocabulary and follows the text. What a user may ask
+for is bounded: the size of the grammar here, the work of compiling and of each step by llguidance's own counters
+(`LIMITS`). Where a grammar allows only one text, it must be spelled as the tokenizer would spell it. JSON is written
+without white space between its parts: a model that may write spaces can write nothing else.
 
 Added tokens that are text (<think>, tool calls) may come only where a grammar names them. Control tokens (beginning of
 text, user, assistant) never come. End tokens may come where the text is complete.
@@ -12,7 +13,7 @@ text, user, assistant) never come. End tokens may come where the text is complet
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moestro.data.tokenizer import Tokenizer
+from moestro.engine.schema_faults import find_fault, say_fault
 from moestro.errors import ConfigError, MoestroError
 
 if TYPE_CHECKING:
@@ -36,8 +38,7 @@ LIMITS = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-# White space between the parts of JSON: enough to indent, not enough to fill a page.
-SPACES = r"[ \n\r\t]{0,32}"
+COMPACT = {"whitespace_flexible": False}
 
 
 class GrammarError(MoestroError):
@@ -45,32 +46,70 @@ class GrammarError(MoestroError):
 
 
 def from_json_schema(schema: Mapping[str, Any] | bool | str) -> str:
-    """The grammar of the JSON texts that a schema admits. ConfigError if it is not a schema or is too large."""
-    try:
-        tree = json.loads(schema) if isinstance(schema, str) else schema
-        if not isinstance(tree, (Mapping, bool)):
-            raise ConfigError("a JSON schema must be an object or a truth value")
-        text = json.dumps(tree if isinstance(tree, bool) else dict(tree))
-    except RecursionError:
-        raise ConfigError("the JSON schema is nested too deeply") from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"the JSON schema is not valid JSON: {error}") from error
-    try:
-        matcher = _load_llguidance().LLMatcher
-        grammar: str = matcher.grammar_from_json_schema(_bounded(text), defaults={"whitespace_pattern": SPACES})
-    except ValueError as error:
-        raise ConfigError(f"the JSON schema cannot be used: {_first_line(str(error))}") from error
-    return _bounded(grammar)
+    """The grammar of the JSON texts that a schema admits.
+
+    ConfigError if it is not a schema, is too large, or says what cannot be followed; then with the place in the schema.
+    """
+    return _checked("start: " + _embed(schema), [schema])
+
+
+def from_calls(functions: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """The grammar of `{"name": …, "arguments": …}` for one of the functions; each comes with its parameters' schema.
+
+    Every schema stays a document of its own, so what it refers to by `#` is found in it and in no other.
+    """
+    schemas = [{"type": "object"} if schema is None else schema for schema in functions.values()]
+    begins = [json.dumps(f'{{"name":{json.dumps(name)},"arguments":') for name in functions]
+    calls = " | ".join(f'{begin} a{i} "}}"' for i, begin in enumerate(begins))
+    rules = [f"a{i}: {_embed(schema)}" for i, schema in enumerate(schemas)]
+    return _checked("\n".join([f"start: {calls}", *rules]), schemas)
+
+
+def from_choices(texts: Sequence[str]) -> str:
+    """The grammar of one of some texts."""
+    return _checked("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
 
 def from_regex(pattern: str) -> str:
     """The grammar of the texts that a regular expression matches as a whole."""
-    return _bounded(_load_llguidance().LLMatcher.grammar_from_regex(pattern))
+    return _checked(_load_llguidance().LLMatcher.grammar_from_regex(_bounded(pattern)))
 
 
 def from_lark(text: str) -> str:
     """A context-free grammar in llguidance's variant of Lark; the rule `start` is the whole text."""
-    return _bounded(_load_llguidance().LLMatcher.grammar_from_lark(text))
+    return _checked(text)
+
+
+def _embed(schema: Mapping[str, Any] | bool | str) -> str:
+    """A schema as a part of a Lark grammar. ConfigError if it is not JSON."""
+    try:
+        tree = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(tree, (Mapping, bool)):
+            raise ConfigError("a JSON schema must be an object or a truth value")
+        document = {"not": {}} if tree is False else {} if tree is True else dict(tree)
+        return "%json " + json.dumps({**document, "x-guidance": COMPACT})
+    except RecursionError:
+        raise ConfigError("the JSON schema is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the JSON schema is not valid JSON: {error}") from error
+
+
+def _checked(grammar: str, schemas: Iterable[Mapping[str, Any] | bool | str] = ()) -> str:
+    """The grammar, if it can be followed. ConfigError that names the fault, and its place if a schema has it."""
+    library = _load_llguidance()
+    limits = library.LLParserLimits(**LIMITS)
+
+    def check(text: str) -> str:
+        fault: str = library.LLMatcher.validate_grammar(text, limits=limits)
+        return fault
+
+    error = check(_bounded(grammar))
+    if error:
+        trees = (json.loads(schema) if isinstance(schema, str) else schema for schema in schemas)
+        places = (find_fault(tree, lambda node: check("start: " + _embed(node))) for tree in trees)
+        place = next((place for place in places if place), "")
+        raise ConfigError(f"the grammar cannot be used: {place or say_fault(error)}")
+    return grammar
 
 
 class Matcher:
@@ -127,7 +166,7 @@ class GrammarCompiler:
         """A matcher for the grammar. One-line ConfigError if the grammar is wrong or too large."""
         matcher = self._library.LLMatcher(self._tokenizer, _bounded(grammar), log_level=0, limits=self._limits)
         if matcher.is_error():
-            raise ConfigError(f"the grammar cannot be used: {_first_line(matcher.get_error())}")
+            raise ConfigError(f"the grammar cannot be used: {say_fault(matcher.get_error())}")
         found = Matcher(matcher, self._forbidden, self._vocab_size)
         try:
             found.allowed()  # the first step can exceed limits that compiling alone does not

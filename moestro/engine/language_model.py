@@ -15,20 +15,28 @@ from typing import Unpack
 
 from torch import Tensor
 
+from moestro import machine
 from moestro.checkpoints.files import DTYPES, ModelFiles, read_model
 from moestro.checkpoints.hub import find_cached, is_hub_name
 from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
-from moestro.checkpoints.packing import Source, choose_format, pack_model, write_parts
+from moestro.checkpoints.packing import Source, choose_format, pack_model, packed_bytes, write_parts
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
 from moestro.engine.engine import Engine
 from moestro.engine.events import Completion, Event, TokenLogprob
+from moestro.engine.paged_cache import check_context
 from moestro.engine.runtime import Runtime
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import CheckpointError, ConfigError, MoestroError
 from moestro.model.attention import check_cache
 from moestro.model.transformer import Transformer
+from moestro.sizes import format_bytes
 
+LARGE = 10**9  # bytes: beyond them, memory is told of
+WITHOUT_KERNELS = (
+    "The native kernels cannot run here, so that products are those of torch's library: a text may differ in rare "
+    "tokens with what is computed beside it (moestro doctor)."
+)
 MAX_STREAMS = 8  # sequences that are computed at once; a stream beyond them waits until one ends
 
 
@@ -55,7 +63,8 @@ class LanguageModel:
     `source` is a model or a directory's files; `runtime` and `model` each read what they need from them when first
     used. `weights` is how matrices are packed for serving (None: as they are stored as codes, else as they are computed
     with), `cache` how latents are cached (auto: in the type of activations; fp8), `activations` what meets fp8 weights
-    (auto: rows as they are; fp8: see `Runtime`).
+    (auto: rows as they are; fp8: see `Runtime`), `max_context` how many tokens a prompt and its continuation may have
+    (None: as many as the model takes and memory holds). Memory is taken for what is asked, not for all of them.
     """
 
     def __init__(
@@ -68,8 +77,12 @@ class LanguageModel:
         weights: str | None = None,
         cache: str = "auto",
         activations: str = "auto",
+        max_context: int | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         check_cache(source.config, cache)
+        check_context(source.config, max_context)
+        self.max_context, self._log = max_context, log or (lambda text: None)
         self.source, self.config = source, source.config
         self.tokenizer, self.defaults = tokenizer, defaults
         self.stop_ids, self.cache, self.activations = stop_ids, cache, activations
@@ -82,18 +95,44 @@ class LanguageModel:
         if isinstance(self.source, PackedFiles):
             raise CheckpointError(f"{self.source.directory} holds weights packed for serving: this needs the original")
         if isinstance(self.source, ModelFiles):
-            return read_model(self.source)
+            with machine.explain_memory_errors("to load this model"):
+                return read_model(self.source)
         return self.source.eval()
 
     @cached_property
     def runtime(self) -> Runtime:
-        """The model packed for serving."""
-        return Runtime(pack_model(self.source, self.weights), self.cache, self.activations)
+        """The model packed for serving. MemoryShortageError if its weights do not fit into memory."""
+        needed, is_mapped = self.weights_bytes, isinstance(self.source, PackedFiles)
+        usable = machine.usable_bytes()
+        if needed >= LARGE:
+            where = "mapped from their files" if is_mapped else f"{format_bytes(usable)} of memory are free"
+            self._log(f"Weights take {format_bytes(needed)}; {where}.")
+        if not is_mapped:
+            machine.require_memory(needed, "this model's weights take")
+        with machine.explain_memory_errors("to load this model"):
+            runtime = Runtime(pack_model(self.source, self.weights), self.cache, self.activations)
+        if runtime.is_plain:
+            self._log(WITHOUT_KERNELS)
+        return runtime
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights as they are served."""
+        return sum(packed_bytes(self.source, self.weights).values())
 
     @cached_property
     def engine(self) -> Engine:
         """An engine for a few sequences; what a prompt shares with previous ones is not computed again."""
-        return Engine(self.runtime, self.tokenizer, self.stop_ids, max_running=MAX_STREAMS)
+        limits = {"max_context": self.max_context, "max_running": MAX_STREAMS}
+        engine = Engine(self.runtime, self.tokenizer, self.stop_ids, grows=True, **limits)  # type: ignore[arg-type]
+        if self.max_context is None and engine.room.context < self.config.max_seq_len:
+            self._log(f"The context is {engine.describe_context()}: no more fits into memory.")
+        return engine
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a prompt and its continuation may have: what was asked for, or what fits into memory."""
+        return self.engine.room.context
 
     def encode(self, prompt: str | Sequence[int], *, parse_special: bool = False) -> list[int]:
         """The ids of a text as a prompt, see `Tokenizer.encode_prompt`; ids stay as they are."""
@@ -177,13 +216,14 @@ def load(
     weights: str | None = None,
     cache: str = "auto",
     activations: str = "auto",
+    max_context: int | None = None,
     log: Callable[[str], None] | None = None,
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
     A name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, means its directory in the Hub's cache.
-    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache` and `activations`: see `LanguageModel`. `log` is told
-    of what is not as one expects.
+    `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache`, `activations`, `max_context`: see `LanguageModel`.
+    `log` is told of what is not as one expects, and what a large model takes.
     """
     source = open_source(Path(path), dtype)
     tokenizer = Tokenizer.from_file(source.directory)
@@ -192,11 +232,20 @@ def load(
             f"{source.directory}: the tokenizer has {tokenizer.vocab_size} ids and the model embeds only "
             f"{source.config.vocab_size}: they do not belong together"
         )
-    if log is not None and tokenizer.notice is not None:
-        log(f"{source.directory}: {tokenizer.notice}")
+    if log is not None:
+        for notice in tokenizer.notices:
+            log(f"{source.directory}: {notice}")
     stop_ids, defaults = read_stop_ids(source.directory, tokenizer.eos_id), read_defaults(source.directory)
     return LanguageModel(
-        source, tokenizer, stop_ids, defaults=defaults, weights=weights, cache=cache, activations=activations
+        source,
+        tokenizer,
+        stop_ids,
+        defaults=defaults,
+        weights=weights,
+        cache=cache,
+        activations=activations,
+        max_context=max_context,
+        log=log,
     )
 
 
@@ -222,12 +271,24 @@ class PackedSize:
     nbytes: int
 
 
-def pack(path: Path, out: Path, dtype: str = "auto", *, weights: str | None = None) -> PackedSize:
+def pack(
+    path: Path,
+    out: Path,
+    dtype: str = "auto",
+    *,
+    weights: str | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> PackedSize:
     """Pack a run, a checkpoint or a Hugging Face directory into `out`, one part at a time; see `write_packed`."""
     source = open_source(path, dtype)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
     format = choose_format(source, weights)
-    with write_packed(out, source.directory, format, source.dtype) as save:
+    if (needed := sum(packed_bytes(source, format).values())) >= LARGE:
+        log(f"Writing {format_bytes(needed)} of {format} weights.")
+    with (
+        machine.explain_memory_errors("to pack this model"),
+        write_packed(out, source.directory, format, source.dtype) as save,
+    ):
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)

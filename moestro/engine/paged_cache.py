@@ -24,8 +24,11 @@ from moestro.errors import ConfigError
 from moestro.model.attention import CacheSpec, list_caches
 from moestro.model.rope import rope_tables
 from moestro.ops.serving.program import StepLayout
+from moestro.sizes import format_bytes
 
 FREE_SHARE = 0.5  # share of the free memory to use if the user names no size
+LEAST_SHARE = 0.125  # share of the free memory that counts as free even beside mapped weights larger than memory
+LEAST_PAGES = 4  # for a sequence: a context of fewer tokens is of no use
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +49,55 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype, cache: str = "auto") -> 
     return PAGE_SIZE * (rows + count_moe_layers(config) * config.top_k * torch.int16.itemsize)
 
 
-def count_pages(
-    config: ModelConfig, dtype: torch.dtype, max_sequences: int, num_bytes: int | None = None, cache: str = "auto"
-) -> int:
-    """Pages that fit `num_bytes`, or half of the free memory; at most what `max_sequences` of full length could use.
+@dataclass(frozen=True)
+class Room:
+    """What a cache may hold: `num_pages` pages, and sequences of up to `context` tokens."""
 
-    ConfigError if not even one sequence of full length fits.
+    num_pages: int
+    context: int
+
+
+def plan_room(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_sequences: int,
+    num_bytes: int,
+    cache: str = "auto",
+    max_context: int | None = None,
+) -> Room:
+    """The pages that fit `num_bytes`; at most what `max_sequences` of `max_context` tokens could use.
+
+    Without `max_context` sequences may be as long as the model's own maximum, or as fits. ConfigError if `max_context`
+    exceeds that maximum or does not fit, or if hardly anything fits.
     """
-    one = pages_for(config.max_seq_len)
-    size = page_bytes(config, dtype, cache)
-    if num_bytes is None:
-        num_bytes = int(machine.describe_machine().available_gib * machine.GIB * FREE_SHARE)
-    count = min(num_bytes // size, one * max_sequences)
-    if count < one:
-        needed = one * size / machine.GIB
+    check_context(config, max_context)
+    longest = config.max_seq_len
+    size, wanted = page_bytes(config, dtype, cache), pages_for(max_context or longest)
+    count = min(num_bytes // size, wanted * max_sequences)
+    least = wanted if max_context else min(wanted, LEAST_PAGES)
+    if count < least:
+        tokens = max_context or min(least * PAGE_SIZE, longest)
         raise ConfigError(
-            f"the cache needs {needed:.3g} GiB for one sequence of {config.max_seq_len} tokens; give it more"
+            f"the cache needs {format_bytes(least * size)} for one sequence of {tokens:,} tokens, "
+            f"and has {format_bytes(num_bytes)}",
+            hint="lower --max-context, or free memory",
         )
-    return count
+    return Room(count, min(max_context or longest, count * PAGE_SIZE))
+
+
+def check_context(config: ModelConfig, max_context: int | None) -> None:
+    """Raise ConfigError for a context that the model cannot have."""
+    if max_context is not None and not 1 <= max_context <= config.max_seq_len:
+        raise ConfigError(f"max_context must lie between 1 and the model's own {config.max_seq_len}, not {max_context}")
+
+
+def free_bytes(mapped: int = 0) -> int:
+    """Bytes that a cache may take where nobody names a size: half of the free memory.
+
+    `mapped`: bytes of weights in mapped files. The system counts them as free, yet they should stay in memory.
+    """
+    available = machine.memory_bytes()[1]
+    return int(max(available - mapped, available * LEAST_SHARE) * FREE_SHARE)
 
 
 def make_caches(specs: Sequence[CacheSpec], num_pages: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -72,14 +106,33 @@ def make_caches(specs: Sequence[CacheSpec], num_pages: int, dtype: torch.dtype) 
 
 
 class PagedCache:
-    """The tensors. `angles` are computed once, so that a position has the same angle in every batch."""
+    """The tensors. `angles` are computed once, so that a position has the same angle in every batch.
 
-    def __init__(self, config: ModelConfig, num_pages: int, dtype: torch.dtype, cache: str = "auto") -> None:
+    Sequences have at most `context` tokens, by default the model's own maximum.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        dtype: torch.dtype,
+        cache: str = "auto",
+        *,
+        context: int | None = None,
+    ) -> None:
         shape = (num_pages, PAGE_SIZE)
         self.layers = [make_caches(specs, num_pages, dtype) for specs in list_caches(config, cache)]
         self.routes = torch.empty(*shape, count_moe_layers(config), config.top_k, dtype=torch.int16)
         self._routes_by_slot = self.routes.flatten(0, 1)
-        self.angles = torch.stack(rope_tables(config, torch.arange(config.max_seq_len)))  # cos and sin
+        self.angles = torch.stack(rope_tables(config, torch.arange(context or config.max_seq_len)))  # cos and sin
+
+    def grow(self, num_pages: int) -> None:
+        """Have this many pages from now on; those that are there keep their rows. One tensor at a time is copied."""
+        for caches in self.layers:
+            for name, pages in caches.items():
+                caches[name] = _longer(pages, num_pages)
+        self.routes = _longer(self.routes, num_pages)
+        self._routes_by_slot = self.routes.flatten(0, 1)
 
     def prepare(self, parts: Sequence[tuple[Sequence[int], int, Sequence[int]]]) -> StepInput:
         """The step that computes the given (tokens, position of the first, pages for all positions) per sequence."""
@@ -108,3 +161,9 @@ class PagedCache:
     def read_routes(self, pages: Sequence[int], count: int) -> Tensor:
         """Expert ids [count, L, A] int16 of the first `count` tokens of a sequence."""
         return self.routes[list(pages)].flatten(0, 1)[:count]
+
+
+def _longer(pages: Tensor, length: int) -> Tensor:
+    out = pages.new_empty(length, *pages.shape[1:])
+    out[: len(pages)] = pages
+    return out

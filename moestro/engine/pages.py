@@ -47,7 +47,7 @@ def is_same_prefix(one: Prefix | None, other: Prefix | None) -> bool:
 
 
 class PagePool:
-    """A fixed number of pages with reference counts, and the prefixes that full ones hold."""
+    """A number of pages with reference counts, and the prefixes that full ones hold."""
 
     def __init__(self, num_pages: int, lookahead: int = 0) -> None:
         self.num_pages = num_pages
@@ -71,6 +71,12 @@ class PagePool:
         for page in pages:
             self.references[page] = 1
         return pages
+
+    def grow(self, num_pages: int) -> None:
+        """Have this many pages from now on, at least as many as before."""
+        self._free[:0] = range(num_pages - 1, self.num_pages - 1, -1)  # pages that were used before are taken first
+        self.references += [0] * (num_pages - self.num_pages)
+        self.num_pages = num_pages
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one reference to each page of a sequence, given in order."""

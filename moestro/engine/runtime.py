@@ -1,6 +1,7 @@
 """A served model over a paged cache: each forward pass is recorded once and runs as one native call.
 
-Where the kernels cannot run, a pass runs operation by operation. The layers are in `model/served.py`; their packed
+Where the kernels cannot run, a pass runs operation by operation, with the products of torch's library
+(`ops/serving/plain.py`). The layers are in `model/served.py`; their packed
 parts come from `checkpoints/packing.py`.
 """
 
@@ -24,6 +25,7 @@ from moestro.model.parts import Parts, count_bytes, saved_tensors
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
 from moestro.model.transformer import Transformer
 from moestro.ops import library
+from moestro.ops.serving import plain
 from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
 
@@ -100,7 +102,7 @@ class Pass:
         if self.tape is not None:
             hidden = self.tape.run(list(zip(self.inputs, inputs, strict=True)), step, cache.layers, ids, self.output)
             return StepOutput(hidden, ids)
-        eager = Eager(step, cache.layers, ids)
+        eager = (plain.Plain if plain.computes() else Eager)(step, cache.layers, ids)
         return StepOutput(self.forward(eager, [x.to(self.dtype)[:, None] for x in inputs], self.layer).flatten(1), ids)
 
     def _begin_routes(self, tokens: Tensor, top_k: int, replayed: Tensor | None) -> Tensor:
@@ -132,6 +134,9 @@ class Runtime:
         check_cache(packed.config, cache)
         _round_rows(packed, activations)
         self.packed, self.num_updates, self.cache = packed, 0, cache
+        self.is_plain = plain.computes()
+        if self.is_plain:
+            plain.open_parts(packed.parts.values(), packed.dtype)
         self.config, self.dtype, self.format = packed.config, packed.dtype, packed.format
         config, parts = packed.config, Parts(packed.parts)
         self.embedding, self.head = parts.plain("embed.weight"), parts.linear("head")
@@ -145,6 +150,11 @@ class Runtime:
         self._main = Pass(self._compute, self.blocks, 0, *shape)
         depths = enumerate(self.mtp, config.num_layers)
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of weights that stay in mapped files, 0 if they have their own memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) if self.packed.mapped else 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -180,7 +190,7 @@ class Runtime:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> [N, V] fp32."""
-        return self.head(hidden).float()
+        return (plain.linear(self.head, hidden) if self.is_plain else self.head(hidden)).float()
 
     @torch.inference_mode()
     def score(self, batches: Iterable[Texts]) -> Iterator[Scores]:

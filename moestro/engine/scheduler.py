@@ -21,6 +21,8 @@ from moestro.engine.pages import PAGE_SIZE, PagePool
 from moestro.engine.sequence import Sequence
 from moestro.errors import ConfigError, MoestroError
 
+LEAST_BUDGET = 512  # tokens of a step
+
 
 class QueueFullError(MoestroError):
     """Too many requests are already waiting; try again later."""
@@ -45,18 +47,24 @@ def pages_for(num_tokens: int) -> int:
 
 
 class Scheduler:
-    """The waiting and the running sequences of a pool of pages, both in order of arrival."""
+    """The waiting and the running sequences of a pool of pages, both in order of arrival.
+
+    By default a step takes at most 512 tokens, or twice what it decodes if that is more, so that prompts have room.
+    """
 
     def __init__(
         self,
         pool: PagePool,
         *,
-        token_budget: int = 512,
+        token_budget: int | None = None,
         max_running: int = 64,
         max_waiting: int = 1024,
         draft_tokens: int = 0,
     ) -> None:
-        if not 1 <= max_running * (1 + draft_tokens) <= token_budget:
+        decoded = max_running * (1 + draft_tokens)
+        if token_budget is None:
+            token_budget = max(LEAST_BUDGET, 2 * decoded)
+        if not 1 <= decoded <= token_budget:
             drafts = f" with {draft_tokens} drafts each" if draft_tokens else ""
             raise ConfigError(f"a step of {token_budget} tokens cannot decode {max_running} sequences{drafts}")
         self.pool = pool
@@ -147,7 +155,9 @@ class Scheduler:
         pool.hold(known)
         sequence.pages = known + pool.allocate(wanted)
         sequence.num_computed = sequence.num_ready = len(known) * PAGE_SIZE
-        self.num_prefix_tokens += 0 if sequence.num_prefill else sequence.num_computed
+        if not sequence.num_prefill:
+            sequence.num_cached = sequence.num_computed
+            self.num_prefix_tokens += sequence.num_cached
         sequence.num_prefill = length
         self.running.append(self.waiting.popleft())
         return True

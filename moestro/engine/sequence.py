@@ -108,6 +108,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_prefill: int = 0  # its tokens when it began to run: it decodes once they are computed
+    num_cached: int = 0  # prompt tokens found in the cache when it began
     num_ready: int = 0
     ahead: int = 0
     drafts: list[int] = field(default_factory=list)

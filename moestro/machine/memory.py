@@ -7,13 +7,17 @@ call it. `return_freed_memory` changes no settings.
 from __future__ import annotations
 
 import ctypes
+import errno
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+from moestro.errors import MoestroError
 from moestro.machine.system_files import MEMBERSHIP, ROOT, control_groups, read_text
 
 GIB = 2**30
@@ -29,6 +33,50 @@ def memory_bytes() -> tuple[int, int]:
     if limit is None:
         return memory.total, memory.available
     return min(memory.total, limit[0]), min(memory.available, limit[1])
+
+
+def usable_bytes() -> int:
+    """Bytes that a program could still be given: free memory and swap, within the limit of a control group."""
+    memory, limit = psutil.virtual_memory(), memory_limit(MEMBERSHIP, ROOT)
+    usable: int = memory.available + psutil.swap_memory().free
+    return usable if limit is None else min(usable, limit[1])
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise MemoryShortageError, "`what` … of memory", if more bytes are `needed` than `usable_bytes`."""
+    usable = usable_bytes()
+    if needed > usable:
+        raise MemoryShortageError(
+            f"{what} {needed / 1e9:,.2f} GB of memory, and {usable / 1e9:,.2f} GB are free",
+            hint="moestro inspect shows what would fit",
+        )
+
+
+class MemoryShortageError(MoestroError):
+    """There is not enough memory for what was asked."""
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; torch and safetensors have no class of their own for it."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, RuntimeError):
+        return "allocate memory" in text or ("mmap" in text and f"({errno.ENOMEM})" in text)
+    return type(error).__name__ == "SafetensorError" and f"os error {errno.ENOMEM}" in text
+
+
+@contextmanager
+def explain_memory_errors(what: str) -> Iterator[None]:
+    """Turn the ways in which memory runs out inside into MemoryShortageError; `what` needed it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_memory_error(error):
+            raise
+        raise MemoryShortageError(
+            f"there is not enough memory {what}", hint="moestro inspect shows what would fit"
+        ) from error
 
 
 def process_memory_gib() -> float:

@@ -17,7 +17,9 @@ from moestro.engine.events import Failure
 from moestro.errors import ConfigError, MoestroError
 from moestro.server.choices import Tree
 from moestro.server.guard import error_tree
+from moestro.server.log import note_hang_up, note_tokens
 from moestro.server.metrics import Metrics
+from moestro.server.responses import ResponseBuilder
 from moestro.server.service import PreparedRequest, Service
 from moestro.server.stream import DONE, PING, sse
 from moestro.server.worker import ClosedError, EngineError, Stream
@@ -71,25 +73,39 @@ class Timer:
             self._metrics.success.labels(reason).inc()
 
 
-async def answer(service: Service, prepared: PreparedRequest, http: HttpRequest) -> Response:
-    """Run a prepared request. Errors before the first byte are raised; later ones end the stream with an error."""
+async def answer(
+    service: Service, prepared: PreparedRequest, http: HttpRequest, builder: ResponseBuilder | None = None
+) -> Response:
+    """Run a prepared request. Errors before the first byte are raised; later ones end the stream with an error.
+
+    With a `builder` the answer is a response, else a completion.
+    """
     stream = await service.worker.open(prepared.requests)
     if prepared.body.stream:
-        return EventStream(service, prepared, stream)
+        return EventStream(service, prepared, stream, builder)
     try:
-        tree = await while_connected(http.receive, collect(service, prepared, stream))
+        tree = await while_connected(http.receive, collect(service, prepared, stream, builder))
     except ClientGoneError:
         service.metrics.aborted.inc()
+        note_hang_up(http.scope)
         return Response(status_code=499)
     finally:
         stream.close()
+        note_usage(http.scope, prepared)
     return JSONResponse(tree)
 
 
-async def collect(service: Service, prepared: PreparedRequest, stream: Stream) -> Tree:
+async def collect(
+    service: Service, prepared: PreparedRequest, stream: Stream, builder: ResponseBuilder | None = None
+) -> Tree:
     """The whole answer."""
-    async for _ in grow(service, prepared, stream):
-        pass
+    async for chunks in grow(service, prepared, stream):
+        for chunk in chunks:
+            if builder is not None:
+                builder.push(chunk)
+    if builder is not None:
+        builder.finish(usage(prepared))
+        return builder.tree()
     tree = head(service, prepared, prepared.kind)
     return {**tree, "choices": [choice.result() for choice in prepared.choices], "usage": usage(prepared)}
 
@@ -121,6 +137,11 @@ def head(service: Service, prepared: PreparedRequest, kind: str) -> Tree:
     return {"id": f"{prefix}-{prepared.id}", "object": kind, "created": prepared.created, "model": service.name}
 
 
+def note_usage(scope: Scope, prepared: PreparedRequest) -> None:
+    """Tell the log how many tokens were read and written."""
+    note_tokens(scope, prepared.num_prompt_tokens, sum(choice.num_tokens for choice in prepared.choices))
+
+
 def usage(prepared: PreparedRequest) -> Tree:
     """How many tokens were read and written."""
     written = sum(choice.num_tokens for choice in prepared.choices)
@@ -128,6 +149,7 @@ def usage(prepared: PreparedRequest) -> Tree:
         "prompt_tokens": prepared.num_prompt_tokens,
         "completion_tokens": written,
         "total_tokens": prepared.num_prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": prepared.num_cached},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.num_reasoning for choice in prepared.choices)},
     }
 
@@ -137,8 +159,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, prepared: PreparedRequest, stream: Stream) -> None:
-        self._service, self._prepared, self._stream = service, prepared, stream
+    def __init__(
+        self, service: Service, prepared: PreparedRequest, stream: Stream, builder: ResponseBuilder | None = None
+    ) -> None:
+        self._service, self._prepared, self._stream, self._builder = service, prepared, stream, builder
         weakref.finalize(self, stream.close)  # in case nobody closes it
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
@@ -148,12 +172,14 @@ class EventStream(Response):
             await while_connected(receive, self._send(send))
         except ClientGoneError:
             self._service.metrics.aborted.inc()
+            note_hang_up(scope)
         finally:
             self._stream.close()
+            note_usage(scope, self._prepared)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in with_pings(self._events()):
+        async for data in with_pings(self._response_events(self._builder) if self._builder else self._events()):
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -174,6 +200,19 @@ class EventStream(Response):
             kind = "invalid_request_error" if isinstance(error, MoestroError) else "server_error"
             yield sse(error_tree(str(error), kind))
         yield DONE
+
+    async def _response_events(self, builder: ResponseBuilder) -> AsyncIterator[bytes]:
+        for event in builder.start():
+            yield sse(event, event["type"])
+        try:
+            async for chunks in grow(self._service, self._prepared, self._stream):
+                for event in (event for chunk in chunks for event in builder.push(chunk)):
+                    yield sse(event, event["type"])
+            last = builder.finish(usage(self._prepared))
+        except (EngineError, ClosedError, MoestroError) as error:
+            last = builder.fail("invalid_prompt" if isinstance(error, MoestroError) else "server_error", str(error))
+        for event in last:
+            yield sse(event, event["type"])
 
 
 def chunk_tree(top: Tree, chunk: Tree) -> Tree:

@@ -29,6 +29,7 @@ class Choice(Protocol):
     index: int
     num_tokens: int
     num_reasoning: int
+    num_cached: int  # prompt tokens found in the cache
 
     def start(self) -> list[Tree]:
         """Chunks before the first event."""
@@ -75,7 +76,7 @@ class TextChoice:
 
     def __init__(self, index: int, form: Format, echo: list[int] | None = None) -> None:
         self.index, self.form = index, form
-        self.num_tokens = self.num_reasoning = 0
+        self.num_tokens = self.num_reasoning = self.num_cached = 0
         self._echo = echo
         self._spelled, self._offset = Detokenizer(form.tokenizer), 0  # only for the offsets of scored tokens
         self._parts: list[str] = []
@@ -90,6 +91,7 @@ class TextChoice:
     def push(self, event: Event) -> list[Tree]:
         """One chunk for each event that has something to send."""
         text, logprobs = "", _empty_logprobs()
+        self.num_cached += event.num_cached
         if self._echo is not None:
             text = self._repeat(self._echo, event, logprobs)
             self._echo = None
@@ -160,7 +162,7 @@ class ChatChoice:
 
     def __init__(self, index: int, form: ChatForm) -> None:
         self.index, self.form = index, form
-        self.num_tokens = self.num_reasoning = 0
+        self.num_tokens = self.num_reasoning = self.num_cached = 0
         self._split = Splitter("reasoning" if form.thinks else "content" if form.is_call else None)
         self._calls = CallReader(form.tokenizer, is_call=form.is_call, many=form.many_calls)
         self._details = Details(form.tokenizer)
@@ -178,6 +180,7 @@ class ChatChoice:
         scored = [self._score(event.logprob)] if event.logprob and self.form.has_logprobs else []
         self._scored += scored
         self.num_tokens += event.token is not None
+        self.num_cached += event.num_cached
         deltas = self._read(event.text)
         self.num_reasoning += self._split.kind == "reasoning"
         if event.finish_reason:

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moestro.server.schema import MAX_BODY_BYTES, MAX_HEADER_BYTES, MAX_HEADERS
 
 OPEN_PATHS = ("/", "/health")
-LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?")
+LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 BODY_SECONDS = 60.0
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -28,8 +28,8 @@ CONTENT_POLICY = (
 
 
 def is_page(path: str) -> bool:
-    """Whether a path belongs to the chat page or its assets."""
-    return path == "/" or path.startswith("/web/")
+    """Whether a path belongs to the chat page, its assets or the page of routes: the same for every model."""
+    return path in ("/", "/docs") or path.startswith("/web/")
 
 
 def error_tree(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -52,6 +52,8 @@ class Guard:
         if refused is not None:
             await refused(scope, receive, _with_headers(scope["path"], send))
             return
+        if scope["method"] == "HEAD":  # answered as GET is; the server then sends no body
+            scope = {**scope, "method": "GET"}
         await self.app(scope, _Body(receive, self.body_seconds), _with_headers(scope["path"], send))
 
     def _refuse(self, scope: Scope) -> JSONResponse | None:

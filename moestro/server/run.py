@@ -76,7 +76,9 @@ def address_of(listener: socket.socket) -> str:
 
 
 def run_service(service: Service, listener: socket.socket, key: str | None, drain_seconds: float) -> int:
-    """Serve until a signal; returns the process's exit code, 0 if everything under way could finish."""
+    """Serve until a signal; returns the process's exit code: 0 if everything under way could finish, 1 if the engine
+    failed beyond repair.
+    """
 
     def announce() -> None:
         print(f"Serving {service.name} at {address_of(listener)}", flush=True)
@@ -86,11 +88,16 @@ def run_service(service: Service, listener: socket.socket, key: str | None, drai
         server.run(sockets=[listener])
     finally:
         service.close()
+    if server.has_failed:
+        return 1
     return 0 if server.exit_signal is None else 128 + server.exit_signal
 
 
 class DrainingServer(uvicorn.Server):
-    """Shuts down in two steps; `exit_signal` is the signal that cut it short, if one did."""
+    """Shuts down in two steps, and by itself if the engine's thread has ended: whoever started it can start it again.
+
+    `exit_signal` is the signal that cut it short, if one did; `has_failed`: the engine did.
+    """
 
     def __init__(
         self, app: FastAPI, worker: EngineWorker, drain_seconds: float, when_ready: Callable[[], None] | None = None
@@ -100,7 +107,7 @@ class DrainingServer(uvicorn.Server):
                 app,
                 http="h11",
                 ws="none",
-                log_level="warning",
+                log_config=None,  # what it logs goes where all else goes
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,
@@ -108,6 +115,7 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self.exit_signal: int | None = None
+        self.has_failed = False
         self._worker, self._drain_seconds, self._when_ready = worker, drain_seconds, when_ready
         self._deadline: float | None = None
 
@@ -128,6 +136,8 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; called ten times a second."""
+        if self._deadline is None and not self._worker.is_alive:
+            self.has_failed = self.should_exit = True
         if self._deadline is not None and not self.should_exit:
             is_late = time.monotonic() > self._deadline
             if is_late:

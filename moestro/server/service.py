@@ -15,7 +15,7 @@ from moestro.data.template import choose_template
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults
 from moestro.engine.engine import Engine
 from moestro.engine.sequence import Request, SamplingParams
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, MoestroError
 from moestro.server.choices import ChatChoice, ChatForm, Choice, Format, TextChoice
 from moestro.server.loads import LoadHistory, layer_names
 from moestro.server.metrics import Metrics
@@ -25,9 +25,9 @@ from moestro.server.tools import (
     chat_grammar,
     forces_call,
     spelled_ids,
-    structured_grammar,
     template_input,
     template_messages,
+    text_grammar,
     uses_tools,
 )
 from moestro.server.worker import EngineWorker
@@ -39,6 +39,10 @@ DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetit
 
 class ContextLengthError(ConfigError):
     """Prompt and continuation do not fit the model."""
+
+
+class UnknownModelError(MoestroError):
+    """A request names a model that is not served."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class PreparedRequest:
         """How many tokens all prompts have."""
         return sum(len(request.prompt) for request in self.requests)
 
+    @property
+    def num_cached(self) -> int:
+        """How many of them were found in the cache; of several choices the first computes the prompt."""
+        return sum(choice.num_cached for choice in self.choices[:: self.body.n or 1])
+
 
 class Service:
     """One model, its engine's thread, its template's process, and its metrics.
@@ -75,7 +84,7 @@ class Service:
     ) -> None:
         self.worker = EngineWorker(make_engine)
         engine = self.worker.engine
-        self.tokenizer, self.config = engine.tokenizer, engine.runtime.config
+        self.tokenizer, self.config, self.context = engine.tokenizer, engine.runtime.config, engine.room.context
         self.name, self.created, self.defaults = name, int(time.time()), defaults
         self.renderer = Renderer(tokenizer_path)
         self.metrics = Metrics(layer_names(self.config))
@@ -89,13 +98,19 @@ class Service:
         self.renderer.close()
         self._template_thread.shutdown()
 
+    def check_model(self, name: str | None) -> None:
+        """UnknownModelError for another model's name; a request need not name any."""
+        if name and name != self.name:
+            raise UnknownModelError(f"there is no model '{name[:256]}' here, only '{self.name}'")
+
     async def prepare_text(self, body: CompletionRequest) -> PreparedRequest:
         """Prepare a body of `/v1/completions`. ConfigError and DataError for what cannot be done."""
         begun = time.monotonic()
+        self.check_model(body.model)
         n = body.n or 1
         self.worker.check_room(len(body.prompts) * n)
         prompts = await asyncio.to_thread(self._encode_all, body.prompts, body)
-        grammar = await asyncio.to_thread(structured_grammar, body.structured_outputs)
+        grammar = await asyncio.to_thread(text_grammar, body)
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = []
         for ids in prompts:
@@ -113,6 +128,7 @@ class Service:
     async def prepare_chat(self, body: ChatRequest) -> PreparedRequest:
         """Prepare a body of `/v1/chat/completions`."""
         begun = time.monotonic()
+        self.check_model(body.model)
         n = body.n or 1
         self.worker.check_room(n)
         self._check_chars(sum(len(message.text) for message in body.messages))
@@ -138,6 +154,7 @@ class Service:
 
     async def tokenize(self, body: TokenizeRequest) -> list[int]:
         """Ids of a text or of a conversation, as the other routes would compute them."""
+        self.check_model(body.model)
         if body.messages is None:
             assert body.prompt is not None
             return await asyncio.to_thread(self._encode, body.prompt, body)
@@ -165,17 +182,19 @@ class Service:
 
     def _check_chars(self, count: int) -> None:
         """Refuse, before encoding, text that no encoding can make short enough."""
-        if count > self.config.max_seq_len * self._longest:
+        if count > self.context * self._longest:
             raise ContextLengthError(f"a prompt of {count} characters is longer than the model's context")
 
     def _room(self, num_prompt: int, wanted: int | None) -> int:
         """How many tokens to write: `wanted`, else all that fit. ContextLengthError if it does not fit."""
-        longest = self.config.max_seq_len
+        longest = self.context
         room = longest - num_prompt
         if room < (1 if wanted is None else wanted):
             asked = "" if wanted is None else f" and {wanted} to write"
+            limited = self.config.max_seq_len > longest
             raise ContextLengthError(
                 f"this model's context is {longest} tokens; the prompt has {num_prompt} tokens{asked}"
+                + f"; the model takes {self.config.max_seq_len} if the server is given room for them" * limited
             )
         return room if wanted is None else wanted
 

@@ -64,9 +64,10 @@ class Splitter:
         return [(self.kind, text)] if text else []
 
 
-def sse(tree: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+def sse(tree: dict[str, Any], event: str | None = None) -> bytes:
+    """One server-sent event, with a name if it has one."""
+    data = json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return (f"event: {event}\n".encode() if event else b"") + b"data: " + data + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -15,16 +15,18 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from moestro.data.specials import CHAT_TEMPLATE
 from moestro.data.tokenizer import Tokenizer
-from moestro.engine.grammar import from_json_schema, from_lark, from_regex
+from moestro.engine.grammar import from_calls, from_choices, from_json_schema, from_lark, from_regex
 from moestro.engine.stops import count_beginning
 from moestro.errors import ConfigError
-from moestro.server.schema import ChatRequest, Message, StructuredOutputs, ToolChoice
+from moestro.server.body import is_text, refuse_constant
+from moestro.server.schema import ChatRequest, Function, Message, Sampling, ToolCall, ToolChoice
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, CALL_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -38,6 +40,10 @@ To call one, write nothing but
 {{"name": "the function's name", "arguments": {{…}}}}
 </tool_call>
 with arguments that fit its parameters; several such blocks call several functions. Their results come back to you."""
+_STRING_PART = re.compile(r'"|\\.|\\', re.DOTALL)  # what may end a string of JSON, or hide its end
+# the two ways in which templates read arguments as an object, as transformers passes them
+_TAKES_OBJECTS = re.compile(r"arguments['\"]?\]?\s*\|\s*(?:tojson|items)|arguments\s+is\s+mapping|\.items\(\)")
+_MEMBER = re.compile(r'\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 _FENCED = re.compile(r"\s*(?P<name>\S+)\s*```(?:json)?\n(?P<arguments>.*?)\n?```\s*", re.DOTALL)
 
 
@@ -75,7 +81,7 @@ def template_input(request: ChatRequest, template: str | None) -> tuple[list[dic
     """Messages and further variables for the template, with tools described in the way that it supports."""
     template = template or CHAT_TEMPLATE
     messages = [_plain_message(message, template) for message in request.messages]
-    variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
+    variables: dict[str, Any] = {**_effort(request, template), **(request.chat_template_kwargs or {})}
     if uses_tools(request):
         tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
         if re.search(r"\btools\b", template):
@@ -83,6 +89,18 @@ def template_input(request: ChatRequest, template: str | None) -> tuple[list[dic
         else:
             _instruct(messages, tools)
     return messages, variables
+
+
+def _effort(request: ChatRequest, template: str) -> dict[str, Any]:
+    """`reasoning_effort` under the names by which the template knows it. ConfigError if it knows none."""
+    effort = request.reasoning_effort
+    if effort is None:
+        return {}
+    known = {"reasoning_effort": effort, "enable_thinking": effort != "none", "thinking": effort != "none"}
+    found = {name: value for name, value in known.items() if re.search(rf"\b{name}\b", template)}
+    if not found:
+        raise ConfigError("reasoning_effort is not supported: this model's chat template does not read it")
+    return found
 
 
 def template_messages(messages: Sequence[Message], template: str | None) -> list[dict[str, Any]]:
@@ -105,11 +123,20 @@ def _plain_message(message: Message, template: str) -> dict[str, Any]:
     if thoughts and role == "assistant":
         plain["reasoning_content"] = thoughts
     if message.tool_calls and knows_tools:
-        plain["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        plain["tool_calls"] = [_plain_call(call, template) for call in message.tool_calls]
         plain["content"] = message.text or None
     elif message.tool_calls:
         calls = (_spell_call(call.function.name, call.function.arguments) for call in message.tool_calls)
         plain["content"] = "\n".join([*([message.text] if message.text else []), *calls])
+    return plain
+
+
+def _plain_call(call: ToolCall, template: str) -> dict[str, Any]:
+    """A call as the template expects it: arguments as JSON, or as an object for a template that takes them apart."""
+    plain = call.model_dump()
+    if _TAKES_OBJECTS.search(template):
+        with suppress(ValueError, RecursionError):  # what is no JSON stays as it was written
+            plain["function"]["arguments"] = json.loads(call.function.arguments)
     return plain
 
 
@@ -133,45 +160,63 @@ def chat_grammar(request: ChatRequest) -> str | None:
     if (kind != "text") + forces_call(request) + (request.structured_outputs is not None) > 1:
         raise ConfigError("give only one of response_format, structured_outputs and a tool_choice that forces a call")
     if forces_call(request):
-        return from_json_schema(_call_schema(request))
-    if kind == "json_object":
-        return from_json_schema({"type": "object"})
-    if kind == "json_schema":
-        assert request.response_format is not None and request.response_format.json_schema is not None
-        return from_json_schema(request.response_format.json_schema.tree)
-    return structured_grammar(request.structured_outputs)
+        return from_calls({function.name: function.parameters for function in _callable(request)})
+    return text_grammar(request)
 
 
-def structured_grammar(outputs: StructuredOutputs | None) -> str | None:
-    """The grammar in the extension field. ConfigError for a bad one."""
+def text_grammar(request: Sampling) -> str | None:
+    """The grammar that the text of either kind of completion must follow. ConfigError for a bad one, or for two."""
+    tree = request.response_format.schema_tree if request.response_format else None
+    outputs = request.structured_outputs
+    if tree is not None and outputs is not None:
+        raise ConfigError("give only one of response_format and structured_outputs")
+    if tree is not None:
+        return from_json_schema(tree)
     if outputs is None:
         return None
     if outputs.regex is not None:
         return from_regex(outputs.regex)
+    if outputs.choice is not None:
+        return from_choices(outputs.choice)
     if outputs.grammar is not None:
         return from_lark(outputs.grammar)
-    assert outputs.json_schema is not None
-    return from_json_schema(outputs.json_schema)
+    return from_json_schema({"type": "object"} if outputs.json_schema is None else outputs.json_schema)
 
 
-def _call_schema(request: ChatRequest) -> dict[str, Any]:
-    """The schema of a JSON object that calls one of the allowed functions."""
+def _callable(request: ChatRequest) -> list[Function]:
+    """The functions that a forced call may name."""
     choice = request.tool_choice
-    functions = [
-        tool.function
-        for tool in request.tools or ()
-        if not isinstance(choice, ToolChoice) or tool.function.name == choice.function.name
-    ]
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    functions = [tool.function for tool in request.tools or ()]
+    return [f for f in functions if not isinstance(choice, ToolChoice) or f.name == choice.function.name]
+
+
+class EndFinder:
+    """Finds where a mark ends a call in a text that grows: the first mark that is not within a string of JSON."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+        self._at = 0  # the text before was searched
+        self._in_string = False
+
+    def find(self, text: str) -> int:
+        """The mark's place; -1 if it has not come yet."""
+        while self._at < len(text):
+            if self._in_string:
+                found = _STRING_PART.search(text, self._at)
+                self._at = found.end() if found else len(text)
+                self._in_string = found is None or found[0] != '"'
+                if found and found[0] == "\\":  # cut off: what it escapes is still to come
+                    self._at -= 1
+                    return -1
+                continue
+            end, quote = text.find(self.mark, self._at), text.find('"', self._at)
+            if end >= 0 and (quote < 0 or end < quote):
+                return end
+            if quote < 0:
+                self._at = max(self._at, len(text) - len(self.mark) + 1)
+                return -1
+            self._at, self._in_string = quote + 1, True
+        return -1
 
 
 class CallReader:
@@ -185,7 +230,7 @@ class CallReader:
         has_tokens = CALLS_BEGIN in tokenizer.specials
         self._begins = (JSON_BEGIN, CALLS_BEGIN) if has_tokens else (JSON_BEGIN,)
         self._is_call, self._many = is_call, many
-        self._end = ""  # the mark that ends the current call; empty between calls
+        self._end: EndFinder | None = None  # finds the end of the current call; None between calls
         self._held = ""
         self.num_calls = 0
 
@@ -199,29 +244,35 @@ class CallReader:
 
     def finish(self) -> list[str | Call]:
         """The parts that are left."""
+        found: list[str | Call] = []
+        while self._end is not None and self._end.mark in self._held:  # a string that never ended hid it
+            broken, mark, self._held = self._held.partition(self._end.mark)
+            self._end = None
+            found += [broken + mark, *self.push("")]
         held, self._held = self._held, ""
         call = read_call(held) if self._is_call else None
         left = held.replace(CALLS_END, "")
         if self.num_calls and not left.strip():
-            return []
-        return self._count(call) if call else [left] if left else []
+            return found
+        return found + (self._count(call) if call else [left] if left else [])
 
     def _next(self) -> str | Call | None:
         """The next settled part, which may be empty; None if more text is needed."""
-        if self._end:
-            inside, end, rest = self._held.partition(self._end)
-            if not end:
+        if self._end is not None:
+            place, length = self._end.find(self._held), len(self._end.mark)
+            if place < 0:
                 return None
-            begin, self._end, self._held = self._held[: len(inside) + len(end)], "", rest
+            inside, whole, rest = self._held[:place], self._held[: place + length], self._held[place + length :]
+            self._end, self._held = None, rest
             call = read_call(inside)
-            return begin if call is None else next(iter(self._count(call)), "")
+            return whole if call is None else next(iter(self._count(call)), "")
         places = [(place, begin) for begin in self._begins if (place := self._held.find(begin)) >= 0]
         if CALL_BEGIN in self._held and len(self._begins) > 1:
             places.append((self._held.find(CALL_BEGIN), CALL_BEGIN))
         if places:
             place, begin = min(places)
             before, self._held = self._held[:place], self._held[place:]
-            self._end = JSON_END if begin == JSON_BEGIN else CALL_END
+            self._end = EndFinder(JSON_END if begin == JSON_BEGIN else CALL_END)
             return self._between(before)
         count = count_beginning(self._held, [*self._begins, CALL_BEGIN, CALLS_END])
         settled, self._held = self._held[: len(self._held) - count], self._held[len(self._held) - count :]
@@ -246,11 +297,20 @@ def read_call(text: str) -> Call | None:
         fenced = _FENCED.fullmatch(rest)
         return Call(fenced["name"], fenced["arguments"]) if fenced else Call(kind.strip(), rest.strip())
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, parse_constant=refuse_constant)
+        if not isinstance(tree, dict) or not isinstance(tree.get("name"), str) or "arguments" not in tree:
+            return None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str) or "arguments" not in tree:
-        return None
-    arguments = tree["arguments"]
-    is_text = isinstance(arguments, str)
-    return Call(tree["name"], arguments if is_text else json.dumps(arguments, ensure_ascii=False))
+    name, arguments = tree["name"], tree["arguments"]
+    if not isinstance(arguments, str):
+        arguments = dict(_written_members(text))["arguments"]
+    return Call(name, arguments) if is_text(name) and is_text(arguments) else None
+
+
+def _written_members(text: str) -> Iterator[tuple[str, str]]:
+    """The members of a JSON object that is known to be valid: names, and values as they are written."""
+    decoder, at = json.JSONDecoder(), 0
+    while found := _MEMBER.match(text, at):
+        _, at = decoder.raw_decode(text, found.end())
+        yield json.loads(found[1]), text[found.end() : at]

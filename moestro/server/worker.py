@@ -31,7 +31,7 @@ from moestro.errors import MoestroError
 
 T = TypeVar("T")
 Item = list[tuple[int, Event]] | Exception
-MAX_RETURNS = 8  # how often a request may come back after failures of others before it fails too
+MAX_RETURNS = 8  # how often a request may come back from failures that nobody could be blamed for
 
 log = logging.getLogger("moestro.server")
 
@@ -86,7 +86,7 @@ class Job:
     delivered: list[list[int | None]] = field(init=False)
     seen: list[int] = field(init=False)  # events of each continuation since it entered the engine
     num_ended: int = 0
-    num_returns: int = 0
+    num_returns: int = 0  # since somebody was last blamed for a failure
 
     def __post_init__(self) -> None:
         self.delivered = [[] for _ in range(self.request.params.n)]
@@ -241,6 +241,8 @@ class EngineWorker:
                 self._bring_back()
                 if self.engine.has_work:
                     self._step()
+        except Exception:
+            log.exception("the engine's thread ends: nothing can be computed any more")
         finally:
             for job in [*self._jobs.values(), *self._returning, *self._new]:
                 job.stream.put(ClosedError("the server is shutting down"))
@@ -320,15 +322,20 @@ class EngineWorker:
         suspects = [job for request_id, job in self._jobs.items() if request_id in running]
         jobs = suspects + [job for job in self._jobs.values() if job not in suspects]
         blamed = self._trial or (suspects[0] if len(suspects) == 1 else None)
-        self._empty()
         self._trial = None
+        failed: list[Job] = []
         for job in jobs:
             job.restart()
             job.num_returns += 1
-            if job is blamed or job.num_returns > MAX_RETURNS:
+            (failed if job is blamed or job.num_returns > MAX_RETURNS else self._returning).append(job)
+        if blamed is not None:  # that explains the failures so far
+            for job in self._returning:
+                job.num_returns = 0
+        try:
+            self._empty()
+        finally:  # if it raises, the thread ends, and those who were to return are told there
+            for job in failed:
                 job.stream.put(EngineError("the engine failed over this request"))
-            else:
-                self._returning.append(job)
 
     def _empty(self) -> None:
         """Take everything out of the engine; replace it if it is then not empty."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +22,9 @@ from torch import Tensor
 from moestro.data.batches import PADDING, Batch, evaluation_batches
 from moestro.data.corpus import iterate_documents
 from moestro.data.shards import ShardSet, Split, open_shards, prepare
-from moestro.engine.language_model import LanguageModel
+from moestro.engine.language_model import LanguageModel, load
 from moestro.engine.runtime import Runtime, Texts
-from moestro.errors import DataError
+from moestro.errors import ConfigError, DataError
 from moestro.model.transformer import Transformer
 from moestro.routing.balance import count_loads
 from moestro.training.loss import Counts, attention_batch, compute_loss
@@ -110,6 +111,46 @@ def score_domains(
 
 
 EVALUATION_ROWS = 16  # sequences per forward pass
+
+
+def evaluate(
+    model: LanguageModel | str | Path,
+    data: str | Path | None = None,
+    *,
+    split: str = "auto",
+    max_tokens: int | None = None,
+    seq_len: int = 512,
+) -> dict[str, Any]:
+    """Bits per byte and loss (nats per token) on text, overall and per domain.
+
+    `model`: one that `load` gave, or what it takes. `data`: what training takes; without it, the documents that the
+    run held out. `split`: all documents, or valid, those that training on the same source holds out; auto is valid for
+    the built-in corpus and a run's own text, else all. At most `max_tokens` per domain, each token predicted from at
+    most `seq_len` before it.
+
+    Returns {"bits_per_byte", "loss", "tokens", "bytes", "domains": {name: the same four}}. DataError if there is no
+    text; ConfigError for numbers out of range.
+    """
+    for name, number, least in (("seq_len", seq_len, 2), ("max_tokens", max_tokens, 1)):
+        if number is not None and number < least:
+            raise ConfigError(f"{name} must be at least {least}, not {number}")
+    if split not in ("auto", "all", "valid"):
+        raise ConfigError(f"split must be auto, all or valid, not '{split}'")
+    language_model = model if isinstance(model, LanguageModel) else load(model)
+    source = language_model.source
+    if isinstance(source, Transformer) and data is None:
+        raise DataError("this model was not loaded from a run: say what to evaluate on")
+    run = Path() if isinstance(source, Transformer) else source.directory
+    with tempfile.TemporaryDirectory(prefix="moestro-") as scratch:
+        return score_source(
+            language_model,
+            None if data is None else str(data),
+            run=run,
+            split=split,
+            seq_len=min(seq_len, language_model.config.max_seq_len),
+            max_tokens=max_tokens,
+            scratch=Path(scratch),
+        )
 
 
 def score_source(

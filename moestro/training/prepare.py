@@ -22,6 +22,7 @@ from moestro.data.corpus import iterate_documents
 from moestro.data.documents import Document
 from moestro.data.shards import ShardSet, open_shards, prepare
 from moestro.data.tokenizer import Tokenizer
+from moestro.data.tokenizer_files import find_file
 from moestro.engine.language_model import find_model_directory
 from moestro.errors import ConfigError
 from moestro.model.transformer import Transformer, init_weights
@@ -212,7 +213,7 @@ def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
         log(f"Training a tokenizer of up to {config.model.vocab_size} ids")
         texts = sample_texts(open_documents(config.data), TOKENIZER_SAMPLE)
         return Tokenizer.train(texts, config.model.vocab_size)
-    path = Path(choice)
+    path = find_file(Path(choice))
     if not path.exists():
         raise ConfigError(f"data.tokenizer is '{choice}', which is neither auto, builtin, train nor a file")
     return Tokenizer.from_file(path).beginning_with_bos()

@@ -94,6 +94,16 @@ def test_draining_has_a_limit(model: Path) -> None:
         assert process.wait(SECONDS) == 128 + signal.SIGTERM
 
 
+def test_the_log_is_as_talkative_as_asked(model: Path) -> None:
+    with serving(model, "--log-level", "info") as (process, url):
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 1}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+        assert process.stderr is not None
+        (line,) = process.stderr.read().splitlines()
+    assert "INFO moestro.access: POST /v1/completions 200, " in line and "secret" not in line
+
+
 def test_a_key_is_asked_for(call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = "0123456789abcdef"
     (tmp_path / "key").write_text(key + "\n")

@@ -19,7 +19,7 @@ from moestro.engine.engine import Engine
 from moestro.engine.events import Completion, Failure
 from moestro.engine.grammar import from_lark, from_regex
 from moestro.engine.language_model import LanguageModel, load
-from moestro.engine.paged_cache import count_pages, page_bytes
+from moestro.engine.paged_cache import Room, page_bytes, plan_room
 from moestro.engine.sampler import Sampler
 from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request, SamplingParams
@@ -449,13 +449,13 @@ def test_limited_room_of_experts_is_for_training_alone(make_config: Make, tokeni
 
 
 def test_memory_that_does_not_suffice_is_refused(written: LanguageModel) -> None:
-    with pytest.raises(ConfigError, match="one sequence of 256"):
-        engine_of(written, num_pages=3)
+    with pytest.raises(ConfigError, match="one sequence of 200 tokens, and has"):
+        engine_of(written, num_pages=3, max_context=200)
     config = written.model.config
     size = page_bytes(config, torch.bfloat16)
     assert size == 64 * (3 * (16 + 4) * 2 + 1 * 2 * 2)  # two layers and an MTP module
-    assert count_pages(config, torch.bfloat16, 5, 10 * size + 1) == 10
-    assert count_pages(config, torch.bfloat16, 5, 1000 * size) == count_pages(config, torch.bfloat16, 5) == 20
+    assert plan_room(config, torch.bfloat16, 5, 10 * size + 1) == Room(10, 256)
+    assert plan_room(config, torch.bfloat16, 5, 1000 * size) == Room(20, 256)
     engine = engine_of(written, max_waiting=1)
     engine.add(Request([1]))
     with pytest.raises(QueueFullError):

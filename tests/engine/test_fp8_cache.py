@@ -17,7 +17,7 @@ from moestro.config import Config
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.engine import Engine
 from moestro.engine.language_model import LanguageModel
-from moestro.engine.paged_cache import PagedCache, count_pages, page_bytes
+from moestro.engine.paged_cache import PagedCache, page_bytes, plan_room
 from moestro.engine.runtime import Runtime, Texts
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
@@ -127,7 +127,7 @@ def test_pages_are_counted_in_bytes_of_codes(make_config: Make) -> None:
     assert size == 64 * 3 * 656 + routes and page_bytes(config, torch.bfloat16) == 64 * 3 * 1152 + routes
     cache = PagedCache(config, 2, torch.float32, "fp8")
     assert sum(t.nbytes for layer in cache.layers for t in layer.values()) + cache.routes.nbytes == 2 * size
-    assert [count_pages(config, torch.bfloat16, 9, 2**21, c) for c in ("auto", "fp8")] == [9, 16]
+    assert [plan_room(config, torch.bfloat16, 9, 2**21, c).num_pages for c in ("auto", "fp8")] == [9, 16]
 
 
 def test_what_has_no_latents_is_refused(make_config: Make, tokenizer: Tokenizer) -> None:

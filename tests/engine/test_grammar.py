@@ -14,6 +14,8 @@ from moestro.engine.grammar import (
     MAX_LINES,
     GrammarCompiler,
     GrammarError,
+    from_calls,
+    from_choices,
     from_json_schema,
     from_lark,
     from_regex,
@@ -112,6 +114,90 @@ def test_copies_go_on_apart(compiler: GrammarCompiler, tokenizer: Tokenizer) -> 
     assert two.is_finished and not one.is_finished
     with pytest.raises(GrammarError, match="grammar failed"):
         one.advance(b)
+
+
+CHAIN = {
+    "type": "object",
+    "properties": {"v": {"type": "boolean"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "required": ["v", "next"],
+    "additionalProperties": False,
+}
+
+
+def check_chain(tree: object) -> int:
+    """The length of a chain; fails for anything that is none."""
+    length = 0
+    while tree is not None:
+        assert isinstance(tree, dict) and set(tree) == {"v", "next"} and isinstance(tree["v"], bool)
+        tree, length = tree["next"], length + 1
+    return length
+
+
+@pytest.mark.parametrize("identity", [{}, {"$id": "http://example.org/chain"}])
+def test_calls_may_refer_to_the_whole_of_their_own_schema(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, identity: dict[str, str]
+) -> None:
+    grammar = from_calls({"walk": {**CHAIN, **identity}})
+    calls = [json.loads(write_text(compiler, tokenizer, grammar, seed)) for seed in range(40)]
+    assert {call["name"] for call in calls} == {"walk"} and all(set(call) == {"name", "arguments"} for call in calls)
+    assert len({check_chain(call["arguments"]) for call in calls}) > 2
+
+
+def test_definitions_of_one_name_stay_with_their_function(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    def takes(kind: str, reference: str, **definition: object) -> dict[str, object]:
+        properties = {"x": {"$ref": reference}}
+        shape = {"type": "object", "properties": properties, "required": ["x"], "additionalProperties": False}
+        return {**shape, "$defs": {"T": {"type": kind, **definition}}}
+
+    functions = {
+        "a": takes("boolean", "#/$defs/T"),
+        "b": takes("integer", "#/$defs/T", minimum=0, maximum=9),
+        "c": takes("null", "#here", **{"$anchor": "here"}),
+    }
+    kinds = {"a": bool, "b": int, "c": type(None)}
+    seen = set()
+    for seed in range(40):
+        call = json.loads(write_text(compiler, tokenizer, from_calls(functions), seed))
+        assert type(call["arguments"]["x"]) is kinds[call["name"]]
+        seen.add(call["name"])
+    assert seen == set(kinds)
+
+
+def test_json_is_written_without_white_space_between_its_parts(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    for seed in range(20):
+        for grammar in (from_json_schema(PERSON), from_calls({"f": PERSON})):
+            text = write_text(compiler, tokenizer, grammar, seed)
+            assert re.sub(r'"(?:[^"\\]|\\.)*"', "", text).isprintable()
+            assert " " not in re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    spaced = from_json_schema({**PERSON, "x-guidance": {"whitespace_pattern": " *"}})
+    assert spaced == from_json_schema(PERSON)
+
+
+def test_choices_are_taken_word_for_word(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    choices = ['say "no"', "a\\b", "line\nbreak", "é", "/x/"]
+    assert {write_text(compiler, tokenizer, from_choices(choices), seed) for seed in range(60)} == set(choices)
+
+
+@pytest.mark.parametrize(
+    ("schema", "place", "reason"),
+    [
+        ({"properties": {"p": {"contains": {}}}}, "#/properties/p", "contains"),
+        (
+            {"properties": {"a/b": {"items": {"pattern": "x(?!0)"}}}},
+            "#/properties/a~1b/items",
+            "character 2: look-around",
+        ),
+        ({"$defs": {"T": {"anyOf": [{}, {"type": "objekt"}]}}, "$ref": "#/$defs/T"}, "#/$defs/T/anyOf/1", "objekt"),
+        ({"items": {"$ref": "#/$defs/none"}}, "#/items/$ref", "there is no #/$defs/none"),
+        ({"prefixItems": [{}, {"minLength": "x"}]}, "#/prefixItems/1", "minLength"),
+        ({"additionalProperties": {"format": "no such"}}, "#/additionalProperties", "no such"),
+    ],
+)
+def test_what_a_schema_asks_in_vain_is_named_with_its_place(schema: dict[str, object], place: str, reason: str) -> None:
+    for make in (from_json_schema, lambda schema: from_calls({"good": PERSON, "bad": schema})):
+        with pytest.raises(ConfigError, match=re.escape(reason)) as raised:
+            make(schema)
+        assert f"at {place}: " in str(raised.value)
 
 
 def nested_schema(depth: int) -> str:

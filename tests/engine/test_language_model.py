@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,12 @@ def test_two_streams_of_one_model_do_not_mix(written: LanguageModel) -> None:
     assert next(left) == alone[0][0]
     assert list(written.stream_ids(prompts[1], max_tokens=8)) == alone[1]
     assert list(left) == alone[0][1:]
+    streams = [written.stream_ids(prompt, max_tokens=8) for prompt in prompts]
+    for stream in streams:
+        next(stream)
+    assert written.engine.stats().running == 2  # neither waits for the other's end
+    for stream in streams:
+        stream.close()
 
 
 def test_a_stop_id_ends_the_text(written: LanguageModel) -> None:
@@ -122,9 +129,15 @@ def test_a_conversation_streams_its_replies_and_remembers_them(written: Language
     list(conversation.reply("and"))
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
     stopped = conversation.reply("never finished")
-    next(stopped)
+    half = next(stopped) + next(stopped)
     stopped.close()
-    assert len(conversation.messages) == 4
+    assert conversation.messages[4:] == [
+        {"role": "user", "content": "never finished"},
+        {"role": "assistant", "content": half},
+    ]
+    with pytest.raises(ConfigError, match="exceed"):
+        list(conversation.reply("too long " * 200))
+    assert len(conversation.messages) == 6
 
 
 def test_a_run_a_checkpoint_and_a_copy_are_the_same_model(tiny_run: Path) -> None:
@@ -192,3 +205,39 @@ def test_packed_weights_are_evaluated_as_they_are_served(
     assert found["tokens"] == expected["tokens"] > 100
     assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=most)
     assert found["bits_per_byte"] != expected["bits_per_byte"] or weights == "fp32"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_and_a_lossy_one_is_said(tiny_run: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(find_model_directory(tiny_run), model)
+    path = model / "tokenizer.json"
+    tree = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**tree, "normalizer": {"type": "Lowercase"}}), "utf-8")
+    said: list[str] = []
+    load(model, log=said.append)
+    (line,) = said
+    assert "does not keep text" in line
+    further = [{**tree["added_tokens"][0], "content": f"<{i}>", "id": 300 + i} for i in range(60)]
+    path.write_text(json.dumps({**tree, "added_tokens": [*tree["added_tokens"], *further]}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 3\d\d ids and the model embeds only 300"):
+        load(model)
+
+
+def test_a_text_is_encoded_as_the_directory_asks(tiny_run: Path) -> None:
+    model = load(tiny_run)
+    assert model.encode("a<｜User｜>") == [0, *model.tokenizer.encode("a<｜User｜>")]
+    assert model.encode("a<｜User｜>", parse_special=True) == [0, *model.tokenizer.encode("a"), 3]
+    assert (
+        model.generate("the cat", max_tokens=3).ids
+        == model.generate([0, *model.tokenizer.encode("the cat")], max_tokens=3).ids
+    )
+
+
+def test_messages_can_be_rendered_elsewhere(written: LanguageModel) -> None:
+    from moestro.server.renderer import encode
+
+    def render(messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return encode([dict(message) for message in messages], {}, written.tokenizer, True)
+
+    here, there = (Conversation(written, max_tokens=6, seed=1, render=how) for how in (None, render))
+    assert list(here.reply("the cat")) == list(there.reply("the cat"))

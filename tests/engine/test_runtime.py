@@ -71,11 +71,12 @@ def serve(runtime: Runtime, tokens: list[int], ids: Tensor | None = None) -> Ste
     return runtime.forward(cache.prepare([(tokens, 0, pages)]), cache, ids)
 
 
-@pytest.fixture(params=["tape", "plain"])
+@pytest.fixture(params=["tape", "reference", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A pass as one native call, or operation by operation in plain torch."""
-    if request.param == "plain":
+    """A pass as one native call, or operation by operation: in a fixed order, or with the library's products."""
+    if request.param != "tape":
         monkeypatch.setattr(library, "load_library", lambda: None)
+        monkeypatch.setattr(library, "WISH", "reference" if request.param == "reference" else "")
     elif not library.is_available():
         pytest.skip("a tape needs the native kernels")
     return str(request.param)
@@ -158,7 +159,7 @@ def test_an_updated_model_is_the_new_model(make_config: Make, way: str, format: 
     runtime, fresh = Runtime(pack_model(first, format)), Runtime(pack_model(second, format))
     before, places = runtime.logits(serve(runtime, tokens).hidden), addresses(runtime)
     runtime.update(second)
-    assert addresses(runtime) == places
+    assert way == "plain" or addresses(runtime) == places  # plain: the panels are made for the question
     assert all(torch.equal(tensor, fresh.tensors[name]) for name, tensor in runtime.tensors.items())
     one, other = serve(runtime, tokens), serve(fresh, tokens)
     assert torch.equal(one.hidden, other.hidden) and torch.equal(one.ids, other.ids)

@@ -217,7 +217,7 @@ def test_without_a_key_only_loopback_names_are_answered(live: Live, guarded: Liv
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost.evil"):
         reply = live.http.get("/version", headers={"Host": host})
         assert reply.status_code == 403, host
-    for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"):
+    for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]", "LocalHost:80", "LOCALHOST"):
         assert live.http.get("/version", headers={"Host": host}).status_code == 200, host
     assert guarded.http.get("/version", headers={"Host": "my.proxy"}).status_code == 200
 
@@ -359,14 +359,97 @@ def test_special_tokens_in_what_users_write_stay_text(live: Live, tokenizer: Tok
 def test_a_template_in_a_request_has_no_effect(live: Live) -> None:
     plain = {"messages": TALK, "max_tokens": 4, "seed": 1}
     expected = live.http.post("/v1/chat/completions", json=plain).json()
-    evil = {
-        "chat_template": "{{ 'x' * 10**9 }}",
-        "chat_template_kwargs": {"chat_template": "evil", "messages": "evil", "enable_thinking": False},
-        "documents": [{"url": "http://127.0.0.1:1/"}],
-        "model": "../../etc/passwd",
-    }
+    evil = {"chat_template_kwargs": {"chat_template": "evil", "messages": "evil", "enable_thinking": False}}
     found = live.http.post("/v1/chat/completions", json={**plain, **evil}).json()
-    assert (found["choices"], found["usage"]) == (expected["choices"], expected["usage"])
+    assert (found["choices"], found["usage"]["total_tokens"]) == (
+        expected["choices"],
+        expected["usage"]["total_tokens"],
+    )
+    for name, value in (("chat_template", "{{ 'x' * 10**9 }}"), ("documents", [{"url": "http://127.0.0.1:1/"}])):
+        refused = live.http.post("/v1/chat/completions", json={**plain, name: value})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == name
+
+
+def test_a_model_that_is_not_served_is_a_404(live: Live) -> None:
+    for path, body in (
+        ("/v1/chat/completions", {"messages": TALK}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/tokenize", {"prompt": "x"}),
+    ):
+        reply = live.http.post(path, json={**body, "model": "../../etc/passwd"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+        for name in ("tiny", "", None):
+            assert live.http.post(path, json={**body, "model": name, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"prompt": "x",\n "max_tokens": }', "line 2, column 16"),
+        (b'{"prompt": "x", "temperature": NaN}', "NaN"),
+        (b'{"prompt": "\xff"}', "byte 12"),
+        (b"[" * 200_000, "nested too deeply"),
+    ],
+)
+def test_a_body_that_is_no_json_says_where(live: Live, body: bytes, place: str) -> None:
+    reply = live.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and place in reply.json()["error"]["message"]
+
+
+HALF = "\\ud83d"
+PARTS = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": PARTS}]}, "messages[0].content[1].type"),
+        ("/v1/chat/completions", {"messages": [*TALK, {"role": "user", "content": "HALF"}]}, "messages[1].content"),
+        ("/v1/chat/completions", {"messages": TALK, "metadata": {"a": ["HALF"]}}, "metadata.a[0]"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {"HALF": 1}}}, "structured_outputs.json"),
+        ("/v1/chat/completions", {"messages": TALK, "tools": [{**TOOL, "function": {}}]}, "tools[0].function.name"),
+        ("/v1/completions", {"prompt": ["a", "HALF"]}, "prompt[1]"),
+        ("/v1/completions", {"prompt": "a", "stop": ["x", 7]}, "stop[1]"),
+        ("/tokenize", {"prompt": "HALF"}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "nobody"}]}, "messages[0].role"),
+        ("/detokenize", {"tokens": [1, True]}, "tokens[1]"),
+        ("/detokenize", {}, "tokens"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_path_of_the_field(live: Live, path: str, body: dict[str, Any], field: str) -> None:
+    content = json.dumps(body).replace("HALF", HALF)
+    reply = live.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and reply.json()["error"]["message"].startswith(f"{field}: "), reply.text
+
+
+def test_whole_pairs_and_escapes_of_escapes_are_text(live: Live) -> None:
+    content = b'{"prompt": "\\ud83d\\ude00 \\\\ud83d", "add_special_tokens": false}'
+    ids = live.http.post("/tokenize", content=content, headers={"Content-Type": "application/json"}).json()["tokens"]
+    assert live.http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "\U0001f600 \\ud83d"}
+
+
+def test_half_a_pair_that_the_model_writes_stays_text(live: Live) -> None:
+    half = r"\\ud800"
+    called = rf'<tool_call>\{{"name": "{half}", "arguments": \{{\}}\}}</tool_call>'
+    body = {"messages": TALK, "max_tokens": 90, "tools": [TOOL], "structured_outputs": {"regex": called}}
+    message = live.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    assert message["content"] == '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
+    body["structured_outputs"] = {
+        "regex": rf'<tool_call>\{{"name": "f", "arguments": \{{"a": "{half}"\}}\}}</tool_call>'
+    }
+    message = live.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"a": "\\ud800"}'
+
+
+def test_head_is_answered_as_get_without_a_body(live: Live, guarded: Live) -> None:
+    for path in ("/health", "/v1/models", "/version", "/", "/openapi.json"):
+        seen, head = live.http.get(path), live.http.head(path)
+        assert (head.status_code, head.content) == (200, b"") and head.headers["content-type"] == seen.headers[
+            "content-type"
+        ]
+        assert head.headers["content-length"] == seen.headers["content-length"]
+    assert live.http.head("/v1/nothing").status_code == 404 and live.http.head("/v1/completions").status_code == 405
+    assert httpx.head(guarded.url + "/version").status_code == 401
 
 
 def test_unknown_paths_and_methods_are_error_objects(live: Live) -> None:

@@ -59,3 +59,10 @@ def test_a_second_signal_ends_at_once(make_engine: MakeEngine, tokenizer_path: P
         live.server.handle_exit(signal.SIGINT, None)
         assert isinstance(reply.exception(), httpx.TransportError) or reply.result().status_code == 500
         assert live.server.exit_signal == signal.SIGINT and held.steps == 3
+
+
+def test_a_server_whose_engine_is_lost_ends_by_itself(make_engine: MakeEngine, tokenizer_path: Path) -> None:
+    with run_live(make_engine, tokenizer_path) as live:
+        live.service.worker._inbox.put("no command")  # type: ignore[arg-type]
+        live.wait(lambda: live.server.should_exit)
+        assert live.server.has_failed and live.server.exit_signal is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -84,6 +85,48 @@ def test_calls_are_read_in_every_form(form: str, outer: str, places: list[int]) 
     text = "Let me see.\n" + outer.format(form.format(*first) + "\n" + form.format(*second))
     assert read(text, places) == ["Let me see.\n", first, second]
     assert read(text, places, many=False) == ["Let me see.\n", first]
+
+
+MARKS = [
+    "</tool_call>",
+    "<tool_call>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+    '"',
+    "\\\\",
+    "\\n",
+    "{",
+    "é",
+    "a",
+]
+
+
+@pytest.mark.parametrize(("form", "outer"), [(V3, DEEPSEEK), (V31, DEEPSEEK), (HERMES, "{}")])
+@given(parts=st.lists(st.sampled_from(MARKS), max_size=9), places=st.lists(st.integers(0, 999), max_size=6))
+def test_marks_within_strings_end_no_call(form: str, outer: str, parts: list[str], places: list[int]) -> None:
+    first = ("write", json.dumps({"text": "".join(parts), "then": ["".join(reversed(parts))]}, ensure_ascii=False))
+    second = ("look_up", "{}")
+    text = "Look:\n" + outer.format(form.format(*first) + form.format(*second))
+    assert read(text, places) == ["Look:\n", first, second]
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"a":1,"a":2.50}', '{ "n" : 1e999 }', "[]", '{"s":"\\ud800 \\u00e9"}', '{"arguments":[{}]}']
+)
+def test_arguments_are_given_as_they_were_written(arguments: str) -> None:
+    for text in (
+        f'{{"name":"f","arguments":{arguments}}}',
+        f' {{ "arguments" : {arguments} , "name": "f", "x": [1] }} ',
+    ):
+        call = read_call(text)
+        assert call is not None and (call.name, call.arguments) == ("f", arguments)
+    assert read_call('{"name": "f", "arguments": {"a": NaN}}') is None
+
+
+def test_a_string_that_never_ends_hides_no_later_call() -> None:
+    broken, good = '<tool_call>{"name": "f</tool_call>', HERMES.format("add", "{}")
+    assert read(broken + good, [5]) == [broken, ("add", "{}")]
+    assert read(broken + good + "rest", []) == [broken, ("add", "{}"), "rest"]
 
 
 @given(st.lists(st.integers(0, 99), max_size=4))

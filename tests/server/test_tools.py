@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from moestro.errors import ConfigError
 from moestro.server.schema import ChatRequest
 from moestro.server.tools import template_input
 
@@ -44,3 +47,33 @@ def test_calls_and_their_results_are_replayed() -> None:
     messages, _ = template_input(ask(messages=talk), None)
     assert messages[1]["content"] == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     assert messages[2] == {"role": "user", "content": "<tool_response>\n2\n</tool_response>"}
+
+
+@pytest.mark.parametrize(
+    ("template", "is_object"),
+    [
+        ("{{ call.function.arguments | tojson }} tool_calls", True),
+        ("tool_calls {% for k, v in call.arguments.items() %}{% endfor %}", True),
+        ("tool_calls {% if call.arguments is mapping %}{% endif %}", True),
+        ("tool_calls {{ '```json' + tool['function']['arguments'] + '```' }}", False),
+    ],
+)
+def test_arguments_are_an_object_where_the_template_takes_them_apart(template: str, is_object: bool) -> None:
+    for arguments, parsed in (('{"a": 1}', {"a": 1}), ("{cut o", "{cut o")):
+        call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": arguments}}
+        messages, _ = template_input(ask(messages=[{"role": "assistant", "tool_calls": [call]}]), template)
+        found = messages[0]["tool_calls"][0]["function"]["arguments"]
+        assert found == (parsed if is_object else arguments)
+
+
+def test_effort_reaches_the_template_under_its_own_name() -> None:
+    for template, effort, expected in (
+        ("{{ reasoning_effort }}", "low", {"reasoning_effort": "low"}),
+        ("{% if enable_thinking %}", "none", {"enable_thinking": False}),
+        ("{% if thinking %}", "high", {"thinking": True}),
+    ):
+        assert template_input(ask(reasoning_effort=effort), template)[1] == expected
+    given = ask(reasoning_effort="high", chat_template_kwargs={"thinking": False})
+    assert template_input(given, "{% if thinking %}")[1] == {"thinking": False}
+    with pytest.raises(ConfigError, match="does not read it"):
+        template_input(ask(reasoning_effort="low"), "{{ messages }}")

@@ -17,7 +17,7 @@ from moestro.engine.scheduler import QueueFullError
 from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
 from moestro.server.answers import EventStream
-from moestro.server.worker import ClosedError, EngineError, EngineWorker, Stream
+from moestro.server.worker import MAX_RETURNS, ClosedError, EngineError, EngineWorker, Stream
 
 REQUESTS = [
     Request(
@@ -232,6 +232,51 @@ def test_an_engine_that_cannot_be_emptied_is_replaced(
         assert isinstance(found[0], EngineError)
         assert found[1:] == [ids_of(completions) for completions in expected]
         assert len(engines) == 2 and worker.engine is engines[1]
+    finally:
+        worker.stop()
+
+
+def test_if_no_engine_can_be_made_again_nobody_waits_for_ever(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines: list[Engine] = []
+
+    def make() -> Engine:
+        if engines:
+            raise MemoryError("no room for another engine")
+        engines.append(raise_over(make_engine(max_running=8, max_waiting=8)))
+        return engines[-1]
+
+    def refuse(request_id: int) -> bool:
+        raise KeyError(request_id)
+
+    worker = EngineWorker(make)
+    engines[0].abort = refuse  # type: ignore[method-assign]
+    long = [Request([20 + i, 6], SamplingParams(max_tokens=300)) for i in range(3)]
+    bad = Request([5, BAD, 6], SamplingParams(max_tokens=30))
+    found = run(*(ask(worker, request) for request in [*long, bad]), worker.call(lambda: time.sleep(0.01)))
+    assert all(isinstance(error, ClosedError | EngineError) for error in found[:4])
+    worker.stop()
+    assert not worker.is_alive and isinstance(run(worker.read_stats())[0], ClosedError)
+    assert "no room for another engine" in caplog.text and "Traceback" in caplog.text
+
+
+def test_one_innocent_outlives_any_number_of_others(make_engine: MakeEngine) -> None:
+    worker = EngineWorker(lambda: raise_over(make_engine(max_running=8, max_waiting=8)))
+    good = Request([9, 8, 7], SamplingParams(max_tokens=300))
+    bad = Request([5, BAD, 6], SamplingParams(max_tokens=30))
+
+    async def main() -> None:
+        stream = await worker.open([good])
+        innocent = asyncio.ensure_future(collect(stream))
+        for _ in range(MAX_RETURNS + 3):
+            assert not innocent.done()
+            with pytest.raises(EngineError):
+                await ask(worker, bad)
+        assert await innocent == ids_of(make_engine().run([good])[0])
+
+    try:
+        run_one(main())
     finally:
         worker.stop()
 

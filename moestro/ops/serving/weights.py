@@ -10,6 +10,7 @@ No operation here has a gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
@@ -21,6 +22,9 @@ from moestro.ops.abi import KINDS
 from moestro.ops.serving import formats, reference
 from moestro.ops.serving.codes import Codes, quantize_codes
 from moestro.ops.serving.formats import FORMATS, PANEL, RowSource
+
+PANELS_AT_ONCE = 64  # panels unpacked at a time
+SIZES_BYTES = 3 * torch.int64.itemsize  # of the format and sizes that are saved beside panels
 
 
 class _Matrices:
@@ -39,6 +43,7 @@ class _Matrices:
         self.sizes = (*panels.shape[: self.leading], out_features, in_features)
         self.nbytes = panels.nbytes
         self._address, self.rounds_rows = self.panels.data_ptr(), False
+        self.values: Tensor | None = None
 
     @property
     def code(self) -> int:
@@ -53,6 +58,12 @@ class _Matrices:
         return cls(panels, format, rows, columns)
 
     @classmethod
+    def count_bytes(cls, format: str, *sizes: int) -> int:
+        """Bytes of what `tensors` would give for matrices of `sizes`, which need not exist."""
+        *number, rows, columns = sizes
+        return math.prod([*number, *formats.panel_shape(rows, columns, format)]) + SIZES_BYTES
+
+    @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """What `tensors` gave, perhaps memory-mapped."""
         format, rows, columns = _read_sizes(tensors["sizes"], 3)
@@ -60,8 +71,52 @@ class _Matrices:
 
     def tensors(self) -> dict[str, Tensor]:
         """What to save: the panels, and the format with the sizes."""
+        panels = self.panels if self.values is None else self._panels_of(self.values)
         sizes = torch.tensor([FORMATS[self.format].code, self.out_features, self.in_features])
-        return {"panels": self.panels, "sizes": sizes}
+        return {"panels": panels, "sizes": sizes}
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The matrices [..., M, K] in `dtype`, or in fp32 if only that has all their numbers."""
+        kind = _wide_enough(self.format, dtype)
+        parts = [
+            formats.unpack_panels(some, self.format).transpose(-1, -2).to(kind)
+            for some in self.panels.flatten(0, self.leading).split(PANELS_AT_ONCE)
+        ]  # [p, 64, K] each
+        rows = torch.cat(parts).unflatten(0, self.panels.shape[: self.leading + 1]).flatten(-3, -2)
+        return rows[..., : self.out_features, : self.in_features].contiguous()
+
+    def bytes_to_open(self, dtype: torch.dtype) -> int:
+        """Bytes that `open` takes beyond what it gives back."""
+        kind = _wide_enough(self.format, dtype)
+        return math.prod(self.sizes) * kind.itemsize - (0 if FORMATS[self.format].quantised else self.nbytes)
+
+    def open(self, dtype: torch.dtype) -> None:
+        """Keep `values`, what `unpack` gives, for products without kernels (`plain.py`).
+
+        Panels that can be made again from the values are given up.
+        """
+        self.values = self.unpack(dtype)
+        if not FORMATS[self.format].quantised:
+            self.panels = self.panels.new_empty(0)
+
+    def _panels_of(self, values: Tensor) -> Tensor:
+        """The panels of an open matrix."""
+        if FORMATS[self.format].quantised:
+            return self.panels
+        panels = formats.new_panels(
+            (*values.shape[:-2], *formats.panel_shape(self.out_features, self.in_features, self.format))
+        )
+        _pack_each(
+            values.flatten(0, -3) if self.leading else [values], self.format, panels if self.leading else [panels]
+        )
+        return panels
+
+    def _refill(self, other: _Matrices) -> None:
+        """Take the numbers of matrices just packed into an open one."""
+        assert self.values is not None
+        self.values.copy_(other.unpack(self.values.dtype))
+        if FORMATS[self.format].quantised:
+            self.panels.copy_(other.panels)
 
 
 class PackedLinear(_Matrices):
@@ -78,6 +133,8 @@ class PackedLinear(_Matrices):
 
     def fill(self, weight: Tensor | RowSource) -> None:
         """Pack another matrix of the same shape into the same memory."""
+        if self.values is not None:
+            return self._refill(self.pack(weight, self.format))
         formats.pack_panels(weight, self.format, out=self.panels)
 
     def fill_codes(self, parts: Sequence[Codes]) -> None:
@@ -113,6 +170,8 @@ class PackedHeads(_Matrices):
 
     def fill(self, weight: Tensor) -> None:
         """Pack other matrices of the same shape into the same memory."""
+        if self.values is not None:
+            return self._refill(self.pack(weight, self.format))
         _pack_each(weight, self.format, self.panels)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -151,6 +210,7 @@ class PackedExperts:
         self.sizes = (len(gate_up), hidden_dim, expert_dim)
         self.nbytes = gate_up.nbytes + down.nbytes
         self.rounds_rows = False
+        self.values: tuple[Tensor, Tensor] | None = None
         self._places = [list(part.unbind()) for part in (self.gate_up, self.down)]  # where each expert's panels are
         self.addresses = torch.tensor([[panels.data_ptr() for panels in part] for part in self._places])
         self.tables = tuple(part.data_ptr() for part in self.addresses)  # where the two rows of `addresses` are
@@ -174,8 +234,16 @@ class PackedExperts:
         gate_up, down = formats.new_panels((num_experts, *up_shape)), formats.new_panels((num_experts, *down_shape))
         return cls(gate_up, down, format, hidden_dim, expert_dim)
 
+    @classmethod
+    def count_bytes(cls, format: str, num_experts: int, hidden_dim: int, expert_dim: int) -> int:
+        """Bytes of what `tensors` would give for experts of these sizes."""
+        panels = _expert_panels(format, hidden_dim, expert_dim)
+        return num_experts * sum(map(math.prod, panels)) + SIZES_BYTES
+
     def fill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
         """Pack other experts of the same shapes into the current memory, one matrix at a time."""
+        if self.values is not None:
+            return self._refill(gate_up, down)
         if self.format == "fp8":  # gates and ups have blocks of their own
             halves = (one.unflatten(0, (2, self.expert_dim)) for one in gate_up)
             return self.fill_codes(
@@ -200,8 +268,51 @@ class PackedExperts:
 
     def tensors(self) -> dict[str, Tensor]:
         """What to save: the panels in their original place, and the format with the sizes."""
+        if self.values is not None and not FORMATS[self.format].quantised:
+            return self.pack(*self.values, self.format).tensors()
         sizes = torch.tensor([FORMATS[self.format].code, self.hidden_dim, self.expert_dim])
         return {"gate_up": self.gate_up, "down": self.down, "sizes": sizes}
+
+    def expert(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """One expert's gate_up [2F, D], gates first, and down [D, F], in `dtype` or wider."""
+        if self.values is not None:
+            return self.values[0][index], self.values[1][index]
+        kind, half = _wide_enough(self.format, dtype), PANEL // 2
+        mixed, down = (
+            formats.unpack_panels(part[index], self.format).transpose(-1, -2).to(kind) for part in self._places
+        )
+        halves = mixed[..., : self.hidden_dim].unflatten(1, (2, half)).transpose(0, 1).flatten(1, 2)
+        gate_up = halves[:, : self.expert_dim].flatten(0, 1)
+        return gate_up, down.flatten(0, 1)[: self.hidden_dim, : self.expert_dim]
+
+    def bytes_to_open(self, dtype: torch.dtype) -> int:
+        """See `_Matrices`."""
+        kind = _wide_enough(self.format, dtype)
+        return 3 * math.prod(self.sizes) * kind.itemsize - (0 if FORMATS[self.format].quantised else self.nbytes)
+
+    def open(self, dtype: torch.dtype) -> None:
+        """See `_Matrices`: `values` are gate_up [E, 2F, D] and down [E, D, F]."""
+        kind, (number, hidden, width) = _wide_enough(self.format, dtype), self.sizes
+        gate_up, down = (
+            torch.empty(number, 2 * width, hidden, dtype=kind),
+            torch.empty(number, hidden, width, dtype=kind),
+        )
+        for index in range(number):
+            gate_up[index], down[index] = self.expert(index, dtype)
+        self.values = gate_up, down
+        if not FORMATS[self.format].quantised:
+            self.gate_up, self.down, self._places = (*[self.gate_up.new_empty(0)] * 2, [])
+
+    def _refill(self, gate_up: Iterable[Tensor], down: Iterable[Tensor]) -> None:
+        """Take the numbers of other experts into an open weight."""
+        assert self.values is not None
+        fresh = self.empty(self.format, *self.sizes)
+        fresh.fill(gate_up, down)
+        if FORMATS[self.format].quantised:
+            self.gate_up.copy_(fresh.gate_up)
+            self.down.copy_(fresh.down)
+        for index in range(self.num_experts):
+            self.values[0][index], self.values[1][index] = fresh.expert(index, self.values[0].dtype)
 
     def move(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
         """Use these two tensors as an expert's panels from now on. Do not call it while a step runs.
@@ -257,6 +368,11 @@ def _mix(gate_up: Tensor, width: int) -> Tensor:
     half = PANEL // 2
     halves = torch.nn.functional.pad(gate_up.unflatten(0, (2, width)), (0, 0, 0, -width % half))
     return halves.unflatten(1, (-1, half)).transpose(0, 1).flatten(0, 2)
+
+
+def _wide_enough(format: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or fp32 for numbers that are kept in fp32."""
+    return torch.float32 if format == "fp32" else dtype
 
 
 def _read_sizes(sizes: Tensor, count: int) -> tuple[str, int, int]:
