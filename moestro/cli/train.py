@@ -20,7 +20,7 @@ from moestro.terminal import printable_lines
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class TextAndTime:
     """What to train on, and for how long.
 
     Parameters
@@ -59,7 +59,7 @@ def train(
     preset: str | None = None,
     config: Path | None = None,
     depth: int | None = None,
-    text: TextOptions | None = None,
+    text: TextAndTime | None = None,
     out: Path | None = None,
     start: Annotated[str | None, Parameter(name="--from")] = None,
     threads: int | None = None,
@@ -97,7 +97,7 @@ def train(
     json_output
         Print the outcome, or the plan of a dry run, as one JSON object on the last line.
     """
-    text = text or TextOptions()
+    text = text or TextAndTime()
     tree, name = choose_tree(preset, config, depth, start, text.data)
     run = out or free_directory(Path("runs"), name, resume)
     resumed = resume and (run / SETTINGS).exists()
