@@ -22,7 +22,7 @@ from moestro.data.tokenizer import Tokenizer
 from moestro.machine import describe_machine, keep_freed_memory, use_threads
 from moestro.model.size import measure_size
 from moestro.training.loop import train
-from moestro.training.metrics import read_evals, read_metrics
+from moestro.training.metrics import latest_evaluation, read_metrics
 
 
 def dense_twin(tree: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def main() -> None:
     for name, variant in (("moe", tree), ("dense", dense_twin(tree))):
         config = build_config(variant, [f"train.minutes={options.minutes}", *options.overrides])
         run = options.out / name
-        train(config, run, resume=True)
-        size, last, final = measure_size(config.model), read_metrics(run)[-1], read_evals(run)[-1]
+        train(config, run, resume=(run / "settings.json").exists())
+        size, last, final = measure_size(config.model), read_metrics(run)[-1], latest_evaluation(run)
         print(
             f"{name}: {size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active; {last['step']} steps, "
             f"{last['tokens'] / 1e6:.2f}M tokens, {last['seconds']:.0f} s, MaxVio {last['max_vio']:.2f}, "

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moestro.errors import ConfigError
+from moestro.scores import SCORES
 
 
 class Frozen(BaseModel):
@@ -96,7 +97,7 @@ class CapacityConfig(Frozen):
 class RouterConfig(Frozen):
     """How tokens choose experts: a scheme is data, not a class. Presets in `presets/routers/`."""
 
-    score: Literal["sigmoid", "softmax", "sqrt_softplus", "constant"] = setting(
+    score: str = setting(
         "sigmoid", "", "an expert's score: sigmoid (V3), sqrt_softplus (V4); constant has no learned gate (Hash layers)"
     )
     selection: Literal["top_k", "hash"] = setting("top_k", "", "the top_k by score, or by a hash of the token id")
@@ -127,10 +128,13 @@ class RouterConfig(Frozen):
         kinds = {term.kind for term in self.balance}
         if "load" in kinds and self.noise != "learned":
             raise ValueError("the balance term 'load' is an estimate over the noise: it needs noise='learned'")
-        if self.score == "constant" and self.selection != "hash":
-            raise ValueError("score='constant' cannot choose experts: it needs selection='hash'")
-        if self.score == "constant" and kinds:
-            raise ValueError("score='constant' has no gradient: balance must be []")
+        if self.score not in SCORES:
+            raise ValueError(f"there is no score function '{self.score}'; there are: {', '.join(SCORES)}")
+        is_learned = SCORES[self.score].is_learned
+        if not is_learned and self.selection != "hash":
+            raise ValueError(f"score='{self.score}' cannot choose experts: it needs selection='hash'")
+        if not is_learned and kinds:
+            raise ValueError(f"score='{self.score}' has no gradient: balance must be []")
         return self
 
 

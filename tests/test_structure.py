@@ -21,7 +21,7 @@ PACKAGE = ROOT / "moestro"
 
 # Imports go down this list only. Sub-packages in one row are independent of each other.
 LAYERS = (
-    ("terminal", "version", "packages"),
+    ("terminal", "version", "packages", "scores"),
     ("errors",),
     ("config",),
     ("machine", "sizes", "checks"),

@@ -377,7 +377,7 @@ def write_tensors(
 
 def sync_directory(directory: Path) -> None:
     """Force a directory's files to disk, so that a rename never outlives the data."""
-    for path in [*(path for path in directory.rglob("*") if path.is_file()), directory]:
+    for path in [*directory.rglob("*"), directory]:
         sync(path)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from moestro.checkpoints.quantized import read_scheme
 from moestro.config import ModelConfig, build_config
 from moestro.errors import CheckpointError
+from moestro.scores import SCORES
 
 # our key -> their key; values are copied unchanged
 PLAIN_KEYS = {
@@ -276,7 +277,7 @@ def _block_map(config: ModelConfig, theirs: str, ours: str, *, dense: bool) -> d
     entries = {f"{theirs}.{name}.weight": Slot(f"{ours}.{own}.weight") for name, own in names.items()}
     if dense:
         return entries | _mlp_map(f"{theirs}.mlp", f"{ours}.ffn", config.dense_dim)
-    if config.router.score != "constant":
+    if SCORES[config.router.score].is_learned:
         entries[f"{theirs}.mlp.gate.weight"] = Slot(f"{ours}.ffn.router.weight")
     if config.router.noise == "learned":
         entries[f"{theirs}.mlp.gate.noise.weight"] = Slot(f"{ours}.ffn.router.noise")

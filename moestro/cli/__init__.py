@@ -5,6 +5,7 @@ User errors print one line on standard error and exit with 2; a signal exits wit
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from cyclopts import App, CycloptsError, Group
@@ -56,9 +57,16 @@ def main() -> None:
     except OSError as error:
         print_note(f"moestro: {error.filename or 'files'}: {error.strerror or error}")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Exception as error:
+        from moestro.machine import is_memory_error
+
+        if not is_memory_error(error):
+            raise
+        print_note("moestro: there is not enough memory; moestro inspect says what a model takes")
+        sys.exit(2)
+    except KeyboardInterrupt as error:
         print_note("moestro: interrupted")
-        sys.exit(130)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
     sys.exit(result if isinstance(result, int) else 0)
 
 

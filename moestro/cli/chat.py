@@ -14,6 +14,7 @@ from moestro.cli.process import (
     Activations,
     Cache,
     Dtype,
+    MaxContext,
     MaxTokens,
     Penalty,
     Seed,
@@ -49,6 +50,7 @@ def chat(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    max_context: MaxContext = None,
     threads: Threads = 0,
 ) -> None:
     """Talk to a model in the terminal; /help lists what can be typed beside messages.
@@ -67,7 +69,9 @@ def chat(
 
     directory = choose_model(model, download, "chat")
     use_threads(threads)
-    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+    language_model = load(
+        directory, dtype, weights=weights, cache=cache, activations=activations, max_context=max_context, log=print_note
+    )
     conversation = Conversation(
         language_model,
         max_tokens,
@@ -106,7 +110,7 @@ def converse(conversation: Conversation) -> None:
 
 def say(conversation: Conversation, text: str) -> None:
     """Print the reply as it comes. Ctrl-C stops it between two tokens, so that the engine stays whole."""
-    from moestro.training.loop import stop_on_signal
+    from moestro.training.signals import stop_on_signal
 
     with stop_on_signal() as stop:
         reply = conversation.reply(text)
@@ -118,8 +122,8 @@ def say(conversation: Conversation, text: str) -> None:
                 break
         reply.close()
     print()
-    if stop.signal == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
+    if stop.signal not in (None, signal.SIGINT):  # SIGTERM, or the terminal has closed
+        raise SystemExit(128 + stop.signal)
     if stop.signal is not None:
         print_note("(stopped; /retry asks again)")
 
@@ -130,6 +134,8 @@ def read_message() -> str | None:
         text = read_line("> ").strip()
         return read_rest(text.removeprefix(QUOTES)) if text.startswith(QUOTES) else text
     except EOFError:
+        if sys.stdin.isatty():
+            print()  # leaves the prompt's line
         return None
     except KeyboardInterrupt:
         if not sys.stdin.isatty():

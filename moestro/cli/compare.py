@@ -85,12 +85,38 @@ def compare(
 
 
 def print_cells(plan: Plan, *, dry_run: bool, json_output: bool) -> None:
-    """Print what every cell costs, which is all a dry run prints, and on standard error what may mislead."""
+    """Print what every cell costs, and on standard error what may mislead; a dry run says how long it takes."""
     print_table(cells_table(plan), error=not dry_run)
     for warning in deviations(plan):
         print_note(warning)
-    if dry_run and json_output:
-        print_json({"cells": [describe_cell(plan, index) for index in range(len(plan.cells))]})
+    if not dry_run:
+        return
+    seconds = estimate_total(plan)
+    print(total_text(plan, seconds))
+    if json_output:
+        cells = [describe_cell(plan, index) for index in range(len(plan.cells))]
+        print_json({"cells": cells, "estimated_seconds": seconds})
+
+
+def estimate_total(plan: Plan) -> float | None:
+    """Seconds that all runs train, as `pace.estimate_seconds`, with the threads that a run gets."""
+    from moestro import machine
+    from moestro.compare.pace import estimate_seconds
+
+    machine.use_threads(plan.threads)
+    return estimate_seconds(plan)
+
+
+def total_text(plan: Plan, seconds: float | None) -> str:
+    """One line on how long a comparison takes."""
+    from moestro.training.progress import format_duration
+
+    runs = len(plan.cells) * len(plan.seeds)
+    what = f"{runs} run{'s' if runs > 1 else ''}" + (f", {plan.jobs} at a time" if plan.jobs > 1 else "")
+    if seconds is None:
+        return f"{what}; the models are too large to measure a step of each beforehand"
+    how = "the budget" if plan.budget.kind == "seconds" else "a measured step of each cell"
+    return f"{what}: about {format_duration(seconds)} of training by {how}; evaluations and starts come on top"
 
 
 def run_and_show(plan: Plan, *, json_output: bool) -> int:
@@ -105,6 +131,7 @@ def run_and_show(plan: Plan, *, json_output: bool) -> int:
     report = write_comparison(plan.directory)
     if finished:
         print_table(results_table(summary), error=False)
+        print_table(balance_table(summary), error=False)
         print("\n".join([*sentences(found, summary), f"The report is {report}: open it in a browser."]))
     if failed:
         print_note(f"{failed} of {total} runs failed; the same command tries them again")
@@ -131,7 +158,7 @@ def new_table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     return table
@@ -162,7 +189,7 @@ def describe_cell(plan: Plan, index: int) -> dict[str, Any]:
 
 def cells_table(plan: Plan) -> Table:
     """Every cell with what it costs."""
-    table = new_table("cell", "total", "active", "experts", "per token", "width", "FLOPs/base", "cache bytes", "run")
+    table = new_table("cell", "total", "active", "experts", "used", "width", "FLOPs", "cache B", "run")
     for index in range(len(plan.cells)):
         cell = describe_cell(plan, index)
         moe = cell["num_experts"] > 0
@@ -193,10 +220,7 @@ def deviations(plan: Plan) -> list[str]:
 def results_table(summary: Summary) -> Table:
     """The results of every cell's finished runs, as means over seeds."""
     target = "" if summary.target is None else f" to {summary.target:.3f}"
-    table = new_table(
-        *("cell", "seeds", "bits per byte", f"− {plain(summary.baseline)} (95%)", "MaxVio batch", "whole"),
-        *("entropy", "dead", "dropped", "tokens/s", f"seconds{target}"),
-    )
+    table = new_table("cell", "seeds", "bits per byte", f"− {plain(summary.baseline)}, 95%", f"seconds{target}")
     for cell in summary.cells:
         figures = cell.figures
         table.add_row(
@@ -204,13 +228,24 @@ def results_table(summary: Summary) -> Table:
             f"{cell.finished}" + (f" ({cell.failed} failed)" if cell.failed else ""),
             spread(figures.get("bits_per_byte")),
             difference_text(cell),
+            target_text(cell),
+        )
+    return table
+
+
+def balance_table(summary: Summary) -> Table:
+    """Speed, and how even the loads of every cell's experts are: MaxVio 0 and entropy 1 are perfectly even."""
+    table = new_table("cell", "tokens/s", "MaxVio batch", "MaxVio all", "entropy", "dead", "dropped")
+    for cell in summary.cells:
+        figures = cell.figures
+        table.add_row(
+            plain(cell.label),
+            mean_text(figures.get("tokens_per_second"), "{:,.0f}"),
             mean_text(figures.get("max_vio_batch"), "{:.2f}"),
             mean_text(figures.get("max_vio_global"), "{:.2f}"),
             mean_text(figures.get("entropy"), "{:.3f}"),
             mean_text(figures.get("dead_experts"), "{:.1f}"),
             mean_text(figures.get("dropped"), "{:.1%}"),
-            mean_text(figures.get("tokens_per_second"), "{:,.0f}"),
-            target_text(cell),
         )
     return table
 
@@ -235,13 +270,13 @@ def spread(estimate: Estimate | None) -> str:
 
 
 def difference_text(cell: CellSummary) -> str:
-    """The difference from the baseline with its interval; a single seed has no interval."""
+    """The difference from the baseline ± half its interval; a single seed has none."""
     difference = cell.difference
     if difference is None:
         return "–"
     if difference.low is None or difference.high is None:
         return f"{difference.mean:+.4f} (one seed)"
-    return f"{difference.mean:+.4f} ({difference.low:+.4f} … {difference.high:+.4f})"
+    return f"{difference.mean:+.4f} ± {(difference.high - difference.low) / 2:.4f}"
 
 
 def target_text(cell: CellSummary) -> str:

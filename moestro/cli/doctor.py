@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_rows
 from moestro.cli.process import Threads, use_threads
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def doctor(
@@ -43,7 +40,7 @@ def doctor(
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
     if not isa and "avx2" in machine.instruction_sets:
-        problems.append(f"native kernels are not built: install a C++ compiler, then {_how_to_build(ROOT)}")
+        problems.append(f"native kernels are not built: install a C++ compiler, then {machines.how_to_build()}")
     if json_output:
         print_json({"machine": asdict(machine), "measured": asdict(measured), "native": isa, "problems": problems})
         return
@@ -64,10 +61,3 @@ def doctor(
         ]
     )
     print("\n".join(f"! {problem}" for problem in problems) or "All is well.")
-
-
-def _how_to_build(root: Path) -> str:
-    """How to build the kernels of the package in `root`. For an installed copy, pip would reuse its cached wheel."""
-    if (root / "setup.py").exists():
-        return f"run `pip install -e .` in {root}"
-    return "install moestro from where it came with `pip install --force-reinstall --no-deps --no-cache-dir ...`"

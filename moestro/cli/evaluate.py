@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_json, print_note, print_rows
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.process import Activations, Cache, Dtype, MaxContext, Threads, Weights, use_threads
 
 
 def evaluate(
@@ -23,6 +23,7 @@ def evaluate(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    max_context: MaxContext = None,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -47,7 +48,9 @@ def evaluate(
 
     directory = choose_model(model, download, "eval")
     use_threads(threads)
-    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+    language_model = load(
+        directory, dtype, weights=weights, cache=cache, activations=activations, max_context=max_context, log=print_note
+    )
     record = score(language_model, data, split=split, max_tokens=max_tokens, seq_len=seq_len)
     if json_output:
         print_json(record)

@@ -17,6 +17,7 @@ from moestro.cli.process import (
     Activations,
     Cache,
     Dtype,
+    MaxContext,
     MaxTokens,
     Penalty,
     Seed,
@@ -52,6 +53,7 @@ def generate(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    max_context: MaxContext = None,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -80,7 +82,9 @@ def generate(
     directory = choose_model(model, download, "generate")
     beginning = read_prompt(text, prompt)
     use_threads(threads)
-    language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+    language_model = load(
+        directory, dtype, weights=weights, cache=cache, activations=activations, max_context=max_context, log=print_note
+    )
     settings = choose_settings(
         language_model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         repetition_penalty=repetition_penalty, seed=seed,

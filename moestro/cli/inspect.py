@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from moestro.cli.estimate import estimate, list_estimate
 from moestro.cli.output import print_json, print_rows
-from moestro.config import ModelConfig, build_config, load_preset, preset_names
+from moestro.cli.process import Threads, use_threads
+from moestro.config import Config, ModelConfig, build_config, load_preset, preset_names
+
+if TYPE_CHECKING:
+    from moestro.checkpoints.files import ModelFiles
+    from moestro.checkpoints.packed import PackedFiles
 
 
 def inspect(
-    model: str, *overrides: str, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False
+    model: str,
+    *overrides: str,
+    context: int | None = None,
+    tokens: int | None = None,
+    measure: bool = True,
+    threads: Threads = 0,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Show what a model costs: parameters, memory, cache and arithmetic per token.
+    """Show what a model costs, whether it runs here, and how fast at best.
 
     Of a directory with weights, also the format and the bytes of every part, as stored and as served; only the headers
     of its files are read.
@@ -25,6 +37,12 @@ def inspect(
         A preset's name, a run, a checkpoint, a Hugging Face directory, or packed weights.
     overrides
         Settings as model.key=value.
+    context
+        Tokens to count the cache for; 4096 or the model's maximum without it.
+    tokens
+        Tokens to train on; 20 for every active parameter without it.
+    measure
+        Measure memory and products for a second; without it no speeds are told.
     json_output
         Print everything as one JSON object.
     """
@@ -33,6 +51,9 @@ def inspect(
     description = describe_size(read_model_config(model, overrides)) | describe_packing(model)
     if not overrides:
         description |= describe_files(model)
+    use_threads(threads)
+    whole, source = read_whole_config(model, overrides), None if overrides else open_weights(model)
+    description |= estimate(source or whole.model, whole, context=context, tokens=tokens, measure=measure)
     if json_output:
         print_json({"name": model, **description})
         return
@@ -62,7 +83,7 @@ def inspect(
     if "packed" in description:
         packed = description["packed"]
         rows.append(("packed", f"{packed['weights']} for {packed['dtype']}, {packed['bytes'] / 1e9:,.2f} GB"))
-    print_rows([("model", model), *rows, *list_files(description.get("files"))])
+    print_rows([("model", model), *rows, *list_files(description.get("files")), *list_estimate(description)])
 
 
 def describe_packing(model: str) -> dict[str, Any]:
@@ -88,6 +109,25 @@ def describe_files(model: str) -> dict[str, Any]:
     if is_packed(directory) or not any(directory.glob("*.safetensors")):
         return {}
     return {"files": describe_weights(ModelFiles(directory))}
+
+
+def open_weights(model: str) -> ModelFiles | PackedFiles | None:
+    """The files of a directory with weights, of which only headers are read."""
+    from moestro.engine.language_model import find_model_directory, open_source
+
+    if model in preset_names():
+        return None
+    directory = find_model_directory(Path(model))
+    return open_source(directory, "auto") if any(directory.glob("*.safetensors")) else None
+
+
+def read_whole_config(model: str, overrides: tuple[str, ...]) -> Config:
+    """The configuration that a name or a path means, with settings of training: a preset's own, else the defaults."""
+    if model in preset_names():
+        return build_config(load_preset(model), overrides)
+    sizes = read_model_config(model, ()).model_dump(mode="json")
+    longest = min(512, sizes["max_seq_len"])
+    return build_config({"model": sizes, "train": {"seq_len": longest}}, overrides)
 
 
 def list_files(files: dict[str, Any] | None) -> list[tuple[str, str]]:

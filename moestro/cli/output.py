@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from moestro.cli.hints import spell_commands
 from moestro.errors import DataError, MoestroError
@@ -19,11 +21,11 @@ def print_json(tree: Mapping[str, Any]) -> None:
     print(UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
 
 
-def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Print aligned names and values, one pair a line."""
+def print_rows(rows: Sequence[tuple[str, str]], stream: TextIO | None = None) -> None:
+    """Print aligned names and values, one pair a line, on standard output or another stream."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"{printable(name):<{width}}  {printable(value)}")
+        print(f"{printable(name):<{width}}  {printable(value)}", file=stream)
 
 
 def read_input(read: Callable[[], str]) -> str:
@@ -36,7 +38,9 @@ def read_input(read: Callable[[], str]) -> str:
 
 def print_note(text: str) -> None:
     """Print a remark for people on standard error."""
-    print(printable_lines(text), file=sys.stderr)
+    if sys.stderr is not None:
+        with suppress(OSError):  # a terminal that has closed
+            print(printable_lines(text), file=sys.stderr)
 
 
 def print_error(error: MoestroError) -> None:
@@ -44,3 +48,17 @@ def print_error(error: MoestroError) -> None:
     print_note(f"moestro: {spell_commands(error.command_line_text)}")
     for detail in error.details:
         print_note(f"  {printable(detail)}")
+
+
+@contextmanager
+def outlive_output() -> Iterator[None]:
+    """Print what there is to print inside `with`; if nobody reads it or nothing fits, go on without a word.
+
+    For work whose result is in files: its exit code must not depend on who listens.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered would fail again when the process ends

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moestro.cli.output import print_json
+from moestro.cli.output import print_json, print_note
 from moestro.cli.process import Threads, Weights, use_threads
 
 
@@ -36,7 +36,7 @@ def pack(
     from moestro.engine import language_model
 
     use_threads(threads)
-    packed = language_model.pack(model, out, dtype, weights=weights)
+    packed = language_model.pack(model, out, dtype, weights=weights, log=print_note)
     if json_output:
         kept = {"weights": packed.format, "dtype": packed.dtype, "bytes": packed.nbytes}
         print_json({"model": str(out), **kept})

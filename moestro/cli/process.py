@@ -31,6 +31,15 @@ Penalty = Annotated[float | None, Parameter(help="Above 1, tokens that have occu
 Seed = Annotated[int, Parameter(help="The same seed and text give the same continuation.")]
 
 
+MaxContext = Annotated[
+    int | None,
+    Parameter(
+        help="Most tokens of a prompt and its continuation together; as many as the model takes and memory holds "
+        "without it."
+    ),
+]
+
+
 def use_threads(threads: int) -> None:
     """Compute with this many threads, 0 for every core this process may use. ConfigError outside 0…1024."""
     if not 0 <= threads <= MAX_THREADS:

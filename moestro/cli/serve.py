@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from moestro import machine
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_note
-from moestro.cli.process import Activations, Cache, Dtype, Threads, Weights, use_threads
+from moestro.cli.output import print_note, print_rows
+from moestro.cli.process import Activations, Cache, Dtype, MaxContext, Threads, Weights, use_threads
 from moestro.errors import ConfigError
+from moestro.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from moestro.engine.language_model import LanguageModel
@@ -35,6 +37,7 @@ def serve(
     weights: Weights = None,
     cache: Cache = "auto",
     activations: Activations = "auto",
+    max_context: MaxContext = None,
     threads: Threads = 0,
 ) -> int:
     """Serve the OpenAI API under /v1 and a chat page at /.
@@ -50,7 +53,7 @@ def serve(
     served_name
         The model's name for clients; by default the directory's name.
     memory
-        Memory for the cache, such as 4GiB; by default half of the free memory.
+        Memory for the cache, such as 4GiB or 512MB; by default half of the free memory.
     max_running
         How many continuations are computed at once.
     max_waiting
@@ -64,7 +67,7 @@ def serve(
     """
     from moestro.engine.language_model import load
 
-    num_bytes = parse_bytes(memory)
+    num_bytes = None if memory is None else parse_bytes(memory)
     require_extra()
     start_log(log_level)
     from moestro.server.run import bind, run_service
@@ -75,7 +78,9 @@ def serve(
     use_threads(threads)
     with bind(host, port) as listener:
         language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
-        service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
+        limits |= {"memory_bytes": num_bytes, "max_context": max_context}
+        service = make_service(language_model, directory, served_name, **limits)
+        print_rows(describe_service(service), sys.stderr)  # the address alone is on standard output
         return run_service(service, listener, key, drain_seconds)
 
 
@@ -85,7 +90,7 @@ def require_extra() -> None:
         import_module("llguidance")  # for requests with a grammar
         import_module("moestro.server.run")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'moestro[server]'") from error
+        raise ConfigError(f"serving needs {error.name}: {machine.how_to_install('server')}") from error
 
 
 def start_log(level: str) -> None:
@@ -125,13 +130,25 @@ def make_service(language_model: LanguageModel, path: Path, served_name: str | N
     return Service(make_engine, tokenizer_path, name, defaults=language_model.defaults)
 
 
-def parse_bytes(text: str | None) -> int | None:
-    """`4GiB`, `4G` and `4g` (of 1024), `512MB` (of 1000), `1000000`, `7B` to bytes. ConfigError for anything else."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:([kmgt])(i?b)?|b)?", text.strip().lower())
-    number, prefix, suffix = found.groups() if found else ("0", None, None)
-    size = int(float(number) * (1000 if suffix == "b" else 1024) ** " kmgt".index(prefix or " "))
-    if not size:
-        raise ConfigError(f"memory is a size such as 4GiB, not '{text}'")
-    return size
+def describe_service(service: Service) -> list[tuple[str, str]]:
+    """What is served, and how, in names and values."""
+    import torch
+
+    from moestro.checkpoints.packed import dtype_name
+    from moestro.engine.pages import PAGE_SIZE
+    from moestro.ops.library import current_isa
+
+    engine = service.worker.engine
+    runtime, room, sizes = engine.runtime, engine.room, service.config
+    longest = "" if room.context == sizes.max_seq_len else f" of the model's {sizes.max_seq_len:,}"
+    cached = sum(tensor.nbytes for layer in engine.cache.layers for tensor in layer.values())
+    drafts = f"{engine.draft_tokens} a step" if engine.draft_tokens else "none"
+    isa = current_isa()
+    return [
+        ("model", service.name),
+        ("weights", f"{runtime.format}, {format_bytes(runtime.nbytes)}; activations {dtype_name(runtime.dtype)}"),
+        ("context", f"{room.context:,} tokens{longest}"),
+        ("cache", f"{room.num_pages * PAGE_SIZE:,} tokens of all requests, {format_bytes(cached)}"),
+        ("drafts", drafts),
+        ("threads", f"{torch.get_num_threads()}, kernels {isa or 'none: plain torch'}"),
+    ]

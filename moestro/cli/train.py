@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.hints import format_command
-from moestro.cli.output import print_json
+from moestro.cli.output import outlive_output, print_json
 from moestro.cli.plan import Open, Printed, set_train, settle, settle_length
 from moestro.config import SETTINGS, Config, build_config, load_file, load_preset
 from moestro.errors import ConfigError
@@ -70,7 +70,7 @@ def train(
 ) -> int:
     """Train a model that fits your own text; without arguments, the demo on the built-in corpus.
 
-    Ctrl-C saves a checkpoint; --resume goes on from the last one.
+    Ctrl-C, SIGTERM and a closed terminal save a checkpoint; --resume goes on from the last one.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def train(
     threads
         The same as train.threads=N: threads to compute with, 0 for every core this process may use.
     resume
-        Continue the run in --out if there is one.
+        Go on with the run in --out. Of a finished run, with more train.steps (or train.minutes), train it further.
     dry_run
         Print the plan and stop.
     quiet
@@ -100,15 +100,14 @@ def train(
     text = text or TextAndTime()
     tree, name = choose_tree(preset, config, depth, start, text.data)
     run = out or free_directory(Path("runs"), name, resume)
-    resumed = resume and (run / SETTINGS).exists()
-    if resumed and not (preset or config or depth or start):
+    if resume and (run / SETTINGS).exists() and not (preset or config or depth or start):
         tree = load_file(run / SETTINGS)  # a resumed run keeps its configuration unless the flags name another
     tree = {**tree, "data": {**tree.get("data", {}), **text.data_keys()}}
-    left_open = what_is_open(resumed or preset or config, depth or start, text.data)
+    left_open = what_is_open(resume or preset or config, depth or start, text.data)
     overrides = settle_length((*overrides, *text.overrides(threads)), from_text=left_open.length)
     settings = build_config(tree, overrides)
     prepare_machine(settings)
-    if dry_run or left_open.length or not (resumed or quiet):
+    if dry_run or left_open.length or not (resume or quiet):
         printed = Printed(quiet=quiet, dry_run=dry_run, json=json_output)
         settings = settle(tree, overrides, left_open, run, printed)
     return 0 if dry_run else run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
@@ -140,14 +139,15 @@ def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, js
         if not processes.is_main:
             return 128 + outcome.stopped_by if outcome.stopped_by else 0
     report = write_report(run)
-    if not quiet:
-        print_ending(outcome, report)
-    if json_output:
-        evaluation = outcome.evaluation or {}
-        print_json(
-            {"run": str(run), "step": outcome.step, "steps": outcome.total_steps, "report": str(report),
-             "bits_per_byte": evaluation.get("bits_per_byte"), "finished": outcome.stopped_by is None}
-        )  # fmt: skip
+    evaluation = outcome.evaluation or {}
+    with outlive_output():  # the terminal may be what has gone
+        if not quiet or not outcome.steps_now:  # that nothing was to be done is no progress
+            print_ending(outcome, report)
+        if json_output:
+            print_json(
+                {"run": str(run), "step": outcome.step, "steps": outcome.total_steps, "report": str(report),
+                 "bits_per_byte": evaluation.get("bits_per_byte"), "finished": outcome.stopped_by is None}
+            )  # fmt: skip
     return 128 + outcome.stopped_by if outcome.stopped_by else 0
 
 
@@ -196,6 +196,11 @@ def print_ending(outcome: Any, report: Path) -> None:
     if outcome.stopped_by:
         print(f"\nStopped and saved at step {outcome.step} of {outcome.total_steps}. Go on with:")
         print(f"  {format_command('train', '--out', run, '--resume')}")
+        return
+    if not outcome.steps_now:
+        print(f"\nAll {outcome.step} steps were done before. Ask for more of them, or start another run from this one:")
+        print(f"  {format_command('train', '--out', run, '--resume', f'train.steps={2 * outcome.step}')}")
+        print(f"  {format_command('train', '--from', run)}")
         return
     for sample in outcome.samples:
         print(f"\n── {sample['domain']} " + "─" * 60)

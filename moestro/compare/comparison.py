@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moestro.compare.plan import Plan, make_plan, prepare_directory
-from moestro.compare.results import FAILED, FINISHED, Record, Summary, Verdict, summarise, verdicts
+from moestro.compare.results import FAILED, FINISHED, RESULTS, Record, Summary, Verdict, summarise, verdicts
 from moestro.compare.runner import Runner
 from moestro.config import load_preset, quote_value
+from moestro.training.ownership import own_directory
 from moestro.training.progress import format_duration
 
 
@@ -76,11 +77,18 @@ def compare(
 
 def run_plan(plan: Plan, command: str, log: Callable[[str], None]) -> Comparison:
     """Train what is unfinished; `command` is kept as what was asked, `log` gets a line for every run that has ended."""
-    prepare_directory(plan, command, log)
-    runner = Runner(plan, report=lambda record: log(describe_run(record)))
-    signal = runner.run()
+    with own_directory(plan.directory, lambda directory: (directory / RESULTS).exists()):
+        prepare_directory(plan, command, log)
+        runner = Runner(plan, report=lambda record: log(describe_run(record) + describe_rest(runner)))
+        signal = runner.run()
     records = list(runner.records.values())
     return Comparison(plan.directory, records, summarise(records), verdicts(records, plan.budget.kind), signal)
+
+
+def describe_rest(runner: Runner) -> str:
+    """How many runs are left and for how long, once a run has finished."""
+    seconds, runs = runner.seconds_left(), len(runner.queue) + len(runner.running)
+    return f" ({runs} left, about {format_duration(seconds)})" if seconds is not None and runs else ""
 
 
 def describe_run(record: Record) -> str:

@@ -28,6 +28,7 @@ from moestro.compare.results import REQUEST, REQUEST_VERSION, run_path
 from moestro.config import SETTINGS, Config, build_config, load_file
 from moestro.errors import ConfigError
 from moestro.training.metrics import write_atomic
+from moestro.training.ownership import LOCK
 from moestro.training.prepare import open_data
 from moestro.version import __version__
 
@@ -112,7 +113,7 @@ def prepare_directory(plan: Plan, command: str, log: Callable[[str], None]) -> N
     fresh = not (directory / REQUEST).exists()
     if not fresh:
         check_request(load_file(directory / REQUEST), request, directory)
-    elif directory.is_file() or (directory.is_dir() and any(entry.name != "data" for entry in directory.iterdir())):
+    elif directory.is_file() or (directory.is_dir() and {path.name for path in directory.iterdir()} - {"data", LOCK}):
         raise ConfigError(f"{directory} exists and is not a comparison", hint="choose another --out")
     for cell, seed in plan.runs():
         check_run(plan.run(cell, seed), plan.config(cell, seed))

@@ -24,7 +24,7 @@ from moestro.config import Config, build_config, load_file
 from moestro.errors import MoestroError
 from moestro.model.size import cache_bytes_per_token, measure_size
 from moestro.routing import stats
-from moestro.training.metrics import read_domain_loads, read_evals, read_metrics, write_atomic
+from moestro.training.metrics import read_domain_loads, read_evals, read_final_evals, read_metrics, write_atomic
 
 RESULTS = "results.jsonl"
 REQUEST = "compare.json"
@@ -94,7 +94,7 @@ class CellSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All cells in order; `target` in bits per byte is the worst mean among the cells, None without results."""
+    """All cells in order; `target` in bits per byte is the worst mean end of a curve, None without results."""
 
     baseline: str
     target: float | None
@@ -178,9 +178,9 @@ def trained_figures(run: Path, config: Config, cost: int) -> Record:
     tokens = np.diff([0, *(record["tokens"] for record in metrics)])
     seconds = np.cumsum(tokens / np.array([record["tokens_per_second"] for record in metrics]))
     place = {record["step"]: index for index, record in enumerate(metrics)}
-    evals = [record for record in read_evals(run) if record["bits_per_byte"] is not None]
+    evals = [r for r in read_evals(run) if r["bits_per_byte"] is not None and r["step"] in place]
     at = [place[record["step"]] for record in evals]  # their own tokens and seconds count evaluation, too
-    last = evals[-1] if evals else {}
+    last: Record = next(reversed([*evals[-1:], *read_final_evals(run)]), {})
     tail = metrics[-max(len(metrics) // 5, 1) :]
     figures: Record = {
         "steps": metrics[-1]["step"],
@@ -306,8 +306,8 @@ def summarise(records: Sequence[Record], baseline: str | None = None) -> Summary
 
 
 def target_level(records: Iterable[Record]) -> float | None:
-    """The worst mean of final bits per byte among the cells: a level that every cell reaches on average."""
-    return max(_final_means(records).values(), default=None)
+    """The worst mean of the last points of the curves among the cells: a level that every cell reaches on average."""
+    return max(_curve_ends(records).values(), default=None)
 
 
 def _summarise_cell(records: Sequence[Record], label: str, baseline: str, target: float | None) -> CellSummary:
@@ -350,7 +350,7 @@ def verdicts(records: Sequence[Record], budget: str) -> list[Verdict]:
 def _least(records: Sequence[Record], value: Value) -> tuple[str, float, str | None, Difference | None] | None:
     """The cell with the least mean, that mean, the next cell, and their paired difference; see `verdicts`."""
     numbers = _by_cell(records, value)
-    finals = _final_means(records)
+    finals = _curve_ends(records)
     whole = {label: [n for n in values if n is not None] for label, values in numbers.items() if None not in values}
     ranked = sorted((fmean(values), label) for label, values in whole.items())
     if not ranked or numbers.keys() - whole.keys() - {max(finals, key=lambda label: finals[label])}:
@@ -360,9 +360,10 @@ def _least(records: Sequence[Record], value: Value) -> tuple[str, float, str | N
     return best, mean, second, paired_difference(records, best, second, value) if second is not None else None
 
 
-def _final_means(records: Iterable[Record]) -> dict[str, float]:
-    finals = _by_cell(records, bits_per_byte)
-    return {label: fmean(bits for bits in values if bits is not None) for label, values in finals.items()}
+def _curve_ends(records: Iterable[Record]) -> dict[str, float]:
+    """Mean over seeds of the last point of the curve, by label: on the text of every other point, unlike the final."""
+    ends = _by_cell(records, lambda record: next(reversed(record["curve"]["bits_per_byte"]), None))
+    return {label: fmean(known) for label, values in ends.items() if (known := [n for n in values if n is not None])}
 
 
 def _by_cell(records: Iterable[Record], value: Value) -> dict[str, list[float | None]]:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from moestro.compare.cells import SizedCell
 from moestro.compare.plan import Plan
 from moestro.compare.results import Record, collect_run, is_finished, write_results
-from moestro.training.loop import StopRequest, stop_on_signal
+from moestro.training.signals import StopRequest, stop_on_signal
 
 POLL_SECONDS = 0.1
 
@@ -39,6 +40,7 @@ class Running:
     seed: int
     process: subprocess.Popen[bytes]
     slot: int
+    started: float
 
 
 @dataclass
@@ -49,7 +51,9 @@ class Runner:
     report: Callable[[Record], None]
     command: Command = worker_command
     records: dict[tuple[str, int], Record] = field(default_factory=dict)
+    queue: deque[tuple[SizedCell, int]] = field(default_factory=deque)
     running: list[Running] = field(default_factory=list)
+    wall: dict[str, list[float]] = field(default_factory=dict)  # seconds that whole runs took, by cell
 
     def run(self) -> int | None:
         """Train to the end; returns the signal that stopped it, or None. Results are on the disk after every run."""
@@ -58,22 +62,22 @@ class Runner:
             for seed in plan.seeds:
                 self.records[cell.cell.label, seed] = collect_run(plan.directory, cell.cell, seed)
         self.write()
-        queue = deque((cell, seed) for cell, seed in plan.runs() if not is_finished(plan.run(cell, seed)))
+        self.queue.extend((cell, seed) for cell, seed in plan.runs() if not is_finished(plan.run(cell, seed)))
         with stop_on_signal() as stop:
             try:
-                self.work(queue, stop)
+                self.work(stop)
             finally:  # nothing is left here unless something broke
                 for running in self.running:
                     running.process.kill()
                     running.process.wait()
         return stop.signal
 
-    def work(self, queue: deque[tuple[SizedCell, int]], stop: StopRequest) -> None:
+    def work(self, stop: StopRequest) -> None:
         """Keep every slot busy until the queue is empty; on a signal, let the processes save."""
-        while (queue or self.running) and stop.signal is None:
+        while (self.queue or self.running) and stop.signal is None:
             free = sorted(set(range(self.plan.jobs)) - {running.slot for running in self.running})
-            for slot in free[: len(queue)]:
-                self.running.append(self.start(*queue.popleft(), slot))
+            for slot in free[: len(self.queue)]:
+                self.running.append(self.start(*self.queue.popleft(), slot))
             time.sleep(POLL_SECONDS)
             for running in [running for running in self.running if running.process.poll() is not None]:
                 self.finish(running, stopped=False)
@@ -95,7 +99,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return Running(cell, seed, process, slot)
+        return Running(cell, seed, process, slot, time.monotonic())
 
     def finish(self, running: Running, *, stopped: bool) -> None:
         """Record how a process ended."""
@@ -104,12 +108,27 @@ class Runner:
         run = self.plan.run(running.cell, seed)
         code = running.process.returncode
         error = None
-        if not stopped and (code or not is_finished(run)):
+        if is_finished(run):
+            self.wall.setdefault(cell.label, []).append(time.monotonic() - running.started)
+        elif not stopped:
             error = last_line(run.with_suffix(".log")) or f"ended with exit code {code}"
         record = collect_run(self.plan.directory, cell, seed, error)
         self.records[cell.label, seed] = record
         self.write()
         self.report(record)
+
+    def seconds_left(self) -> float | None:
+        """Until all runs have ended, from those that finished; a cell without one takes the mean. None without any."""
+        if not self.wall:
+            return None
+        means = {label: fmean(seconds) for label, seconds in self.wall.items()}
+        unknown = fmean(means.values())
+        now = time.monotonic()
+        waiting = [means.get(cell.cell.label, unknown) for cell, _ in self.queue]
+        under_way = [
+            max(means.get(running.cell.cell.label, unknown) - (now - running.started), 0.0) for running in self.running
+        ]
+        return (sum(waiting) + sum(under_way)) / self.plan.jobs
 
     def write(self) -> None:
         """Bring results.jsonl up to date."""

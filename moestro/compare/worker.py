@@ -1,6 +1,6 @@
 """One run of a comparison as a process: `python -m moestro.compare.worker CONFIG RUN`.
 
-Like `moestro train --resume`, without progress and without a report. SIGTERM saves a checkpoint.
+Starts the run or goes on with it, without progress and without a report. SIGTERM saves a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from moestro import machine
-from moestro.config import build_config, load_file
+from moestro.config import SETTINGS, build_config, load_file
 from moestro.errors import MoestroError
 from moestro.training.loop import train
+from moestro.training.signals import Interrupted
 
 
 def main(config: Path, run: Path) -> int:
@@ -20,7 +21,10 @@ def main(config: Path, run: Path) -> int:
         settings = build_config(load_file(config))
         machine.use_threads(settings.train.threads)
         machine.keep_freed_memory()
-        outcome = train(settings, run, resume=True, quiet=True)
+        outcome = train(settings, run, resume=(run / SETTINGS).exists(), quiet=True)
+    except Interrupted as error:
+        print(f"stopped by signal {error.number} before the first step", file=sys.stderr)
+        return 128 + error.number
     except MoestroError as error:
         print(error.command_line_text, file=sys.stderr)
         return 2

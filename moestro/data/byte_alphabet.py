@@ -14,6 +14,11 @@ NEVER_IN_UTF8: Final = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 _ALPHABET = frozenset(CHAR_TO_BYTE)
 
 
+def map_alphabet() -> dict[str, int]:
+    """Each of the 256 characters and its byte."""
+    return dict(CHAR_TO_BYTE)
+
+
 def spell_bytes(data: bytes) -> str:
     """The characters that stand for bytes."""
     return data.decode("latin-1").translate(BYTE_TO_CHAR)

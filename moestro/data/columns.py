@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
 
+from moestro import machine
 from moestro.data.files import COMPRESSED
 from moestro.data.records import FIELDS
 from moestro.errors import DataError
@@ -23,7 +24,7 @@ def load_pyarrow(path: Path) -> ModuleType:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise DataError(f"reading {path} needs pyarrow: pip install 'moestro[data]'") from error
+        raise DataError(f"reading {path} needs pyarrow: {machine.how_to_install('data')}") from error
     return cast(ModuleType, pyarrow)
 
 

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from moestro import machine
 from moestro.data.columns import load_pyarrow, read_arrow, read_parquet
 from moestro.data.documents import Document, decode, iterate_lines, split_text
 from moestro.data.encodings import Utf8Stream, find_encoding
@@ -154,11 +155,21 @@ class Corpus:
             datasets = importlib.import_module("datasets")
         except ImportError as error:
             raise DataError(
-                f"no file or folder '{self.source}'; to stream it from Hugging Face: pip install 'moestro[data]'"
+                f"no file or folder '{self.source}'; to stream it from Hugging Face: {machine.how_to_install('data')}"
             ) from error
         place = SourceFile(Path(self.source), "", None, name.split("/")[1])
         for number, record in enumerate(_iterate_rows(datasets, name, config or None, self.source), 1):
             yield from self._parse_record(record, f"{self.source}, row {number}", place)
+
+
+def fingerprint_files(source: str) -> str | None:
+    """A hash of the names, sizes and dates of the files behind a source, without reading them; None without files."""
+    root = _expand(source)
+    if source == "builtin" or not root.exists():
+        return None
+    files = [file.path for file in find_files(root).files] if root.is_dir() else [root]
+    facts = [(str(path), status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]]
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _open_source(source: str) -> Found | None:

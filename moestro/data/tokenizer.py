@@ -33,7 +33,8 @@ from tokenizers import AddedToken as LibraryToken
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from moestro.data.added_tokens import AddedToken, AddedTokenFinder
-from moestro.data.byte_alphabet import CHAR_TO_BYTE, NEVER_IN_UTF8, read_bytes
+from moestro.data.byte_alphabet import NEVER_IN_UTF8, read_bytes
+from moestro.data.byte_alphabet import map_alphabet as _map_alphabet
 from moestro.data.specials import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, SPECIALS, THINK, THINK_END, USER
 from moestro.data.tiktoken import NAME as TIKTOKEN
 from moestro.data.tokenizer_files import find_file, name_templates, read_files, was_saved_without_bos
@@ -371,7 +372,7 @@ def _find_ends(encoder: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 def _spell_pieces(encoder: tokenizers.Tokenizer, specials: dict[str, int]) -> list[bytes]:
     vocabulary = encoder.get_vocab(with_added_tokens=True)
-    missing = [c for c, byte in CHAR_TO_BYTE.items() if c not in vocabulary and byte not in NEVER_IN_UTF8]
+    missing = [c for c, byte in _map_alphabet().items() if c not in vocabulary and byte not in NEVER_IN_UTF8]
     if missing:
         raise DataError(f"the vocabulary lacks {len(missing)} of the 256 single bytes, so it would lose text")
     pieces = [b""] * (max(vocabulary.values()) + 1)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moestro import machine
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.schema_faults import find_fault, say_fault
 from moestro.errors import ConfigError, MoestroError
@@ -194,7 +195,7 @@ def _load_llguidance() -> ModuleType:
     try:
         import llguidance
     except ModuleNotFoundError as error:
-        raise ConfigError("a grammar needs llguidance: pip install 'moestro[server]'") from error
+        raise ConfigError(f"a grammar needs llguidance: {machine.how_to_install('server')}") from error
     return llguidance
 
 

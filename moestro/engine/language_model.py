@@ -18,7 +18,7 @@ from torch import Tensor
 from moestro import machine
 from moestro.checkpoints.files import DTYPES, ModelFiles, read_model
 from moestro.checkpoints.hub import find_cached, is_hub_name
-from moestro.checkpoints.packed import PackedFiles, dtype_name, is_packed, write_packed
+from moestro.checkpoints.packed import SHARD_BYTES, PackedFiles, dtype_name, is_packed, write_packed
 from moestro.checkpoints.packing import Source, choose_format, pack_model, packed_bytes, write_parts
 from moestro.data.tokenizer import Tokenizer
 from moestro.engine.defaults import NO_DEFAULTS, GenerationDefaults, Settings, read_defaults, read_stop_ids
@@ -284,11 +284,10 @@ def pack(
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
     format = choose_format(source, weights)
-    if (needed := sum(packed_bytes(source, format).values())) >= LARGE:
-        log(f"Writing {format_bytes(needed)} of {format} weights.")
-    with (
-        machine.explain_memory_errors("to pack this model"),
-        write_packed(out, source.directory, format, source.dtype) as save,
-    ):
+    sizes = packed_bytes(source, format).values()
+    if sum(sizes) >= LARGE:
+        log(f"Writing {format_bytes(sum(sizes))} of {format} weights; memory holds one part and one file of them.")
+    machine.require_memory(max(sizes) + min(sum(sizes), SHARD_BYTES), "packing this model takes")
+    with write_packed(out, source.directory, format, source.dtype) as save:
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)

@@ -25,6 +25,7 @@ from moestro.model.parts import Parts, count_bytes, saved_tensors
 from moestro.model.served import ServedBlock, ServedMTP, ServedNorm
 from moestro.model.transformer import Transformer
 from moestro.ops import library
+from moestro.ops.abi import SCORES
 from moestro.ops.serving import plain
 from moestro.ops.serving.program import Eager, Operand, Operations, Tape, Value
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
@@ -89,7 +90,7 @@ class Pass:
         self.forward, self.layer, self.dtype = forward, layer, dtype
         self.selections = [block.selection for block in blocks if block.selection is not None]
         self.tape: Tape | None = None
-        if library.is_available():
+        if library.is_available() and all(route.score in SCORES for route in self.selections):
             self.tape = Tape(dtype)
             self.inputs = [self.tape.value(hidden_dim) for _ in range(num_inputs)]
             self.output: Operand = forward(self.tape, self.inputs, layer)
@@ -152,9 +153,14 @@ class Runtime:
         self._ahead = [Pass(module, [module.block], layer, *shape, num_inputs=2) for layer, module in depths]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, packed."""
+        return sum(part.nbytes for part in self.packed.parts.values())
+
+    @property
     def mapped_bytes(self) -> int:
         """Bytes of weights that stay in mapped files, 0 if they have their own memory."""
-        return sum(tensor.nbytes for tensor in self.tensors.values()) if self.packed.mapped else 0
+        return self.nbytes if self.packed.mapped else 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:

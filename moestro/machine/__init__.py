@@ -8,7 +8,11 @@ some seconds. Two functions change the whole process: `use_threads` and `keep_fr
 from moestro.machine.describe import Machine as Machine
 from moestro.machine.describe import describe_machine as describe_machine
 from moestro.machine.describe import instruction_sets as instruction_sets
+from moestro.machine.install import how_to_build as how_to_build
+from moestro.machine.install import how_to_install as how_to_install
+from moestro.machine.install import pip as pip
 from moestro.machine.measure import Measurement as Measurement
+from moestro.machine.measure import last_cache_bytes as last_cache_bytes
 from moestro.machine.measure import measure_machine as measure_machine
 from moestro.machine.memory import GIB as GIB
 from moestro.machine.memory import MemoryShortageError as MemoryShortageError

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from moestro.machine.install import pip
 from moestro.machine.memory import GIB, memory_bytes
 from moestro.machine.system_files import read_text
 from moestro.machine.threads import loaded_openmp, usable_cores
@@ -77,7 +78,7 @@ class Machine:
             )
         if _version_pair(self.torch) < OLDEST_TORCH:
             oldest = ".".join(map(str, OLDEST_TORCH))
-            found.append(f"torch {self.torch} is too old; pip install 'torch>={oldest}'")
+            found.append(f"torch {self.torch} is too old: {pip()} install 'torch>={oldest}'")
         return found
 
 

@@ -47,31 +47,34 @@ class Measurement:
         return found
 
 
-def measure_machine(seconds: float = 3.0) -> Measurement:
-    """Measure memory bandwidth and matrix products within about `seconds`, with torch's current threads."""
+def measure_machine(seconds: float = 3.0, most_bytes: int = 4 * GIB) -> Measurement:
+    """Measure memory bandwidth and matrix products within about `seconds`, with torch's current threads.
+
+    Bandwidth is that of reading a buffer of at most `most_bytes`; filling it first takes time, too.
+    """
     import torch
 
     start = time.perf_counter()
-    read, buffer_bytes = _measure_read(seconds / 4)
+    read, buffer_bytes = _measure_read(seconds / 4, most_bytes)
     fp32 = _measure_product(torch.float32, seconds / 4)
     bf16 = _measure_product(torch.bfloat16, seconds / 4)
     return Measurement(
         threads=torch.get_num_threads(),
         read_gb_per_second=read / 1e9,
         read_buffer_gib=buffer_bytes / GIB,
-        read_buffer_exceeds_cache=buffer_bytes >= 2 * _last_cache_bytes(),
+        read_buffer_exceeds_cache=buffer_bytes >= 2 * last_cache_bytes(),
         fp32_gflops=fp32 / 1e9,
         bf16_gflops=bf16 / 1e9,
         seconds=time.perf_counter() - start,
     )
 
 
-def _measure_read(budget: float) -> tuple[float, int]:
+def _measure_read(budget: float, most_bytes: int) -> tuple[float, int]:
     """Best bytes per second of summing a buffer meant to exceed every cache, and the buffer's bytes."""
     import torch
 
     available = memory_bytes()[1]
-    size = min(max(GIB, 4 * _last_cache_bytes()), max(available // 4, 64 * 2**20), 4 * GIB)
+    size = min(max(GIB, 4 * last_cache_bytes()), max(available // 4, 64 * 2**20), most_bytes)
     buffer = torch.ones(size // 4)  # filled, because untouched pages would cost faults, not reads
     return size / _best_seconds(lambda: torch.sum(buffer), budget), size
 
@@ -106,7 +109,7 @@ def _best_seconds(work: Callable[[], object], budget: float) -> float:
     return best
 
 
-def _last_cache_bytes() -> int:
+def last_cache_bytes() -> int:
     """Size of the first core's largest cache; 32 MiB if the system does not say."""
     texts = [read_text(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     sizes = [int(text.strip()[:-1]) * 1024 for text in texts if text.strip().endswith("K")]

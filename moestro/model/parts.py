@@ -21,6 +21,7 @@ from torch import Tensor
 from moestro.config import ModelConfig
 from moestro.ops.serving.formats import FORMATS, plain_format
 from moestro.ops.serving.weights import PackedExperts, PackedHeads, PackedLinear
+from moestro.scores import SCORES
 
 PackedPart = Tensor | PackedLinear | PackedHeads | PackedExperts
 Form = Literal["plain", "linear", "heads", "experts"]
@@ -131,7 +132,7 @@ def _mlp_parts(at: str) -> Iterator[Part]:
 
 def _moe_parts(config: ModelConfig, at: str) -> Iterator[Part]:
     yield Part(f"{at}.router.bias", "plain", (f"{at}.router.bias",), "router")
-    if config.router.score != "constant":
+    if SCORES[config.router.score].is_learned:
         yield Part(f"{at}.gate", "linear", (f"{at}.router.weight",), "router")
     yield Part(f"{at}.experts", "experts", (f"{at}.experts.gate_up", f"{at}.experts.down"), "weights")
     if config.num_shared_experts:

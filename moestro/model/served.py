@@ -23,6 +23,7 @@ from moestro.model.parts import Parts
 from moestro.model.rope import softmax_scale
 from moestro.ops.serving.program import Heads, Operations, Value
 from moestro.routing.selection import Selection, describe_selection
+from moestro.scores import SCORES
 
 
 class ServedNorm:
@@ -112,7 +113,7 @@ class ServedMoE:
 
     def __init__(self, config: ModelConfig, layer: int, parts: Parts) -> None:
         self.selection = describe_selection(config, layer, parts.plain("router.bias"))
-        self.gate = None if config.router.score == "constant" else parts.linear("gate")
+        self.gate = parts.linear("gate") if SCORES[config.router.score].is_learned else None
         self.experts = parts.experts("experts")
         self.shared = ServedMLP(parts.at("shared")) if config.num_shared_experts else None
 

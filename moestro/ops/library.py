@@ -58,7 +58,8 @@ def load_library() -> ctypes.CDLL | None:
         return None
     if _version_of(library) != abi.VERSION:
         raise ConfigError(
-            f"the native kernels ({LIBRARY}) are of another version: rebuild them with `pip install -e .` (or `make`)"
+            f"the native kernels ({LIBRARY}) are of another version",
+            hint=f"rebuild them: {machine.how_to_build()}",
         )
     abi.bind(library)
     if wish and library.moestro_set_isa(wish.encode()):

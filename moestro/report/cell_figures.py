@@ -17,10 +17,28 @@ GRID_POINTS = 120
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
 # key of a dot plot: title, digits, and what its numbers mean
 DOTS: dict[str, dict[str, Any]] = {
-    "bits_per_byte": {"title": "Bits per byte at the end of a run", "digits": 4, "zero": False, "percent": False},
-    "max_vio_batch": {"title": "MaxVio of a batch", "digits": 2, "zero": True, "percent": False},
-    "max_vio_global": {"title": "MaxVio over all held-out text", "digits": 2, "zero": True, "percent": False},
-    "dropped": {"title": "Dropped choices", "digits": 2, "zero": True, "percent": True},
+    "bits_per_byte": {
+        "title": "Bits per byte at the end of a run",
+        "unit": "bits per byte",
+        "digits": 4,
+        "zero": False,
+        "percent": False,
+    },
+    "max_vio_batch": {
+        "title": "MaxVio of a batch",
+        "unit": "busiest load / mean − 1",
+        "digits": 2,
+        "zero": True,
+        "percent": False,
+    },
+    "max_vio_global": {
+        "title": "MaxVio over all held-out text",
+        "unit": "busiest load / mean − 1",
+        "digits": 2,
+        "zero": True,
+        "percent": False,
+    },
+    "dropped": {"title": "Dropped choices", "unit": "share of choices", "digits": 2, "zero": True, "percent": True},
 }
 
 Record = dict[str, Any]

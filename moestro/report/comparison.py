@@ -21,11 +21,12 @@ from moestro.compare.results import (
 from moestro.errors import MoestroError
 from moestro.report import cell_figures, cell_tables
 from moestro.report.cell_tables import duration, signed
+from moestro.report.export import export_comparison, for_page, write_figures
 from moestro.report.page import render_page, write_page
 from moestro.report.tiles import Tile, format_count
 
 STYLES = ("uPlot.min.css", "report.css", "comparison.css")
-SCRIPTS = ("uPlot.iife.min.js", "charts.js", "maps.js", "comparison.js")
+SCRIPTS = ("uPlot.iife.min.js", "charts.js", "maps.js", "download.js", "comparison.js")
 EQUAL = {"tokens": "tokens", "seconds": "training time", "flops": "training FLOPs"}
 MEASURES = {"tokens": "Counted in tokens", "seconds": "In wall clock", "flops": "Counted in training FLOPs"}
 
@@ -46,8 +47,7 @@ def render(directory: Path) -> str:
     request = read_request(directory)
     records = read_results(directory)
     summary = summarise(records)
-    runs = cell_figures.finished_runs(records)
-    figures = {"curves": cell_figures.learning_curves(runs), "dots": cell_figures.dot_figures(runs)}
+    figures = collect_figures(records)
     found = verdicts(records, request["budget"]["kind"])
     context = {
         "name": directory.resolve().name,
@@ -68,6 +68,19 @@ def render(directory: Path) -> str:
         "versions": None,
     }
     return render_page("comparison.html.j2", STYLES, SCRIPTS, figures, context)
+
+
+def collect_figures(records: Sequence[Record]) -> Record:
+    """Data of the figures, and the files that the page offers of them."""
+    runs = cell_figures.finished_runs(records)
+    figures = {"curves": cell_figures.learning_curves(runs), "dots": cell_figures.dot_figures(runs)}
+    return figures | {"files": for_page(export_comparison(figures))}
+
+
+def write_comparison_figures(directory: Path, folder: Path) -> list[Path]:
+    """Write every figure of a comparison to `folder`, as SVG and CSV; returns the paths."""
+    read_request(directory)
+    return write_figures(export_comparison(collect_figures(read_results(directory))), folder)
 
 
 def read_request(directory: Path) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ import numpy as np
 
 from moestro.errors import MoestroError
 from moestro.report import lines, maps, quantisation
+from moestro.report.export import export_run, for_page, write_figures
 from moestro.report.page import render_page, write_page
 from moestro.report.tiles import headline
 from moestro.training import metrics as log
+from moestro.training.run_info import read_run_info
 
 STYLES = ("uPlot.min.css", "report.css")
-SCRIPTS = ("uPlot.iife.min.js", "charts.js", "maps.js", "page.js")
-ABOUT = ("preset", "parameters", "started", "machine", "versions", "command", "finished")
+SCRIPTS = ("uPlot.iife.min.js", "charts.js", "maps.js", "download.js", "page.js")
+ABOUT = ("preset", "parameters", "started", "machine", "versions", "command", "finished", "starts")
 MAX_TEXT = 2000  # characters of a sample
 EARLIER_SAMPLES = 4
 
@@ -30,17 +31,22 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Works while the run goes on. Raises `MoestroError` if the path is not a run, if logs are damaged, and if `out`
     cannot be written.
     """
+    _check_run(run)
+    return write_page(render(run), run / "report.html", out)
+
+
+def _check_run(run: Path) -> None:
     if not (run / "metrics.jsonl").is_file():
         raise MoestroError(f"{run} is not a run: it has no metrics.jsonl", hint="give the folder of train --out")
-    return write_page(render(run), run / "report.html", out)
 
 
 def render(run: Path) -> str:
     """The page as text."""
-    steps, evals, fp8 = log.read_metrics(run), log.read_evals(run), log.read_fp8(run)
+    steps, evals, fp8 = log.read_metrics(run), read_all_evals(run), log.read_fp8(run)
     about = _read_about(run)
     figures, missing, table = collect_figures(run, steps, evals)
     figures["charts"] |= quantisation.fp8_charts(fp8) if fp8 else {}
+    figures["files"] = for_page(export_run(figures))
     context = {
         "name": run.resolve().name,
         "about": about,
@@ -53,6 +59,20 @@ def render(run: Path) -> str:
         "samples": group_samples(log.read_samples(run)),
     }
     return render_page("report.html.j2", STYLES, SCRIPTS, figures, context)
+
+
+def write_run_figures(run: Path, folder: Path) -> list[Path]:
+    """Write every figure of a run to `folder`, as SVG and CSV; returns the paths."""
+    _check_run(run)
+    figures, _, _ = collect_figures(run, log.read_metrics(run), read_all_evals(run))
+    fp8 = log.read_fp8(run)
+    figures["charts"] |= quantisation.fp8_charts(fp8) if fp8 else {}
+    return write_figures(export_run(figures), folder)
+
+
+def read_all_evals(run: Path) -> list[Record]:
+    """The points of the curve, then the final evaluations."""
+    return [*log.read_evals(run), *log.read_final_evals(run)]
 
 
 def collect_figures(
@@ -122,10 +142,5 @@ def _tokens_at(steps: Any, records: Sequence[Record]) -> lines.Floats:
 
 def _read_about(run: Path) -> Record:
     """The values in run.json for the keys of `ABOUT`; None for missing ones."""
-    path = run / "run.json"
-    try:
-        about = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError as error:
-        raise MoestroError(f"{path} is damaged: {error}") from error
-    known = about if isinstance(about, dict) else {}
+    known = read_run_info(run)
     return {key: known.get(key) for key in ABOUT}

@@ -45,32 +45,37 @@ def downsample(x: Floats, y: Floats, limit: int = MAX_POINTS) -> dict[str, list[
 def line(label: str, x: Floats, y: Floats, role: str = "plain", color: int = 0) -> list[Record]:
     """A list of one chart line, empty if the line has no finite value.
 
-    Roles: `plain` (a colour by number), `train` (behind the others), `total` and `domain` (points, no band).
+    Roles: `plain` (a colour by number), `train` (behind the others), `total`, `final` and `domain` (points, no band).
     """
     if not np.isfinite(y).any():
         return []
     data = downsample(x, y)
-    if role in ("total", "domain"):
+    if role in ("total", "final", "domain"):
         data = {"x": data["x"], "y": data["y"]}
     return [{"label": label, "role": role, "color": color, **data}]
 
 
 def quality_charts(metrics: Sequence[Record], evals: Sequence[Record]) -> dict[str, Record]:
     """Bits per byte and loss: training behind, validation total and every domain in front."""
-    tokens, eval_tokens = column(metrics, "tokens"), column(evals, "tokens")
+    tokens = column(metrics, "tokens")
     domains = domain_names(evals)
 
-    def chart(title: str, train_key: str, key: str) -> Record:
+    final = [record for record in evals if record.get("final")]
+    points = [record for record in evals if not record.get("final")]
+    eval_tokens, final_tokens = column(points, "tokens"), column(final, "tokens")
+
+    def chart(title: str, unit: str, train_key: str, key: str) -> Record:
         lines = line("training batch", tokens, column(metrics, train_key), "train")
-        lines += line("validation", eval_tokens, column(evals, key), "total")
+        lines += line("validation", eval_tokens, column(points, key), "total")
+        lines += line("final, all held-out text", final_tokens, column(final, key), "final")
         for color, name in enumerate(domains):
-            records = [_domain(record, name) for record in evals]
+            records = [_domain(record, name) for record in points]
             lines += line(name, eval_tokens, column(records, key), "domain", color)
-        return {"title": title, "lines": lines}
+        return {"title": title, "unit": unit, "lines": lines}
 
     return {
-        "bits": chart("Bits per byte", "bits_per_byte", "bits_per_byte"),
-        "loss": chart("Loss, nats per token", "loss_main", "loss"),
+        "bits": chart("Bits per byte", "bits per byte", "bits_per_byte", "bits_per_byte"),
+        "loss": chart("Loss of the next token", "nats per token", "loss_main", "loss"),
     }
 
 
@@ -78,19 +83,19 @@ def optimisation_charts(metrics: Sequence[Record]) -> dict[str, Record]:
     """Throughput, learning rate, gradient norm, and what the MTP block learns."""
     tokens = column(metrics, "tokens")
     charts: dict[str, Record] = {}
-    for key, title, color in (
-        ("tokens_per_second", "Tokens per second", 2),
-        ("lr", "Learning rate", 0),
-        ("grad_norm", "Gradient norm before clipping", 1),
+    for key, title, unit, color in (
+        ("tokens_per_second", "Speed of training", "tokens per second", 2),
+        ("lr", "Learning rate", "learning rate", 0),
+        ("grad_norm", "Gradient norm before clipping", "length of the gradient", 1),
     ):
-        charts[key] = {"title": title, "lines": line(title, tokens, column(metrics, key), color=color)}
+        charts[key] = {"title": title, "unit": unit, "lines": line(title, tokens, column(metrics, key), color=color)}
     mtp_loss, agreement = column(metrics, "loss_mtp"), column(metrics, "mtp_agreement")
     if np.nan_to_num(mtp_loss).any():
         main = line("next token", tokens, column(metrics, "loss_main"), "train")
         lines = main + line("token after next", tokens, mtp_loss, color=0)
-        charts["loss_mtp"] = {"title": "MTP loss, nats per token", "lines": lines}
+        charts["loss_mtp"] = {"title": "MTP loss", "unit": "nats per token", "lines": lines}
         lines = line("agreement", tokens, agreement, color=2)
-        charts["mtp_agreement"] = {"title": "MTP agreement", "lines": lines, "percent": True}
+        charts["mtp_agreement"] = {"title": "MTP agreement", "unit": "share of tokens", "lines": lines, "percent": True}
     return charts
 
 
@@ -111,17 +116,22 @@ def balance_charts(metrics: Sequence[Record], routing: NDArray[np.void], tokens:
         return line("worst layer", x, worst, "train") + line("mean of layers", x, np.nanmean(values, axis=1))
 
     charts: dict[str, Record] = {
-        "max_vio": {"title": "MaxVio", "lines": layers(vio, np.nanmax(vio, axis=1))},
-        "entropy": {"title": "Load entropy", "lines": layers(entropy, np.nanmin(entropy, axis=1))},
+        "max_vio": {"title": "MaxVio", "unit": "busiest load / mean − 1", "lines": layers(vio, np.nanmax(vio, axis=1))},
+        "entropy": {
+            "title": "Load entropy",
+            "unit": "share of the largest entropy",
+            "lines": layers(entropy, np.nanmin(entropy, axis=1)),
+        },
         "dead": {
             "title": "Experts without a token, all layers",
+            "unit": "experts",
             "lines": line("dead", tokens, dead, color=1),
         },
     }
     loss = column(metrics, "loss_balance")
     if np.nan_to_num(loss).any():
         lines = line("balance loss", column(metrics, "tokens"), loss, color=3)
-        charts["loss_balance"] = {"title": "Balance loss", "lines": lines}
+        charts["loss_balance"] = {"title": "Balance loss", "unit": "weighted, added to the loss", "lines": lines}
     return charts
 
 

@@ -39,7 +39,7 @@ def fp8_charts(records: Sequence[Record]) -> dict[str, Record]:
                 for record in records
             ]
             lines += line(kind, tokens, np.array(means), "domain", color)
-        return {"title": title, "lines": lines, "percent": True}
+        return {"title": title, "unit": "share, in percent", "lines": lines, "percent": True}
 
     return {
         "fp8_error": chart("Mean quantisation error", "error"),

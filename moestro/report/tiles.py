@@ -25,11 +25,13 @@ def headline(about: Record, steps: Sequence[Record], evals: Sequence[Record]) ->
     """The tiles: model, tokens, quality, time, speed, balance. Unknown values are a dash."""
     last = steps[-1] if steps else {}
     tail = steps[-max(1, len(steps) // 10) :]
-    latest = evals[-1] if evals else {}
+    latest = max(evals, key=lambda record: record["step"], default={}) if evals else {}
+    latest = evals[-1] if evals and evals[-1]["step"] == latest["step"] else latest  # a final one stands last
     parameters = about.get("parameters") or {}
     vio, speed = column(tail, "max_vio"), column(steps, "tokens_per_second")
     window = f"mean of the last {len(tail)} steps, each one batch" if len(tail) > 1 else "last batch"
-    evaluated = f"validation at step {latest['step']:,}" if latest else "no evaluation yet"
+    text = "all held-out text" if latest.get("final") else "validation"
+    evaluated = f"{text}, step {latest['step']:,}" if latest else "no evaluation yet"
     return [
         Tile("Parameters", format_count(parameters.get("total")), _active(parameters)),
         Tile("Tokens", format_count(last.get("tokens")), f"{last['step']:,} steps" if last else "no step yet"),

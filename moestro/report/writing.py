@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from moestro.compare.results import REQUEST
-from moestro.report.comparison import write_comparison
-from moestro.report.html import write_report
+from moestro.report.comparison import write_comparison, write_comparison_figures
+from moestro.report.html import write_report, write_run_figures
 
 
 def report(directory: str | Path, out: str | Path | None = None) -> Path:
@@ -17,3 +17,10 @@ def report(directory: str | Path, out: str | Path | None = None) -> Path:
     source, target = Path(directory), None if out is None else Path(out)
     write = write_comparison if (source / REQUEST).is_file() else write_report
     return write(source, target)
+
+
+def write_figures(directory: str | Path, folder: str | Path) -> list[Path]:
+    """Write every figure of the report to `folder`, as SVG and CSV; returns the files. Raises as `report` does."""
+    source = Path(directory)
+    write = write_comparison_figures if (source / REQUEST).is_file() else write_run_figures
+    return write(source, Path(folder))

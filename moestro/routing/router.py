@@ -1,6 +1,6 @@
 """The router: scores, noise, bias, groups, top-k, weights, capacity. Schemes differ in `RouterConfig` alone.
 
-    h = x Wᵀ in fp32, whatever the model's precision; s = sigmoid, softmax or √softplus of h
+    h = x Wᵀ in fp32, whatever the model's precision; s = sigmoid, softmax, … of h
     choose the top-k groups by (s + b), then the top-k experts in them; other groups are −inf, never 0:
                                                       with negative biases 0 could win
     g = s of the chosen, without b, normalised, times `scale`
@@ -31,6 +31,7 @@ from moestro.routing.selection import (
     score_experts,
     weigh,
 )
+from moestro.scores import SCORES
 
 JITTER = 0.01  # Switch: inputs of the router times uniform(1 − ε, 1 + ε)
 
@@ -65,7 +66,7 @@ class Router(nn.Module):
         self.layer = layer
         self.hashed = is_hashed(config, layer)
         shape = (config.num_experts, config.hidden_dim)
-        self.weight = nn.Parameter(torch.empty(shape)) if config.router.score != "constant" else None
+        self.weight = nn.Parameter(torch.empty(shape)) if SCORES[config.router.score].is_learned else None
         self.noise = nn.Parameter(torch.empty(shape)) if config.router.noise == "learned" else None
         self.register_buffer("bias", torch.zeros(config.num_experts))
 

@@ -1,6 +1,6 @@
 """The one specification of how a token's experts are chosen and weighed, for training and for serving.
 
-    s = score(h): sigmoid, softmax or √softplus of the logits h, or ones
+    s = score(h): one of `scores.SCORES`, such as the sigmoid of the logits h
     c = s + b, or s · (1 + b): the bias steers the comparison only and has no gradient
     groups: the best `top_k_groups` by the sum of their `group_best` best c; other groups are −inf, never 0:
             with negative biases 0 could win
@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.config import ModelConfig
+from moestro.scores import SCORES, Arithmetic
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +46,6 @@ class Selection:
     def hash(self, tokens: Tensor) -> Tensor:
         """Token ids [N] -> expert ids [N, A], for a router that is `hashed`."""
         return hash_experts(tokens, num_experts=len(self.bias), top_k=self.top_k, layer=self.layer)
-
-
-class Arithmetic(Protocol):
-    """How numbers are computed: as torch does it best, or so that each row depends on itself alone."""
-
-    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """An elementwise function."""
-
-    def softmax(self, x: Tensor) -> Tensor:
-        """Over the last axis."""
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Over the last axis, kept with length 1."""
 
 
 class TorchArithmetic:
@@ -103,17 +89,13 @@ def is_hashed(config: ModelConfig, layer: int) -> bool:
 
 
 def score_experts(logits: Tensor, score: str, arithmetic: Arithmetic = TORCH) -> Tensor:
-    """Logits [N, E] -> scores [N, E]."""
-    match score:
-        case "sigmoid":
-            return arithmetic.apply(torch.sigmoid, logits)
-        case "softmax":
-            return arithmetic.softmax(logits)
-        case "sqrt_softplus":  # √ has no slope at 0
-            return arithmetic.apply(F.softplus, logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
-        case "constant":
-            return torch.ones_like(logits)
-    raise ValueError(f"unknown score function '{score}'")
+    """Logits [N, E] -> scores [N, E]; ValueError for a function that is unknown, or that cuts off the gradient."""
+    if score not in SCORES:
+        raise ValueError(f"unknown score function '{score}'")
+    scores = SCORES[score].apply(logits, arithmetic)
+    if scores.shape != logits.shape or scores.requires_grad != logits.requires_grad:
+        raise ValueError(f"score function '{score}' must give one score a logit, with its gradient")
+    return scores
 
 
 def add_bias(scores: Tensor, selection: Selection) -> Tensor:

@@ -21,7 +21,7 @@ from moestro.engine.scheduler import QueueFullError
 from moestro.errors import MoestroError
 from moestro.server.answers import answer
 from moestro.server.body import BodyRoute, describe_error
-from moestro.server.docs_page import render_docs
+from moestro.server.docs_page import STYLE, render_docs
 from moestro.server.guard import Guard, error_tree
 from moestro.server.loads import SAMPLE_SECONDS
 from moestro.server.log import AccessLog
@@ -170,6 +170,10 @@ def _add_page(app: FastAPI, web: Path) -> None:
     @app.get("/docs", include_in_schema=False)
     async def show_docs() -> Response:
         return HTMLResponse(render_docs(app.openapi()))
+
+    @app.get("/docs.css", include_in_schema=False)
+    async def show_style() -> Response:
+        return Response(STYLE, media_type="text/css")
 
     if web.is_dir():
         app.mount("/web", StaticFiles(directory=web))

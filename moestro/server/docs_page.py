@@ -11,10 +11,17 @@ from typing import Any
 
 from moestro.server.fields import HARMLESS, REFUSED
 
+STYLE = """\
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+h2 { border-top: 1px solid #8886; font: 600 1.1rem ui-monospace, monospace; margin-top: 2rem; padding-top: 1rem; }
+table { border-collapse: collapse; font-size: 0.9rem; width: 100%; }
+th, td { border-bottom: 1px solid #8883; padding: 0.25rem 0.75rem 0.25rem 0; text-align: left; vertical-align: top; }
+"""
 Tree = dict[str, Any]
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Moestro's API</title><link rel="stylesheet" href="/web/docs.css">
+<title>Moestro's API</title><link rel="stylesheet" href="/docs.css">
 <h1>Moestro {version}</h1>
 <p>The same as JSON: <a href="/openapi.json">/openapi.json</a>. Try a route with curl, or talk to the model on
 <a href="/">the page</a>.</p>

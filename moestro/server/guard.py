@@ -29,7 +29,7 @@ CONTENT_POLICY = (
 
 def is_page(path: str) -> bool:
     """Whether a path belongs to the chat page, its assets or the page of routes: the same for every model."""
-    return path in ("/", "/docs") or path.startswith("/web/")
+    return path in ("/", "/docs", "/docs.css") or path.startswith("/web/")
 
 
 def error_tree(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def run_service(service: Service, listener: socket.socket, key: str | None, drai
     """
 
     def announce() -> None:
-        print(f"Serving {service.name} at {address_of(listener)}", flush=True)
+        print(f"Serving {service.name} at {address_of(listener)}/", flush=True)
 
     try:
         server = DrainingServer(create_app(service, key=key), service.worker, drain_seconds, announce)

@@ -50,7 +50,10 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}  # small models
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: steps done of `total_steps` planned, tokens and seconds spent, the packer's position."""
+    """Where a run stands: steps done of `total_steps` planned, tokens and seconds spent, the packer's position.
+
+    `warm_from`: the step from which the learning rate warms up, 0 or where a decayed run was given more steps.
+    """
 
     step: int
     total_steps: int
@@ -58,6 +61,7 @@ class TrainState:
     seconds: float
     skipped: int
     pack: dict[str, Any]
+    warm_from: int = 0
 
 
 def write_model_directory(
@@ -148,11 +152,13 @@ def _new_checkpoint(final: Path) -> Iterator[Path]:
         sync_directory(partial)
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot write checkpoint {final}: {reason}; the previous one is intact") from error
+        reason, step = getattr(error, "strerror", None) or error, newest_step(folder.parent)
+        left = "nothing had been saved before" if step is None else f"the checkpoint of step {step} is intact"
+        raise CheckpointError(f"cannot write checkpoint {final}: {reason}; {left}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # already gone if all went well
-    sync(folder)  # the new name, before old checkpoints are deleted
+    for changed in (folder, folder.parent):  # the new names, before old checkpoints are deleted
+        sync(changed)
 
 
 def _drop_old(run: Path, final: Path, keep: int) -> None:
@@ -160,6 +166,12 @@ def _drop_old(run: Path, final: Path, keep: int) -> None:
     newest = kept.index(final)  # later ones were damaged: the run went back behind them
     for old in [*kept[: max(newest + 1 - keep, 0)], *kept[newest + 1 :]]:
         shutil.rmtree(old)
+
+
+def newest_step(run: Path) -> int | None:
+    """The step of the newest checkpoint, which is not verified; None if there is none."""
+    names = [path.name.removeprefix("step-") for path in _checkpoints(run)]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def latest_checkpoint(run: Path, log: Callable[[str], None] | None = None) -> Path | None:

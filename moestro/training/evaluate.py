@@ -147,7 +147,7 @@ def evaluate(
             None if data is None else str(data),
             run=run,
             split=split,
-            seq_len=min(seq_len, language_model.config.max_seq_len),
+            seq_len=min(seq_len, language_model.max_context or language_model.config.max_seq_len),
             max_tokens=max_tokens,
             scratch=Path(scratch),
         )

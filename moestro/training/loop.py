@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 
 from moestro import machine
-from moestro.config import Config
+from moestro.config import SETTINGS, Config
 from moestro.data.batches import PackState
+from moestro.data.corpus import fingerprint_files
 from moestro.engine.language_model import LanguageModel
-from moestro.errors import MoestroError
+from moestro.errors import ConfigError, MoestroError
 from moestro.model.size import measure_size
 from moestro.parallel.world import ONE, World
 from moestro.routing import stats
-from moestro.terminal import printable
 from moestro.training import optim
-from moestro.training.checkpoint import save_checkpoint
+from moestro.training.checkpoint import newest_step, save_checkpoint
 from moestro.training.evaluate import pad_token_bytes, score_domains
 from moestro.training.fp8_stats import TOKENS, choose_rows, measure_fp8
-from moestro.training.metrics import RunLog, TensorBoardMirror, TrackioMirror, read_evals, write_atomic
-from moestro.training.prepare import Session, open_session
-from moestro.training.progress import Progress
+from moestro.training.metrics import (
+    RunLog,
+    TensorBoardMirror,
+    TrackioMirror,
+    describe_gaps,
+    latest_evaluation,
+    read_evals,
+    read_final_evals,
+    read_metrics,
+)
+from moestro.training.ownership import own_directory
+from moestro.training.prepare import Log, Session, open_session
+from moestro.training.progress import Progress, say
+from moestro.training.run_info import RunInfo, read_run_info
+from moestro.training.signals import Interrupted, StopRequest, stop_on_signal
 from moestro.training.step import StepResult, train_step
-from moestro.version import __version__
 
 MEASURED_STEPS = 20  # under train.minutes, the pace of these (less the first quarter) sets the number of steps
 MAX_SKIPPED_IN_A_ROW = 5
@@ -43,7 +49,10 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 16, 80
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended: the run, steps done of planned, the last evaluation, samples, the signal that stopped it."""
+    """How a call ended: the run, steps done of planned, the last evaluation, samples, the signal that stopped it.
+
+    `steps_now` of the steps were done by this call; 0 if the run was finished before.
+    """
 
     run: Path
     step: int
@@ -51,6 +60,7 @@ class Outcome:
     evaluation: dict[str, Any] | None
     samples: list[dict[str, str]]
     stopped_by: int | None
+    steps_now: int
 
 
 def train(
@@ -63,63 +73,72 @@ def train(
 ) -> Outcome:
     """Train `config` into the run directory `out`. Raises MoestroError for problems the user can fix.
 
-    Every process of a `world` calls this; only the main one writes files and messages.
+    `resume` goes on with the run in `out`; one that is finished is left as it is unless `config` asks for more steps.
+    A start that fails before the first step leaves nothing behind. SIGINT, SIGTERM and SIGHUP save and return; before
+    the first step, and the second time, they raise `Interrupted`, a KeyboardInterrupt. Every process of a `world`
+    calls this; only the main one writes files and messages.
     """
     run, quiet = Path(out), quiet or not world.is_main
-    try:
-        session = open_session(config, run, resume=resume, log=_say_nothing if quiet else _say, world=world)
+    log = _say_nothing if quiet else say
+    own: AbstractContextManager[None] = own_directory(run, has_trained) if world.is_main else nullcontext()
+    if resume and not (run / SETTINGS).exists():
+        raise ConfigError(f"there is no run in {run} to go on with", hint="start one without --resume")
+    with explain_failures(run), stop_on_signal(can_wait=False) as stop, own:
+        session = open_session(config, run, resume=resume, log=log, world=world)
+        if session.state.step >= session.state.total_steps and read_run_info(run).get("finished"):
+            return finished_before(session, log)
         layers = [name for name, _ in session.model.routers()]
-        log = RunLog.open(run, layers, session.config.model.num_experts, session.state.step) if world.is_main else None
+        step_log = open_log(session, layers, log) if world.is_main else None
         progress = Progress(session.state.total_steps, layers, quiet=quiet)
-        with closing(log) if log else nullcontext(), stop_on_signal() as stop, progress:
-            return Loop(session, log, progress, stop).run()
+        with closing(step_log) if step_log else nullcontext(), progress:
+            stop.can_wait = True
+            return Loop(session, step_log, progress, stop).run()
+
+
+def has_trained(run: Path) -> bool:
+    """Whether a run has anything worth keeping: a step in its log, or a checkpoint."""
+    log = run / "metrics.jsonl"
+    return (log.exists() and log.stat().st_size > 0) or newest_step(run) is not None
+
+
+def finished_before(session: Session, log: Log) -> Outcome:
+    """The outcome of resuming a finished run without asking for more."""
+    step, run = session.state.step, session.run
+    log(f"{run} is finished: {step:,} of {step:,} steps are done. More train.steps would train it further.")
+    return Outcome(run, step, step, latest_evaluation(run), [], stopped_by=None, steps_now=0)
+
+
+def open_log(session: Session, layers: list[str], log: Log) -> RunLog:
+    """The log of the run, from the session's step on; says what it lacks."""
+    step = session.state.step
+    opened = RunLog.open(session.run, layers, session.config.model.num_experts, step)
+    if gaps := describe_gaps(read_metrics(session.run), step):
+        log(f"metrics.jsonl {gaps}; the run itself is whole, figures and tables are not")
+    return opened
+
+
+@contextmanager
+def explain_failures(run: Path) -> Iterator[None]:
+    """Turn what the system refuses into a MoestroError that says what is left."""
+    try:
+        yield
     except OSError as error:
+        step = newest_step(run)
+        left = "nothing had been saved" if step is None else f"the checkpoint of step {step} is intact"
         raise MoestroError(
-            f"{error.filename or run}: {error.strerror or error}; what was saved is intact",
-            hint="continue with --resume",
+            f"{error.filename or run}: {error.strerror or error}; {left}",
+            hint=None if step is None else "continue with --resume",
         ) from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch has no exception class for this
+    except (MemoryError, RuntimeError) as error:
+        if not machine.is_memory_error(error):
             raise
         raise MoestroError(
             "there is not enough memory: lower the sizes of the model, train.batch_size or train.seq_len"
         ) from error
 
 
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
-
-
 def _say_nothing(text: str) -> None:
     pass
-
-
-class StopRequest:
-    """Set by SIGINT or SIGTERM; the loop finishes its step, saves and leaves. A second signal ends at once."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; restores the handlers afterwards."""
-    stop = StopRequest()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    try:
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are the caller's business
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Loop:
@@ -133,7 +152,10 @@ class Loop:
         self.started = time.perf_counter() - session.state.seconds
         self.pack = PackState.from_json(session.state.pack)
         self.token_bytes = pad_token_bytes(session.tokenizer.token_bytes, session.config.model.vocab_size)
-        self.evaluation: dict[str, Any] | None = next(reversed(read_evals(session.run)), None)
+        self.evaluation: dict[str, Any] | None = latest_evaluation(session.run)
+        self.first_step = session.state.step
+        self.last_loss: float | None = None
+        self.info: RunInfo | None = None
         self.skipped_in_a_row = 0
         self.step_seconds: list[float] = []
         self.mirror = open_mirror(session) if session.world.is_main else None
@@ -142,7 +164,7 @@ class Loop:
         """Train until the planned step or a signal, then save, evaluate and sample."""
         session, config = self.session, self.session.config.train
         if session.world.is_main:
-            write_run_info(session, finished=False)
+            self.info = begin_info(session)
         while session.state.step < session.state.total_steps and not self.is_stopped():
             self.one_step()
             step = session.state.step
@@ -152,20 +174,35 @@ class Loop:
             if step % config.checkpoint_every == 0 or at_end:
                 self.save()
             if step % config.eval_every == 0 and not at_end and not self.is_stopped():
-                self.evaluate(config.eval_tokens)
+                self.evaluate()
         finished, is_main = session.state.step == session.state.total_steps, session.world.is_main
         if not finished:  # a signal, which may have come in the middle of an evaluation
-            self.save()
-        if finished and (self.evaluation or {}).get("step") != session.state.step:
-            self.evaluate(None)
+            self.save_stopped()
+        if finished:
+            self.evaluate_end()
         samples = self.sample() if finished and self.step_seconds and is_main else []
-        if is_main:
-            write_run_info(session, finished=finished)
+        stopped_by = None if finished else self.stop.signal
+        self.note(ended="finished" if finished else None if stopped_by is None else signal.Signals(stopped_by).name)
         if self.mirror:
             self.mirror.close()
         state = session.state
-        stopped_by = None if finished else self.stop.signal
-        return Outcome(session.run, state.step, state.total_steps, self.evaluation, samples, stopped_by)
+        done = state.step - self.first_step
+        return Outcome(session.run, state.step, state.total_steps, self.evaluation, samples, stopped_by, done)
+
+    def save_stopped(self) -> None:
+        """Save on a signal; before the first step of a run there is nothing to save."""
+        if self.session.state.step == 0:
+            raise Interrupted(self.stop.signal or signal.SIGTERM)
+        self.save()
+
+    def note(self, **figures: Any) -> None:
+        """Bring run.json up to date."""
+        if self.info is None:
+            return
+        state, evaluation = self.session.state, self.evaluation or {}
+        known = {"loss": self.last_loss} if self.last_loss is not None else {}
+        known |= {"bits_per_byte": evaluation["bits_per_byte"]} if evaluation else {}
+        self.info.update(to_step=state.step, seconds=round(state.seconds, 1), **known, **figures)
 
     def is_stopped(self) -> bool:
         """Whether any process was asked to stop."""
@@ -180,7 +217,7 @@ class Loop:
             batch, pack = session.packer.next(pack)
             batches.append(batch)
         tokens, share = sum(batch.inputs.numel() for batch in batches), session.world.share
-        lr = config.train.lr * optim.lr_factor(state.step, state.total_steps, config.train)
+        lr = config.train.lr * optim.lr_factor(state.step, state.total_steps, config.train, warm_from=state.warm_from)
         result = train_step(
             session.model,
             session.optimizers,
@@ -210,6 +247,7 @@ class Loop:
             pack=pack.to_json(),
         )
         self.step_seconds.append(now - begun)
+        self.last_loss = result.main if np.isfinite(result.main) else None
         self.record(result, lr, tokens / (now - begun))
 
     def check_divergence(self, result: StepResult) -> None:
@@ -273,6 +311,7 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint; the log reaches the disk first, so that it never lags behind."""
         session = self.session
+        self.note()
         if self.log is not None:
             self.log.sync()
         save_checkpoint(
@@ -287,20 +326,39 @@ class Loop:
             world=session.world,
         )
 
-    def evaluate(self, max_tokens: int | None) -> None:
-        """Bits per byte on held-out documents, per domain, and the experts each domain chose."""
+    def evaluate(self) -> None:
+        """A point of the run's curve: bits per byte on the same beginning of each domain's held-out text every time."""
+        if self.score(self.session.config.train.eval_tokens, final=False):
+            self.measure_fp8()
+
+    def evaluate_end(self) -> None:
+        """The last point of the curve, and the final evaluation on all held-out text, unless they are logged."""
+        step, run = self.session.state.step, self.session.run
+        if all(record["step"] != step for record in read_evals(run)):
+            self.evaluate()
+        if all(record["step"] != step for record in read_final_evals(run)):
+            self.score(None, final=True)
+
+    def score(self, max_tokens: int | None, *, final: bool) -> bool:
+        """Evaluate on held-out documents, per domain, with the experts each domain chose; False if there are none."""
         domains = self.session.validation(max_tokens)
         if not domains or self.log is None:
-            return
+            return False
         scores, loads = score_domains(self.session.model, domains, self.token_bytes)
         state = self.session.state
         scores["evaluated_tokens"] = scores.pop("tokens")
-        self.evaluation = {"step": state.step, "tokens": state.tokens, "seconds": state.seconds} | scores
+        self.evaluation = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "final": final,
+            **scores,
+        }
         self.log.evaluation(self.evaluation, loads if loads.shape[1] else None)
-        self.measure_fp8()
         self.progress.evaluation(self.evaluation)
         if self.mirror:
-            self.mirror.write(self.evaluation, "eval")
+            self.mirror.write(self.evaluation, "final" if final else "eval")
+        return True
 
     def measure_fp8(self) -> None:
         """In an FP8 run, what quantisation does to every matrix, on a little held-out text."""
@@ -346,19 +404,17 @@ def open_mirror(session: Session) -> TensorBoardMirror | TrackioMirror | None:
     return kind(session.run, session.state.step) if kind else None
 
 
-def write_run_info(session: Session, *, finished: bool) -> None:
-    """RUN/run.json: what was run, where, with which versions."""
+def begin_info(session: Session) -> RunInfo:
+    """run.json with this start in it."""
     size = measure_size(session.config.model)
-    info = {
-        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - session.state.seconds)),
-        "parameters": {"total": size.total, "active": size.active},
-        "machine": machine.describe_machine().cpu,
-        "versions": {
-            "moestro": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+    return RunInfo.begin(
+        session.run,
+        resumed=session.resumed,
+        step=session.state.step,
+        parameters={"total": size.total, "active": size.active},
+        data={
+            "source": session.config.data.source,
+            "fingerprint": session.shards.source_fingerprint,
+            "files": fingerprint_files(session.config.data.source),
         },
-        "command": " ".join(["moestro", *sys.argv[1:]]),
-        "finished": finished,
-    }
-    write_atomic(session.run / "run.json", json.dumps(info, indent=2).encode())
+    )

@@ -1,7 +1,7 @@
 """The log of a run: what a run directory records about the training, step by step.
 
     metrics.jsonl        one object a step: `STEP_KEYS` and what else the loop passes
-    evals.jsonl          {step, tokens, seconds, loss, bits_per_byte, domains: {name: {...}}}
+    evals.jsonl          {step, tokens, seconds, final, loss, bits_per_byte, domains: {name: {...}}}
     samples.jsonl        {step, domain, prompt, text}
     fp8.jsonl            {step, tokens, layers: {block: {matrix: {kind: {...}}}}} per evaluation; only in FP8 runs
     routing.json         {version, layers: ["3", ..., "mtp.0"], num_experts}; absent in a dense model
@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moestro import machine
 from moestro.errors import ConfigError, MoestroError
 
 STEP_KEYS = (
@@ -135,8 +137,31 @@ def read_metrics(run: Path) -> list[Record]:
 
 
 def read_evals(run: Path) -> list[Record]:
-    """Every evaluation, oldest first."""
-    return [record for record, _ in _lines(run / "evals.jsonl")]
+    """The evaluations that make the run's curve, all on the same text, oldest first."""
+    return [record for record, _ in _lines(run / "evals.jsonl") if not record.get("final")]
+
+
+def read_final_evals(run: Path) -> list[Record]:
+    """The evaluations on all held-out text: one, and another each time a finished run was trained further."""
+    return [record for record, _ in _lines(run / "evals.jsonl") if record.get("final")]
+
+
+def latest_evaluation(run: Path) -> Record | None:
+    """The last evaluation of either kind; None before the first."""
+    return max([*read_evals(run), *read_final_evals(run)], key=lambda record: record["step"], default=None)
+
+
+def describe_gaps(records: Sequence[Record], step: int) -> str | None:
+    """What a log of `step` steps lacks or repeats, as "lacks 12 of 40 steps, the first of them 7"; None if whole."""
+    counts = Counter(record["step"] for record in records)
+    missing = [number for number in range(1, step + 1) if number not in counts]
+    repeated = [number for number, count in counts.items() if count > 1]
+    faults = [
+        f"{verb} {len(steps):,} of {step:,} steps, the first of them {steps[0]:,}"
+        for verb, steps in (("lacks", missing), ("repeats", repeated))
+        if steps
+    ]
+    return " and ".join(faults) or None
 
 
 def read_samples(run: Path) -> list[Record]:
@@ -249,7 +274,7 @@ def _import_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{extra} is missing; install it with: pip install 'moestro[{extra}]'") from error
+        raise ConfigError(f"{extra} is missing: {machine.how_to_install(extra)}") from error
 
 
 def _open_append(path: Path) -> io.FileIO:

@@ -26,15 +26,17 @@ from moestro.model.transformer import Transformer
 PIECE = 2**18  # values updated together: enough for every thread, and the fp32 moments are 2 MB
 
 
-def lr_factor(step: int, steps: int, config: TrainConfig) -> float:
-    """Warm-up, stable, decay: the share of the peak learning rate for 0-based `step` of `steps`."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+def lr_factor(step: int, steps: int, config: TrainConfig, warm_from: int = 0) -> float:
+    """Warm-up, stable, decay: the share of the peak learning rate for 0-based `step` of `steps`.
+
+    `warm_from`: where a run whose rate had decayed was given more steps; it warms up anew from there.
+    """
+    warm = (step - warm_from + 1) / config.warmup_steps if step - warm_from < config.warmup_steps else 1.0
     decay_steps = round(steps * config.decay_fraction)
     left = steps - step
-    if left > decay_steps:
-        return 1.0
-    return config.final_lr_ratio + (1 - config.final_lr_ratio) * left / (decay_steps + 1)
+    if left > decay_steps or (warm < 1 and not warm_from):
+        return warm
+    return min(warm, config.final_lr_ratio + (1 - config.final_lr_ratio) * left / (decay_steps + 1))
 
 
 def mtp_weight(step: int, steps: int, config: TrainConfig) -> float:

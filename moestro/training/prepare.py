@@ -8,35 +8,44 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from moestro import machine
 from moestro.checkpoints.files import ModelFiles, fill_model, read_json
 from moestro.checks import refuse_futile
 from moestro.config import SETTINGS, Config, DataConfig, build_config
-from moestro.data.batches import Batch, Packer, evaluation_batches
-from moestro.data.corpus import iterate_documents
+from moestro.data.batches import Batch, Packer, PackState, evaluation_batches
+from moestro.data.corpus import fingerprint_files, iterate_documents
 from moestro.data.documents import Document
 from moestro.data.shards import ShardSet, open_shards, prepare
 from moestro.data.tokenizer import Tokenizer
 from moestro.data.tokenizer_files import find_file
 from moestro.engine.language_model import find_model_directory
-from moestro.errors import ConfigError
+from moestro.errors import ConfigError, DataError
 from moestro.model.transformer import Transformer, init_weights
+from moestro.ops import library
 from moestro.parallel.world import ONE, World
+from moestro.sizes import format_bytes
 from moestro.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from moestro.training.memory import training_memory
 from moestro.training.metrics import write_atomic
-from moestro.training.optim import Optimizers
+from moestro.training.optim import Optimizers, lr_factor
+from moestro.training.ownership import LOCK
 from moestro.training.precision import precision_from, resolve_precision
+from moestro.training.run_info import read_run_info
 
+LARGE = 10**9  # bytes: beyond them, memory is told of
 TOKENIZER_SAMPLE = 20_000  # documents per domain to train a tokenizer on
 # a resumed run must not change these
 FIXED_TRAIN_KEYS = (
     "start_from", "seed", "seq_len", "batch_size", "accumulate", "optimizer", "moments", "precision", "mask_documents",
 )  # fmt: skip
+MOST_NAMED = 5  # settings that an error lists
 Log = Callable[[str], None]
 
 
@@ -53,6 +62,7 @@ class Session:
     optimizers: Optimizers
     state: TrainState
     world: World = ONE
+    resumed: bool = False
 
     def validation(self, max_tokens: int | None) -> dict[str, Callable[[], Iterator[Batch]]]:
         """Per domain with held-out documents: a function that starts its evaluation batches."""
@@ -86,6 +96,10 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
         length, longest = config.train.seq_len, config.model.max_seq_len
         if length > longest:
             raise ConfigError(f"train.seq_len={length} exceeds model.max_seq_len={longest}")
+        if world.size == 1:
+            check_memory(config, log)
+        if not library.is_available():
+            log("The native kernels cannot run here, so that plain torch computes, slower (moestro doctor).")
         precision = resolve_precision(config)
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     if config.train.batch_size % world.size:
@@ -113,12 +127,42 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
     checkpoint = latest_checkpoint(run, log)
     if checkpoint is not None:
         state = replan(load_checkpoint(checkpoint, model, optimizers), config, then)
+        if PackState.from_json(state.pack).key != packer.key:
+            raise DataError(f"the text or tokenizer in {run}/data is not what the run was trained on: put it back")
         log(f"Resuming after step {state.step} from {checkpoint}")
     elif config.train.start_from:
         files = ModelFiles(find_model_directory(Path(config.train.start_from)))
         fill_model(model, files)
         log(f"Starting from the weights of {files.directory}")
-    return Session(config, run, tokenizer, shards, packer, model, optimizers, state, world)
+    elif then is not None:
+        log(f"{run} has no checkpoint yet: starting from step 0")
+    if then is not None:
+        announce_changed_files(config.data.source, run, log)
+    return Session(config, run, tokenizer, shards, packer, model, optimizers, state, world, resumed=then is not None)
+
+
+def announce_changed_files(source: str, run: Path, log: Log) -> None:
+    """Say so if the files behind the run's text are no longer those that it read."""
+    then = (read_run_info(run).get("data") or {}).get("files")
+    if then is not None and fingerprint_files(source) != then:
+        log(
+            f"The files of {source} have changed since the run began. It goes on with the text that it read then; "
+            "a new run reads the new text."
+        )
+
+
+def check_memory(config: Config, log: Log) -> None:
+    """Say what training takes if it is much. MemoryShortageError if it cannot fit, before anything is computed."""
+    memory, usable = training_memory(config), machine.usable_bytes()
+    if memory.total > usable:
+        parts = f"{format_bytes(memory.total - memory.activations)} and {format_bytes(memory.activations)}"
+        raise machine.MemoryShortageError(
+            f"training takes at least {format_bytes(memory.total)} of memory ({parts} of activations), and "
+            f"{format_bytes(usable)} are free",
+            hint="choose a smaller model, or lower train.batch_size and train.seq_len or set train.recompute=true",
+        )
+    if memory.total >= LARGE:
+        log(f"Training takes {format_bytes(memory.total)} of memory and more; {format_bytes(usable)} are free.")
 
 
 def build_model(config: Config) -> tuple[Transformer, Optimizers]:
@@ -134,10 +178,18 @@ def build_model(config: Config) -> tuple[Transformer, Optimizers]:
 
 
 def replan(state: TrainState, config: Config, then: Config | None) -> TrainState:
-    """The state with the steps that `config` asks for; steps planned from `train.minutes` stay."""
+    """The state with the steps that `config` asks for; steps planned from `train.minutes` stay.
+
+    If the learning rate had begun to decay towards an earlier end, it warms up anew.
+    """
     if then is not None and config.train.minutes == then.train.minutes > 0 and config.train.steps == then.train.steps:
         return state
-    return replace(state, total_steps=max(config.train.steps, state.step))
+    total = max(config.train.steps, state.step)
+    before = lr_factor(max(state.step - 1, state.warm_from), state.total_steps, config.train, state.warm_from)
+    warmed_up = state.step - state.warm_from > config.train.warmup_steps
+    if total > state.total_steps and warmed_up and before < 1:
+        return replace(state, total_steps=total, warm_from=state.step)
+    return replace(state, total_steps=total)
 
 
 def check_same_run(config: Config, saved: Config, run: Path) -> Config:
@@ -145,15 +197,31 @@ def check_same_run(config: Config, saved: Config, run: Path) -> Config:
     if config.train.precision == "auto":
         train = config.train.model_copy(update={"precision": saved.train.precision})
         config = config.model_copy(update={"train": train})
-    pairs = {name: (getattr(config, name), getattr(saved, name)) for name in ("model", "data", "fp8")}
-    pairs |= {f"train.{k}": (getattr(config.train, k), getattr(saved.train, k)) for k in FIXED_TRAIN_KEYS}
-    different = [name for name, (now, then) in pairs.items() if now != then]
+    now, then = (fixed_settings(either) for either in (config, saved))
+    different = [name for name in dict.fromkeys((*then, *now)) if now.get(name) != then.get(name)]
     if different:
+        names = ", ".join(different[:MOST_NAMED]) + (", …" if len(different) > MOST_NAMED else "")
+        values = f" ({then.get(different[0])!r}, not {now.get(different[0])!r})" if len(different) == 1 else ""
         raise ConfigError(
-            f"{run} was started with another {', '.join(different)}",
+            f"{run} was started with another {names}{values}",
             hint="resume with the same, or choose another --out",
         )
     return config
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run must not change, by their full names."""
+    tree = config.model_dump(mode="json")
+    fixed = {key: tree["train"][key] for key in FIXED_TRAIN_KEYS}
+    return dict(_flatten({name: tree[name] for name in ("model", "data", "fp8")} | {"train": fixed}))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def save_config(config: Config, run: Path) -> None:
@@ -163,7 +231,7 @@ def save_config(config: Config, run: Path) -> None:
 
 
 def _refuse_foreign_directory(run: Path) -> None:
-    if run.is_file() or (run.is_dir() and any(entry.name != "data" for entry in run.iterdir())):
+    if run.is_dir() and any(entry.name not in ("data", LOCK) for entry in run.iterdir()):
         raise ConfigError(f"{run} exists and is not a run", hint="choose another --out")
 
 

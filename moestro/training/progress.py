@@ -7,20 +7,25 @@ Loads are those of the latest step, not smoothed, so some flicker is real.
 Everything goes to standard error; standard output stays free for results. The panel is drawn when a step
 arrives, at most four times a second and without a thread of its own, so it never takes a core from the
 training. Lines are ASCII, without carriage returns, and come at most every `LINE_SECONDS`. NO_COLOR is respected.
+A terminal that has closed, or a reader that is gone, ends the display and not the training.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from moestro.terminal import printable_lines
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -43,7 +48,7 @@ OTHER_LINES = 12  # besides figures and load rows: frame, bar, headings, validat
 
 # (key of the record, label in the panel, label in a line, format), in reading order. "bias" joins two keys.
 FIELDS = (
-    ("loss", "loss", "loss", "{:.4f}"),
+    ("loss_main", "loss", "loss", "{:.4f}"),
     ("bits_per_byte", "bits/byte", "bits/byte", "{:.3f}"),
     ("max_over_mean", "load max/mean", "load", "{:.2f}"),
     ("max_vio", "MaxVio", "MaxVio", "{:.2f}"),
@@ -57,6 +62,13 @@ FIELDS = (
     ("lr", "learning rate", "lr", "{:.1e}"),
     ("skipped", "skipped steps", "skipped", "{:.0f}"),
 )
+# what the figures mean, by key of the record; shown once, or below the panel's figures
+MEANINGS = {
+    "loss_main": "loss: nats per token of this step's text, next token only; lower is better",
+    "max_vio": "MaxVio: how far the busiest expert lies above its layer's mean load; 0 is even, 1 is twice the mean",
+    "bias": "bias: the range of what the bias rule adds to experts' scores to even out their loads",
+    "mtp_agreement": "agree: how often MTP's guess, one token ahead, is the main model's own first choice",
+}
 LABEL_WIDTH = max(len(label) for _, label, _, _ in FIELDS)
 ROUTING_KEYS = frozenset({"max_over_mean", "max_vio", "dead_experts", "bias_min", "bias_max"})
 ALARMING = {"dead_experts": "red", "skipped": "yellow"}
@@ -88,6 +100,7 @@ class Progress:
         self._evaluations: list[Record] = []
         self._arrivals: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW)
         self._shown_at = -math.inf
+        self._explained = False
 
     def __enter__(self) -> Self:
         if self._quiet:
@@ -98,7 +111,7 @@ class Progress:
 
             self._console = console
             self._live = Live(self._panel(console), console=console, auto_refresh=False)
-            self._live.start()
+            self._try(self._live.start)
         return self
 
     def __exit__(
@@ -107,8 +120,16 @@ class Progress:
         """Leave the last state on the terminal, whatever ended the run."""
         if self._live is not None:
             self._draw(force=True)
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
             self._live = None
+
+    def _try(self, show: Callable[[], None]) -> None:
+        """Show something; nothing more once the terminal is gone."""
+        try:
+            show()
+        except OSError:
+            self._quiet = True
 
     def set_total(self, total_steps: int) -> None:
         """Change the length of the run, as `train.minutes` does once the speed is known."""
@@ -118,8 +139,9 @@ class Progress:
         """Show one line of text above the panel."""
         if self._quiet:
             return
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
+        live = self._live
+        if live is not None:
+            self._try(lambda: live.console.print(text, markup=False, highlight=False))
         else:
             self._print(text)
 
@@ -130,19 +152,23 @@ class Progress:
         now = time.monotonic()
         self._record = record = record if self._layers else _without_routing(record)
         self._loads = None if loads is None else np.asarray(loads, np.float64)
-        self._losses.append(float(record["loss"]))
+        self._losses.append(float(record["loss_main"]))
         self._arrivals.append((int(record["step"]), now))
         if self._live is not None:
             self._draw(force=record["step"] >= self._total)
         elif now - self._shown_at >= LINE_SECONDS or record["step"] >= self._total:
             self._shown_at = now
+            if not self._explained:
+                self._explained = True
+                self._print("\n".join(explain(record)))
             self._print(format_step(record, self._total, self.seconds_left()))
 
     def evaluation(self, record: Record) -> None:
         """Show one validation: `step`, `bits_per_byte`, and `domains` of `{name: {"bits_per_byte": …}}`."""
         if self._quiet:
             return
-        self._evaluations = [*self._evaluations[-1:], record]
+        last = [] if record.get("final") else self._evaluations[-1:]  # on other text: no change to show
+        self._evaluations = [*last, record]
         if self._live is not None:
             self._draw(force=True)
         else:
@@ -156,15 +182,15 @@ class Progress:
         return max(0, self._total - last) * (end - start) / max(1, last - first)
 
     def _print(self, text: str) -> None:
-        stream: TextIO | Any = self._console.file if self._console is not None else sys.stderr
-        print(text, file=stream, flush=True)
+        say(text, self._console.file if self._console is not None else sys.stderr)
 
     def _draw(self, force: bool = False) -> None:
         now = time.monotonic()
         if self._live is None or (not force and now - self._shown_at < FRAME_SECONDS):
             return
         self._shown_at = now
-        self._live.update(self._panel(self._live.console), refresh=True)
+        live = self._live
+        self._try(lambda: live.update(self._panel(live.console), refresh=True))
 
     def _panel(self, console: Console) -> Panel:
         from rich import box
@@ -198,6 +224,9 @@ class Progress:
             parts += [Text(), *draw_loads(self._loads, self._layers, width, rows)]
         if self._evaluations:
             parts += [Text(), *draw_evaluation(self._evaluations, width)]
+        notes = explain(self._record)
+        if len(self._layers) + figures.row_count + OTHER_LINES + len(notes) <= height:
+            parts += [Text(), *(Text(note, "bright_black", no_wrap=True, overflow="ellipsis") for note in notes)]
         return Group(*parts)
 
     def _bar(self, width: int) -> Table:
@@ -228,7 +257,7 @@ class Progress:
         for key, label, _, value in _figures(self._record):
             style = ALARMING.get(key, "") if self._record.get(key) else ""
             cell = Text.assemble((f"{label:<{LABEL_WIDTH}}  ", "bright_black"), (value, style or "bold"))
-            if key == "loss":
+            if key == "loss_main":
                 cell.append("  " + draw_sparkline(self._losses, SPARK_WIDTH), "cyan")
             cells.append(cell)
         columns = 2 if width >= TWO_COLUMNS else 1
@@ -269,8 +298,10 @@ def draw_evaluation(evaluations: Sequence[Record], width: int) -> list[Text]:
     from rich.text import Text
 
     record = evaluations[-1]
-    head = Text.assemble(("validation ", "bright_black"), (f"{record['bits_per_byte']:.3f}", "bold"))
-    head.append(f" bits/byte at step {record['step']}", "bright_black")
+    name = "final evaluation " if record.get("final") else "validation "
+    head = Text.assemble((name, "bright_black"), (f"{record['bits_per_byte']:.3f}", "bold"))
+    text = ", on all held-out text" if record.get("final") else ""
+    head.append(f" bits/byte at step {record['step']}{text}", "bright_black")
     if len(evaluations) > 1:
         change = record["bits_per_byte"] - evaluations[-2]["bits_per_byte"]
         head.append(f"  {change:+.3f}", "green" if change < 0 else "yellow")
@@ -304,8 +335,23 @@ def format_step(record: Record, total: int, seconds_left: float | None) -> str:
 
 def format_evaluation(record: Record) -> str:
     """One plain line of a validation."""
-    head = f"eval step {record['step']}  bits/byte {record['bits_per_byte']:.3f}"
+    name = "final eval, all held-out text," if record.get("final") else "eval"
+    head = f"{name} step {record['step']}  bits/byte {record['bits_per_byte']:.3f}"
     return "  ".join([head, *(f"{name} {value:.3f}" for name, value in _domain_bits(record))])
+
+
+def explain(record: Record) -> list[str]:
+    """What the figures of this record mean, a line each."""
+    shown = {key for key, *_ in _figures(record)}
+    return [meaning for key, meaning in MEANINGS.items() if key in shown]
+
+
+def say(text: str, stream: TextIO | Any = None) -> None:
+    """Print a line on standard error, or on `stream`; a closed one or a reader that is gone does not matter."""
+    target = sys.stderr if stream is None else stream
+    if target is not None:
+        with suppress(OSError, ValueError):  # ValueError: closed within this process
+            print(printable_lines(text), file=target, flush=True)
 
 
 def format_duration(seconds: float) -> str:
@@ -348,8 +394,17 @@ def _block(ratio: float) -> tuple[str, str]:
 
 def _terminal() -> Console | None:
     """A console on standard error if that is a terminal that can show blocks."""
-    if not sys.stderr.isatty() or "utf" not in (sys.stderr.encoding or "").lower():
+    if sys.stderr is None or not sys.stderr.isatty() or "utf" not in (sys.stderr.encoding or "").lower():
         return None
+    return make_console(stderr=True)
+
+
+def make_console(**options: Any) -> Console:
+    """A console that passes on a broken pipe; rich's own ends the process."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, "the reader is gone")
+
+    return Terminal(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,15 +14,19 @@ from pathlib import Path
 
 import pytest
 from command_line import Call
+from rich.console import Console
+from rich.table import Table
 
-from moestro.cli.compare import difference_text, spread, target_text
+from moestro.cli.compare import balance_table, difference_text, results_table, spread, target_text
 from moestro.compare.results import (
     CellSummary,
     Difference,
     Estimate,
+    Summary,
     read_results,
 )
 from moestro.training.metrics import read_metrics
+from moestro.training.ownership import own_directory
 
 SMALL = (
     *("model.vocab_size=300", "model.hidden_dim=32", "model.num_layers=2", "model.dense_dim=64", "train.threads=1"),
@@ -106,6 +111,46 @@ def test_a_dry_run_shows_cells_and_writes_nothing(compare: Call, small: list[str
     assert [cell["label"] for cell in tree["cells"]] == ["dense", "[b]"] and tree["cells"][0]["flops_ratio"] == 1.0
     assert tree["cells"][1]["num_experts"] == 8 and tree["cells"][1]["steps"] == 8
     assert "warning" in stderr and "[b]" in stderr and "dense costs" not in stderr
+    assert tree["estimated_seconds"] > 0 and "2 runs: about" in stdout and "a measured step of each cell" in stdout
+
+
+def test_a_dry_run_adds_up_a_budget_of_time(compare: Call, small: list[str], tmp_path: Path) -> None:
+    arguments = ("--routers", "dense,switch", "--budget", "10m", "--out", tmp_path / "out", "--dry-run")
+    _, stdout, _ = compare(*arguments, *small, "--json")
+    assert "2 runs: about 20:00 of training by the budget" in stdout
+    assert json.loads(stdout.strip().splitlines()[-1])["estimated_seconds"] == 1200
+
+
+def test_a_second_comparison_in_one_folder_is_told_of_the_first(
+    compare: Call, small: list[str], tmp_path: Path
+) -> None:
+    with own_directory(tmp_path / "out", lambda directory: True):
+        code, _, stderr = compare("--routers", "dense", "--budget", "1ktok", "--out", tmp_path / "out", *small)
+    assert code == 2 and f"is being written by process {os.getpid()} since" in stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"writer.lock"}
+
+
+def test_tables_fit_eighty_columns() -> None:
+    one = Estimate(2.06412, 0.0123, 3)
+    figures = {
+        "bits_per_byte": one, "max_vio_batch": one, "max_vio_global": one, "entropy": one, "dead_experts": one,
+        "dropped": one, "tokens_per_second": Estimate(14_500.0, 300.0, 3),
+    }  # fmt: skip
+    cells = tuple(
+        CellSummary(label, {}, 3, 0, figures, {}, Difference(-0.1, -0.15, -0.05, 3), {"seconds": Estimate(7e3, 5.0, 2)})
+        for label in ("deepseek-moe", "no-shared-v3")
+    )
+    summary = Summary("deepseek-moe", 2.064, cells)
+    for table in (results_table(summary), balance_table(summary)):
+        lines = draw(table)
+        assert max(map(len, lines)) <= 80 and any("no-shared-v3" in line for line in lines)
+
+
+def draw(table: Table) -> list[str]:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -129,4 +174,4 @@ def test_texts_of_the_table() -> None:
     assert spread(Estimate(1.23456, 0.01, 3)) == "1.2346 ± 0.0100" and spread(Estimate(1.0, None, 1)) == "1.0000"
     targets = {"seconds": Estimate(1234.5, None, 1)}
     cell = CellSummary("a", {}, 3, 0, {}, {}, Difference(-0.1, -0.15, -0.05, 3), targets)
-    assert difference_text(cell) == "-0.1000 (-0.1500 … -0.0500)" and target_text(cell) == "1,234 (1 of 3)"
+    assert difference_text(cell) == "-0.1000 ± 0.0500" and target_text(cell) == "1,234 (1 of 3)"

@@ -78,6 +78,16 @@ def run_plan(plan: Plan) -> list[Record]:
     return reported
 
 
+def test_the_time_left_follows_from_runs_that_finished(plan_of: MakePlan, started: Callable[[], list[str]]) -> None:
+    runner = Runner(plan_of("dense,switch,glam", seeds=3, jobs=1), lambda record: None)
+    assert runner.seconds_left() is None
+    runner.queue.extend((cell, seed) for cell in runner.plan.cells for seed in (1, 2))
+    runner.wall = {"dense": [10.0, 14.0], "switch": [20.0]}
+    assert runner.seconds_left() == pytest.approx(2 * 12 + 2 * 20 + 2 * 16)  # glam: the mean of the others
+    runner.plan = replace(runner.plan, jobs=2)
+    assert runner.seconds_left() == pytest.approx((2 * 12 + 2 * 20 + 2 * 16) / 2)
+
+
 def test_configurations_follow_from_the_plan(plan_of: MakePlan) -> None:
     plan = plan_of("switch,deepseek-v3:mtp_depth=1", "train.eval_every=3", "train.lr=0.5")
     configs = [plan.config(cell, seed) for cell, seed in plan.runs()]

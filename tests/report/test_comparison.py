@@ -190,7 +190,7 @@ def test_nothing_finished_says_so_and_lists_what_failed(tmp_path: Path) -> None:
     assert "No run has finished yet" in page.words("") and "0 of 2" in page.words("")
     assert "a 0 failed out of memory b 0 waiting –" in page.words("unfinished")
     assert not {"seeds", "curves", "domains"} & page.sections.keys()
-    assert page.data == {"curves": {}, "dots": {}}
+    assert page.data == {"curves": {}, "dots": {}, "files": {}}
 
 
 def test_cells_without_a_finished_seed_are_kept_in_the_tables(tmp_path: Path) -> None:

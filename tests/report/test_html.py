@@ -54,7 +54,7 @@ def test_the_file_needs_no_network_and_its_policy_matches(demo_run: Path, tmp_pa
 
 def test_own_scripts_never_build_markup_from_text() -> None:
     scripts = own_scripts()
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     for script in scripts.values():
         script = script.replace("http://www.w3.org/2000/svg", "")  # a name, which nothing is fetched from
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|fetch\(|http", script)
@@ -94,7 +94,7 @@ def test_a_run_just_started_says_so(tmp_path: Path) -> None:
     assert page.text.count("No training step has been logged yet") == 5
     assert "No evaluation has recorded loads by domain yet" in page.text
     assert "No sample has been generated yet" in page.text
-    assert page.data == {"charts": {}}
+    assert page.data == {"charts": {}, "files": {}}
 
 
 def test_a_dense_run_without_evaluation_says_so(tmp_path: Path) -> None:

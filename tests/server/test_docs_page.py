@@ -38,8 +38,8 @@ def test_the_page_names_every_route_and_field_and_loads_nothing_from_elsewhere(l
     assert "<code>user</code>" in text and "<code>functions</code>" in text
     loads = Loads()
     loads.feed(reply.text)
-    assert loads.fetched == ["/web/docs.css"] and "script" not in loads.tags
-    assert httpx.get(live.url + "/web/docs.css").status_code == 200
+    assert loads.fetched == ["/docs.css"] and "script" not in loads.tags
+    assert httpx.get(live.url + "/docs.css").status_code == 200
     assert not re.search(r"\son\w+=|style=", reply.text)
 
 

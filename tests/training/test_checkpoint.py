@@ -100,7 +100,7 @@ def test_a_checkpoint_is_on_disk_by_name_before_old_ones_go(
     synced: list[tuple[Path, list[int]]] = []
     monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append((path, steps(tmp_path))))
     save(2, keep=1)
-    assert synced == [(tmp_path / "checkpoints", [1, 2])] and steps(tmp_path) == [2]
+    assert synced == [(tmp_path / "checkpoints", [1, 2]), (tmp_path, [1, 2])] and steps(tmp_path) == [2]
 
 
 def test_no_checkpoints_is_no_error(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_transformers_loads_a_checkpoint_with_equal_logits(tiny_run: Path) -> No
 
 def test_nothing_is_pickled(tiny_run: Path) -> None:
     suffixes = {path.suffix for path in tiny_run.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ".bin", ".npy", ".html", ".tokens", ".offsets"}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".bin", ".npy", ".html", ".tokens", ".offsets", ".lock"}
     assert [path.name for path in tiny_run.rglob("*.bin")] == ["routing.bin"]  # a raw array
     assert not any(path.read_bytes()[:1] == b"\x80" and path.suffix != ".tokens" for path in tiny_run.rglob("*.json"))
 

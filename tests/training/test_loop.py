@@ -73,7 +73,7 @@ def test_a_run_learns_and_is_logged(tiny_run: Path) -> None:
     assert json.loads((tiny_run / "run.json").read_text())["finished"] is True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     make_config: Make, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -275,9 +275,9 @@ def test_a_signal_during_an_evaluation_saves_the_step(
     run = tmp_path / "run"
     original = loop.Loop.evaluate
 
-    def interrupted(self: loop.Loop, max_tokens: int | None) -> None:
+    def interrupted(self: loop.Loop) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        original(self, max_tokens)
+        original(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "evaluate", interrupted)

@@ -24,7 +24,7 @@ RECORD: dict[str, Any] = {
     **{"memory_gib": 1.93, "skipped": 1, "max_over_mean": 1.62},
 }
 SHOWN = (
-    "3.2500",
+    "3.2000",
     "1.532",
     "1.62",
     "0.62",
@@ -69,7 +69,7 @@ def last_panel(console: Console) -> str:
     return plain[plain.rindex("╭") :]
 
 
-def run_once(console: Console, record: dict[str, Any], loads: Any = None, names: tuple[str, ...] = ()) -> None:
+def run_once(console: Console | None, record: dict[str, Any], loads: Any = None, names: tuple[str, ...] = ()) -> None:
     with Progress(10, names, console=console) as shown:
         shown.step(record, loads)
         shown.evaluation(EVALUATION)
@@ -88,7 +88,8 @@ def test_stream_shows_every_figure_in_plain_ascii_lines(clock: list[float]) -> N
     run_once(console, RECORD, np.full((1, 4), 8), ("mtp.0",))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    step, evaluation = text.splitlines()
+    *meanings, step, evaluation = text.splitlines()
+    assert [line.split(":")[0] for line in meanings] == ["loss", "MaxVio", "bias", "agree"]
     for value in (*SHOWN, "step 3/10", "dead 2", "skipped 1"):
         assert value in step
     assert evaluation == "eval step 3  bits/byte 1.700  english 1.900  python 1.500"
@@ -104,7 +105,9 @@ def test_lines_are_spaced_in_time_but_the_last_step_always_shows(clock: list[flo
             clock[0] += progress.LINE_SECONDS / 4
             shown.step(RECORD | {"step": step})
     assert isinstance(console.file, io.StringIO)
-    steps = [int(line.split()[1].split("/")[0]) for line in console.file.getvalue().splitlines()]
+    steps = [
+        int(line.split()[1].split("/")[0]) for line in console.file.getvalue().splitlines() if line.startswith("step")
+    ]
     assert steps == [1, 5, 9, 13, 17, 20]
 
 
@@ -171,6 +174,45 @@ def test_a_dense_model_without_mtp_shows_neither() -> None:
         assert text not in last_panel(console)
 
 
+def test_the_final_evaluation_is_named_apart_and_shows_no_change_to_one_on_other_text(clock: list[float]) -> None:
+    console, lines = terminal(), Console(file=io.StringIO())
+    for target in (console, lines):
+        with Progress(10, console=target) as shown:
+            shown.step(RECORD)
+            for bits, final in ((1.7, False), (1.5, False), (1.9, True)):
+                shown.evaluation(EVALUATION | {"bits_per_byte": bits, "final": final})
+    assert "final evaluation 1.900 bits/byte at step 3, on all held-out text" in last_panel(console)
+    assert "+0.400" not in last_panel(console) and "-0.200" in lines_of(console)
+    assert isinstance(lines.file, io.StringIO)
+    assert "final eval, all held-out text, step 3  bits/byte 1.900" in lines.file.getvalue()
+
+
+def lines_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_output_that_fails_ends_the_display_only(error: OSError, is_terminal: bool) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    console = progress.make_console(
+        file=Broken(), force_terminal=is_terminal, _environ={"TERM": "xterm"}, width=80, height=40
+    )
+    with Progress(10, console=console) as shown:
+        shown.message("hello")
+        shown.step(RECORD)
+        shown.evaluation(EVALUATION)
+
+
+def test_a_closed_standard_error_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    run_once(None, RECORD)
+
+
 def test_sparkline_spans_least_to_largest_and_skips_what_is_not_finite() -> None:
     assert progress.draw_sparkline([0, 1, float("nan"), 2, 3, 4, 5, 6, float("inf"), 7], 8) == "▁▂▃▄▅▆▇█"
     assert progress.draw_sparkline([5.0, 5.0], 8) == "▁▁"
@@ -180,7 +222,7 @@ def test_sparkline_spans_least_to_largest_and_skips_what_is_not_finite() -> None
 
 def test_a_loss_that_is_not_finite_is_shown_as_it_is() -> None:
     console = terminal()
-    run_once(console, RECORD | {"loss": float("nan")})
+    run_once(console, RECORD | {"loss_main": float("nan")})
     assert "nan" in last_panel(console)
 
 
@@ -234,9 +276,9 @@ def test_lines_go_to_standard_error_even_when_colour_is_forced() -> None:
     code = (
         "from moestro.training.progress import Progress\n"
         "with Progress(1) as shown:\n"
-        "    shown.step({'step': 1, 'loss': 2.0})\n"
+        "    shown.step({'step': 1, 'loss_main': 2.0})\n"
     )
     environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert run.stdout == ""
-    assert run.stderr == "step 1/1  loss 2.0000\n"
+    assert run.stderr.splitlines()[-1] == "step 1/1  loss 2.0000"

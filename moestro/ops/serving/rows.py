@@ -65,7 +65,7 @@ def route(logits: Tensor, selection: Selection, ids: Tensor | None = None) -> tu
     `ids` [N, A] are experts already known: only their weights are computed. Rows of −1 are still to be chosen.
     """
     n, num_experts = logits.shape
-    if not library.serves(logits) or logits.dtype != torch.float32:
+    if not library.serves(logits) or logits.dtype != torch.float32 or selection.score not in SCORES:
         return reference.route(logits, selection, ids)
     logits = logits.contiguous()
     given = ids is not None

@@ -27,7 +27,7 @@ const cellDash = (index) => [undefined, [7, 4], [2, 3]][index ? Math.floor((inde
 
 function lineColor(line) {
   if (line.role === "cell") return cellColor(line.color);
-  if (line.role === "total") return color("ink");
+  if (line.role === "total" || line.role === "final") return color("ink");
   if (line.role === "train") return color("faint");
   return color(`line-${line.color % 8}`);
 }
@@ -54,10 +54,10 @@ function seriesOf(lines, columns) {
     series.push({
       label: line.label,
       stroke,
-      width: { total: 2.5, cell: 2, domain: 1.75, train: 1.25, plain: 1.75 }[line.role],
+      width: { total: 2.5, final: 0, cell: 2, domain: 1.75, train: 1.25, plain: 1.75 }[line.role],
       dash,
       spanGaps: true,
-      points: { show: marked, size: 5, fill: stroke },
+      points: { show: marked, size: line.role === "final" ? 11 : 5, width: line.role === "final" ? 2.5 : 1, fill: line.role === "final" ? () => color("paper") : stroke },
     });
     if (!columns[index].low) return;
     series.push({ width: 0, points: { show: false } }, { width: 0, points: { show: false } });
@@ -66,17 +66,18 @@ function seriesOf(lines, columns) {
   return { series, bands };
 }
 
-function axes(format) {
+function axes(format, x, y) {
   const base = {
     stroke: () => color("muted"),
     font: "11px system-ui, sans-serif",
     grid: { stroke: () => color("rule"), width: 1 },
     ticks: { show: false },
   };
+  const title = { labelFont: "11px system-ui, sans-serif", labelSize: 18, labelGap: 2 };
   const size = (plot, values) => 14 + Math.max(2, ...(values || []).map((text) => text.length)) * 6.5;
   return [
-    { ...base, grid: { show: false }, values: (plot, ticks) => ticks.map(compact), space: 70, size: 28 },
-    { ...base, values: (plot, ticks) => ticks.map(format), size, space: 36 },
+    { ...base, ...title, label: x, grid: { show: false }, values: (plot, ticks) => ticks.map(compact), space: 70, size: 28 },
+    { ...base, ...title, label: y, values: (plot, ticks) => ticks.map(format), size, space: 36 },
   ];
 }
 
@@ -131,7 +132,7 @@ function drawChart(box, chart) {
     const own = alone ? values[0].value.textContent : "";
     position.textContent = [own, on ? `at ${compact(data[0][at])} tokens` : ""].filter(Boolean).join(" ");
   };
-  const height = box.classList.contains("large") ? 300 : 180;
+  const height = box.classList.contains("large") ? 320 : 210;
   const plot = new uPlot({
     width: Math.max(200, plane.clientWidth),
     height,
@@ -139,7 +140,7 @@ function drawChart(box, chart) {
     legend: { show: false },
     cursor: { sync: { key: "tokens", setSeries: false }, drag: { x: true, y: false }, points: { size: 7 }, y: false },
     scales: { x: { time: false }, y: { range: (plot, low, high) => rangeOf(low, high) } },
-    axes: axes(format),
+    axes: axes(format, chart.x || "tokens trained", chart.unit),
     series,
     bands,
     hooks: { setCursor: [(plot) => locate(plot.cursor.idx)] },

@@ -65,7 +65,7 @@ function drawCurves(box, charts) {
         x: { time: false, range: (own, low, high) => (low <= first && high >= end ? [start, end] : [low, high]) },
         y: { range: () => limits },
       },
-      axes: axes(compact),
+      axes: axes(compact, chart.unit, "bits per byte"),
       ...seriesOf(chart.lines, columns),
       hooks: { setCursor: [(own) => locate(own.cursor.idx)] },
     }, table, plane);
@@ -84,6 +84,7 @@ function drawCurves(box, charts) {
     button.addEventListener("pointerleave", () => plot.setSeries(null, { focus: false }));
   });
   box.querySelectorAll("input").forEach((input) => input.addEventListener("change", draw));
+  addDownloads(box, data.files, () => `curves-${chosen("axis")}`);
   const size = draw();
   redraws.push(() => plot.redraw(false, true));
   new ResizeObserver(() => {
@@ -148,7 +149,7 @@ class DotPlot {
     const widest = Math.max(...rows.map((row) => measure.measureText(row.label).width));
     const left = narrow ? 8 : Math.min(Math.ceil(widest) + 18, Math.round(width * 0.34));
     const [right, pitch] = [62, narrow ? 50 : 30];
-    const height = pitch * rows.length + 26;
+    const height = pitch * rows.length + 44;
     const plot = shape("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": this.figure.title });
     const place = (value) => left + ((value - this.low) / (this.high - this.low)) * (width - left - right);
     this.drawAxis(plot, place, height, Math.max(2, Math.floor((width - left - right) / 80)));
@@ -165,13 +166,15 @@ class DotPlot {
   drawAxis(plot, place, height, count) {
     const { ticks, digits } = niceTicks(this.low, this.high, count);
     ticks.forEach((value) => {
-      plot.append(shape("line", { x1: place(value), x2: place(value), y1: 0, y2: height - 22, class: "rule" }));
+      plot.append(shape("line", { x1: place(value), x2: place(value), y1: 0, y2: height - 40, class: "rule" }));
       const text = this.figure.percent ? `${+(value * 100).toFixed(Math.max(0, digits - 2))}%` : value.toFixed(digits);
-      plot.append(shape("text", { x: place(value), y: height - 8, class: "tick", "text-anchor": "middle" }, text));
+      plot.append(shape("text", { x: place(value), y: height - 26, class: "tick", "text-anchor": "middle" }, text));
     });
+    const middle = place((this.low + this.high) / 2);
+    plot.append(shape("text", { x: middle, y: height - 8, class: "tick", "text-anchor": "middle" }, this.figure.unit));
     const first = this.figure.rows.find((row) => row.color === 0);
     if (!first) return;
-    plot.append(shape("line", { x1: place(first.mean), x2: place(first.mean), y1: 0, y2: height - 22, class: "reference" }));
+    plot.append(shape("line", { x1: place(first.mean), x2: place(first.mean), y1: 0, y2: height - 40, class: "reference" }));
   }
 
   drawRow(plot, row, place, top) {
@@ -209,7 +212,10 @@ function paintCell(cell) {
 buildScale();
 redraws.push(buildScale);
 document.querySelectorAll("#figure-curves").forEach((box) => drawCurves(box, data.curves));
-document.querySelectorAll("[data-dots]").forEach((box) => new DotPlot(box, data.dots[box.dataset.dots]));
+document.querySelectorAll("[data-dots]").forEach((box) => {
+  new DotPlot(box, data.dots[box.dataset.dots]);
+  addDownloads(box.parentElement, data.files, () => box.dataset.dots);
+});
 document.querySelectorAll("[data-cell]").forEach((swatch) => paintSwatch(swatch, { role: "cell", color: Number(swatch.dataset.cell) }));
 document.querySelectorAll("[data-shade]").forEach(paintCell);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraws.forEach((redraw) => redraw()));

@@ -107,7 +107,7 @@ class HeatMap {
     const left = Math.min(Math.ceil(widest) + 10, Math.round(width * 0.28));
     const cell = (width - left) / columns.length;
     const row = labels.length > 24 ? 11 : labels.length > 12 ? 17 : Math.max(22, Math.min(30, cell));
-    return { width, left, cell, row, height: row * labels.length + 20 };
+    return { width, left, cell, row, height: row * labels.length + 38 };
   }
 
   draw() {
@@ -146,13 +146,14 @@ class HeatMap {
     context.textAlign = "center";
     if (sorted && cell < 16) {
       context.textAlign = "left";
-      context.fillText("experts, grouped by the domain they prefer", left, height - 8);
+      context.fillText("experts, grouped by the domain they prefer", left, height - 26);
       return;
     }
     const stride = sorted ? 1 : [1, 2, 4, 8, 16, 32, 64, 128].find((step) => step * cell >= 22) || 256;
     columns.forEach((expert, at) => {
-      if (at % stride === 0) context.fillText(String(expert), left + (at + 0.5) * cell, height - 8);
+      if (at % stride === 0) context.fillText(String(expert), left + (at + 0.5) * cell, height - 26);
     });
+    context.fillText("number of the expert", left + (columns.length * cell) / 2, height - 8);
   }
 
   hover(event) {

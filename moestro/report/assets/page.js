@@ -129,7 +129,7 @@ function drawBiases(box, biases) {
     cursor: { sync: { key: "tokens", setSeries: false }, focus: { prox: 24 }, points: { show: false }, drag: { x: true, y: false }, y: false },
     focus: { alpha: 0.25 },
     scales: { x: { time: false } },
-    axes: axes(compact),
+    axes: axes(compact, "tokens trained", "bias added to the score"),
     series: [{}, ...Array.from({ length: experts }, (_, expert) => line(expert))],
     hooks: { setSeries: [(plot, index) => describe(index)] },
   }, table(0), plane);
@@ -148,9 +148,15 @@ function drawBiases(box, biases) {
 
 buildScale();
 redraws.push(buildScale);
-document.querySelectorAll("[data-chart]").forEach((box) => drawChart(box, data.charts[box.dataset.chart]));
+document.querySelectorAll("[data-chart]").forEach((box) => {
+  drawChart(box, data.charts[box.dataset.chart]);
+  addDownloads(box, data.files, () => box.dataset.chart);
+});
 for (const [name, draw] of [["loads", drawLoads], ["domains", drawDomains], ["biases", drawBiases]]) {
-  if (data[name]) draw(document.getElementById(`figure-${name}`), data[name]);
+  if (!data[name]) continue;
+  const box = document.getElementById(`figure-${name}`);
+  draw(box, data[name]);
+  addDownloads(box, data.files, () => name);
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraws.forEach((redraw) => redraw()));
 document.documentElement.classList.add("drawn");
