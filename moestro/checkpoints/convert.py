@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moestro.checkpoints.files import ModelFiles, read_json, slot_shape, write_tensors
+from moestro.checkpoints.files import ModelFiles, slot_shape, write_tensors
 from moestro.checkpoints.hf import Slot, tensor_map
 from moestro.checkpoints.packed import COPIED, copy_files, new_directory
 from moestro.checkpoints.quantized import scheme_to_hf
@@ -60,7 +60,7 @@ def write_converted(source: ModelFiles, folder: Path, to: Precision, scale: Scal
     copy_files(source.directory, folder, [name for name in COPIED if name != "config.json"])
     writer = _Writer(source, to, scale or (source.scheme.scale if source.scheme is not None else "fp32"))
     write_tensors(folder, writer.tensors(), SHARD_BYTES, indexed=to == "fp8")
-    tree = convert_config(read_json(source.directory / "config.json"), to, writer.scale)
+    tree = convert_config(source.tree, to, writer.scale)
     (folder / "config.json").write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return Converted(writer.nbytes, writer.kept, writer.rounded)
 

@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moestro.checkpoints.hf import Slot, duplicate_names, fused_slots, hf_to_config, tensor_map
-from moestro.checkpoints.quantized import read_codes, read_scales, read_scheme
-from moestro.checkpoints.stored import Header, Place, Stored, find_stored, label
+from moestro.checkpoints.families import WITH_TEXT_PART
+from moestro.checkpoints.fit import fit_config
+from moestro.checkpoints.hf import Slot, duplicate_names, fused_slots, tensor_map
+from moestro.checkpoints.hf_config import correct_tree, hf_to_config, read_hf_config
+from moestro.checkpoints.quantized import Scheme, read_codes, read_scales, read_scheme
+from moestro.checkpoints.stored import FLOAT_FORMATS, Header, Place, Stored, find_stored, label
+from moestro.checkpoints.weight_files import HeldFiles, few, find_weights, text_names
+from moestro.checkpoints.weight_files import open_tensors as open_tensors
+from moestro.checkpoints.weight_files import read_json as read_json
 from moestro.config import ModelConfig
-from moestro.errors import CheckpointError
+from moestro.errors import CheckpointError, notice
 from moestro.model.transformer import Transformer
 from moestro.ops.precision import precision_of
 from moestro.ops.serving.codes import CodeFormat, Codes
@@ -36,22 +41,9 @@ REMAP_BYTES = 1 << 26
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what users may choose
 
 
-def read_config(directory: Path) -> ModelConfig:
-    """The ModelConfig of a model directory."""
-    return hf_to_config(read_json(directory / "config.json"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk; CheckpointError if it is missing or damaged."""
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return tree
+def read_config(directory: Path, ignored: Collection[str] = ()) -> ModelConfig:
+    """The ModelConfig of a model directory, without the keys of config.json that are in `ignored`."""
+    return hf_to_config(read_json(directory / "config.json"), ignored)
 
 
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> Transformer:
@@ -104,21 +96,34 @@ class ModelFiles:
     Tensors are views of memory-mapped files. Each file is reopened after `REMAP_BYTES`, which frees what was read.
     `dtype` is what the model is computed in, by default the stored precision (fp32 for fp16, bf16 for codes).
     `scheme` says how weights are quantised, None if all are plain. Codes and scales are checked when they are read.
+    The files stay open, so that a directory that is renamed or deleted can be read to the end. `ignored_keys` of
+    config.json are treated as absent; `tree` is the rest of it, corrected where the files say otherwise. `notices` say
+    what was odd and could be dealt with.
     CheckpointError names every tensor that is missing, unexpected or misshapen.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype | None = None, ignored_keys: Collection[str] = ()) -> None:
         self.directory = directory
-        tree, sources = read_json(directory / "config.json"), tensor_files(directory)
-        config, self.scheme = hf_to_config(tree), read_scheme(tree)
-        self.config = drop_absent_mtp(config, sources, f"model.layers.{config.num_layers}.")
-        self.shapes = parameter_shapes(self.config)
+        whole = read_json(directory / "config.json")
+        read, found = read_hf_config(whole, ignored_keys), find_weights(directory)
+        has_other_parts = whole.get("model_type") in WITH_TEXT_PART
+        self._file_names = text_names(found.headers) if has_other_parts else {}
+        headers = {name: found.headers[own] for name, own in self._file_names.items()} or found.headers
+        self.config, remarks = fit_config(read.model, headers)
+        self.scheme, more = choose_scheme(read.tree, headers)
+        self.notices = [*read.notices, *found.notices, *remarks, *more]
+        self._held = HeldFiles({header.path for header in headers.values()})
         self._files: dict[Path, Any] = {}
         self._bytes_read = 0
-        self._stored = self._account(sources)
+        self._untie(headers)
+        self.tree = correct_tree(read.tree, read.model, self.config)
+        self.shapes = parameter_shapes(self.config)
+        self._stored = self._account(headers)
         embedding = self._all_stored("embed.weight")
         is_wide = any(stored.format in ("fp32", "fp16") for stored in embedding)
         self.dtype = dtype or (torch.float32 if is_wide else torch.bfloat16)
+        for text in self.notices:
+            notice(text)
 
     def parts(self, parameter: str, expert: int | None = None) -> list[Tensor]:
         """The rows of a parameter, or of one expert's share of it, in as many tensors as they are stored in.
@@ -201,18 +206,29 @@ class ModelFiles:
             self._files.clear()
             self._bytes_read = 0
         if path not in self._files:
-            self._files[path] = open_tensors(path)
-        whole: Tensor = self._files[path].get_tensor(name)
+            self._files[path] = self._held.open(path)
+        whole: Tensor = self._files[path].get_tensor(self._file_names.get(name, name))
         tensor = whole if expert is None else whole[expert]
         self._bytes_read += tensor.nbytes
         return tensor
 
-    def _account(self, sources: dict[str, Path]) -> dict[str, dict[int | None, list[Stored]]]:
+    def _untie(self, headers: Mapping[str, Header]) -> None:
+        """Give a model whose config.json ties head and embedding its own head if the files hold another."""
+        head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
+        if not self.config.tie_embeddings or head is None or embedding is None:
+            return
+        places = (("lm_head.weight", head.path), ("model.embed_tokens.weight", embedding.path))
+        one, other = (self._read(place) for place in places)
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            self.config = self.config.model_copy(update={"tie_embeddings": False})
+            self.notices.append("config.json ties head and embedding, but the files hold two matrices: both are used")
+
+    def _account(self, headers: Mapping[str, Header]) -> dict[str, dict[int | None, list[Stored]]]:
         """Parameter -> expert (None: all of them) -> its tensors in row order."""
         slots = tensor_map(self.config) | fused_slots(self.config)
         left = {slot.parameter: self.shapes[slot.parameter].numel() for slot in slots.values()}
         stored: dict[str, dict[int | None, list[Stored]]] = {name: {} for name in self.shapes}
-        unused, headers = set(sources) - set(duplicate_names(self.config)), read_headers(set(sources.values()))
+        unused = set(headers) - set(duplicate_names(self.config))
         for name, slot in slots.items():
             shape = slot_shape(self.shapes[slot.parameter], slot)
             found = find_stored(name, shape, slot.start or 0, headers, self.scheme)
@@ -227,29 +243,22 @@ class ModelFiles:
             }
         )
         lists = [parts for experts in stored.values() for parts in experts.values()]
-        if self.scheme is not None and all(part.scale is None for parts in lists for part in parts):
-            announced = f"config.json announces {self.scheme}, but all tensors hold plain values"
-            raise CheckpointError(f"{self.directory}: {announced}: remove quantization_config if they were converted")
         for parts in lists:
             parts.sort(key=lambda part: part.start)
         return stored
 
 
+def choose_scheme(tree: Mapping[str, Any], headers: Mapping[str, Header]) -> tuple[Scheme | None, list[str]]:
+    """How weights are quantised, and a notice if config.json announces codes where all tensors hold plain values."""
+    if not all(header.dtype in FLOAT_FORMATS for header in headers.values()):
+        return read_scheme(tree), []
+    if not tree.get("quantization_config"):
+        return None, []
+    return None, ["config.json announces quantised weights, but all tensors hold plain values: they are read as such"]
+
+
 def _as_values(rows: Tensor | Codes, dtype: torch.dtype) -> Tensor:
     return rows.values(dtype) if isinstance(rows, Codes) else rows
-
-
-def read_headers(paths: Collection[Path]) -> dict[str, Header]:
-    """What the files say of their tensors, by name."""
-    headers: dict[str, Header] = {}
-    for path in sorted(paths):
-        with open_tensors(path) as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: Header(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        if twice := found.keys() & headers.keys():
-            raise CheckpointError(f"{path} repeats {few(sorted(twice))}")
-        headers |= found
-    return headers
 
 
 def drop_absent_mtp(config: ModelConfig, names: Iterable[str], prefix: str) -> ModelConfig:
@@ -274,45 +283,9 @@ def refuse_misfits(misfits: Mapping[str, Collection[str]]) -> None:
         raise CheckpointError("the weights do not fit config.json; " + "; ".join(parts))
 
 
-def few(names: Sequence[str]) -> str:
-    """The first four names and the number of others."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _slice(parameter: Tensor, slot: Slot) -> Tensor:
     whole = parameter if slot.expert is None else parameter[slot.expert]
     return whole if slot.stop is None else whole[slot.start : slot.stop]
-
-
-def open_tensors(path: Path) -> Any:
-    """A memory-mapped safetensors file; CheckpointError if it is damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error
-
-
-def tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index if there is one; refuses pickled weights by name."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{index} has no weight_map of tensors to files")
-        if any(Path(name).name != name for name in names.values()):
-            raise CheckpointError(f"{index} names files outside its directory")
-        sources = {tensor: directory / name for tensor, name in names.items()}
-        absent = sorted({path.name for path in sources.values() if not path.exists()})
-        if absent:
-            raise CheckpointError(f"{directory} lacks {few(absent)}, which its index names")
-        return sources
-    single = directory / "model.safetensors"
-    if not single.exists():
-        pickled = [path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth")]
-        hint = f" ({pickled[0]} is pickled and is never loaded: convert it to safetensors)" if pickled else ""
-        raise CheckpointError(f"{directory} has no model.safetensors{hint}")
-    with open_tensors(single) as file:
-        return dict.fromkeys(file.keys(), single)
 
 
 def model_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:

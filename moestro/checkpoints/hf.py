@@ -1,68 +1,32 @@
-"""The only place that knows Hugging Face names: config.json and tensor names of `deepseek_v3` and `deepseek_v2`.
+"""Writing config.json, and the tensor names of Hugging Face's `deepseek_v3` and `deepseek_v2`.
 
 A model that Hugging Face's `DeepseekV3ForCausalLM` or `DeepseekV2ForCausalLM` can run is written as such. Any other
 (dense, MHA, capacity …) is written as `model_type: moestro`, with Moestro's own config under the key `moestro` and the
 same tensor names where they exist. MTP modules follow as layers `num_hidden_layers + k`, as DeepSeek ships them.
 
-Accounting is strict: an unused tensor or config key is an error, and so is a parameter that nothing fills.
+Accounting is strict: an unused tensor is an error, and so is a parameter that nothing fills. `hf_config.py` reads
+config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.checkpoints.quantized import read_scheme
-from moestro.config import ModelConfig, build_config
-from moestro.errors import CheckpointError
+from moestro.checkpoints.families import ARCHITECTURES, PLAIN_KEYS
+from moestro.config import ModelConfig
 from moestro.scores import SCORES
 
-# our key -> their key; values are copied unchanged
-PLAIN_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_dense_layers": "first_k_dense_replace",
-    "dense_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "num_heads": "num_attention_heads",
-    "kv_lora_rank": "kv_lora_rank",
-    "nope_dim": "qk_nope_head_dim",
-    "rope_dim": "qk_rope_head_dim",
-    "v_dim": "v_head_dim",
-    "num_experts": "n_routed_experts",
-    "num_shared_experts": "n_shared_experts",
-    "top_k": "num_experts_per_tok",
-    "num_groups": "n_group",
-    "top_k_groups": "topk_group",
-    "expert_dim": "moe_intermediate_size",
-    "mtp_depth": "num_nextn_predict_layers",
-    "tie_embeddings": "tie_word_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
-}
-LARGEST_SIZE = 2**31 - 1
-# keys that must have this value if given: models with any other value are not supported
+# keys that every config.json written here has
 COMMON_KEYS: dict[str, Any] = {
     "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "pretraining_tp": 1,
     "output_router_logits": False,
 }  # fmt: skip
-FIXED_KEYS: dict[str, dict[str, Any]] = {
+WRITTEN_KEYS: dict[str, dict[str, Any]] = {
     "deepseek_v3": COMMON_KEYS | {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "deepseek_v2": COMMON_KEYS | {"scoring_func": "softmax", "mlp_bias": False, "norm_topk_prob": False},
 }
-ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
-SAME_AS = {"kimi_k2": "deepseek_v3"}  # Kimi-K2 is DeepSeek-V3 by another name
-# keys that do not change what the model computes
-IGNORED_KEYS = {
-    "architectures", "model_type", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads", "attention_dropout", "aux_loss_alpha",
-    "seq_aux", "ep_size", "q_lora_rank", "norm_topk_prob", "routed_scaling_factor", "rope_theta", "rope_scaling",
-    "rope_parameters", "quantization_config", "topk_method", "head_dim", "qk_head_dim", "num_local_experts",
-    "num_mtp_layers", "_name_or_path", "router_aux_loss_coef", "chunk_size_feed_forward", "return_dict",
-    "output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type", "is_encoder_decoder",
-}  # fmt: skip
 
 
 def hf_family(config: ModelConfig) -> str | None:
@@ -96,7 +60,7 @@ def config_to_hf(config: ModelConfig, *, bos_id: int, eos_id: int, dtype: str) -
         return own | {"moestro": config.model_dump(mode="json")} | ids
     tree: dict[str, Any] = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
     tree |= {theirs: getattr(config, ours) for ours, theirs in PLAIN_KEYS.items()}
-    tree |= FIXED_KEYS[family]
+    tree |= WRITTEN_KEYS[family]
     tree |= {
         "num_key_value_heads": config.num_heads,
         "q_lora_rank": config.q_lora_rank or None,
@@ -124,102 +88,6 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any] | None:
         "mscale": rope.mscale,
         "mscale_all_dim": rope.mscale_all_dim,
     }
-
-
-def hf_to_config(tree: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig from a config.json; raises CheckpointError naming a key that cannot be honoured."""
-    read_scheme(tree)  # refuses what `ModelFiles` could not read
-    model_type = str(tree.get("model_type"))
-    if model_type == "moestro" and isinstance(tree.get("moestro"), dict):
-        return build_config({"model": tree["moestro"]}).model
-    family = SAME_AS.get(model_type, model_type)
-    if family not in FIXED_KEYS:
-        supported = ", ".join([*FIXED_KEYS, *SAME_AS])
-        raise CheckpointError(f"config.json has model_type '{model_type}'; supported are {supported}")
-    _refuse_what_is_unsupported(tree, FIXED_KEYS[family])
-    defaults = HF_DEFAULTS[family] | {theirs: value for theirs, value in tree.items() if value is not None}
-    model: dict[str, Any] = {ours: defaults[theirs] for ours, theirs in PLAIN_KEYS.items()}
-    model["q_lora_rank"] = tree.get("q_lora_rank", 1536) or 0
-    model["router"] = {"normalize": defaults["norm_topk_prob"], "scale": defaults["routed_scaling_factor"]}
-    model["rope"] = _rope_from_hf(tree, model["max_seq_len"])
-    if family == "deepseek_v2":
-        model["router"] |= {"score": "softmax", "group_score": "max", "bias": "none"}
-        match defaults["topk_method"]:
-            case "greedy":
-                model |= {"num_groups": 1, "top_k_groups": 1}
-            case "group_limited_greedy":
-                pass
-            case other:
-                raise CheckpointError(
-                    f"config.json has topk_method={other!r}; supported are greedy and group_limited_greedy"
-                )
-    return build_config({"model": model}).model
-
-
-def _refuse_what_is_unsupported(tree: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(tree.get(key) or {}, Mapping):
-            raise CheckpointError(f"config.json has {key}={tree[key]!r}, which is no object")
-    for key, value in fixed.items():
-        if tree.get(key, value) not in (value, None):
-            raise CheckpointError(f"config.json has {key}={tree[key]!r}; supported is {value!r}")
-    for key in (*PLAIN_KEYS.values(), "q_lora_rank"):
-        if isinstance(tree.get(key), int) and tree[key] > LARGEST_SIZE:
-            raise CheckpointError(f"config.json has {key}={tree[key]}, which no model has")
-    unknown = sorted(set(tree) - set(PLAIN_KEYS.values()) - set(fixed) - IGNORED_KEYS)
-    if unknown:
-        raise CheckpointError(f"config.json has keys that nothing here uses: {', '.join(unknown)}")
-    required = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if tree.get(key) is None]
-    if required:
-        raise CheckpointError(f"config.json lacks {', '.join(required)}")
-
-
-# what transformers assumes for keys missing from config.json
-COMMON_DEFAULTS: dict[str, Any] = {
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
-}  # fmt: skip
-HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": COMMON_DEFAULTS | {
-        "first_k_dense_replace": 3, "intermediate_size": 18432, "max_position_embeddings": 4096,
-        "num_attention_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
-        "n_group": 8, "topk_group": 4, "moe_intermediate_size": 2048, "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-    },
-    "deepseek_v2": COMMON_DEFAULTS | {
-        "first_k_dense_replace": 0, "intermediate_size": 11008, "max_position_embeddings": 2048,
-        "num_attention_heads": 32, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 1,
-        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1407, "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0, "topk_method": "greedy",
-    },
-}  # fmt: skip
-
-
-def _rope_from_hf(tree: Mapping[str, Any], max_seq_len: Any) -> dict[str, Any]:
-    """RoPE settings in either form: `rope_theta` + `rope_scaling`, or `rope_parameters` of transformers 5."""
-    scaling = dict(tree.get("rope_parameters") or {}) | dict(tree.get("rope_scaling") or {})
-    rope: dict[str, Any] = {"theta": scaling.get("rope_theta") or tree.get("rope_theta") or 10000.0}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return rope
-    if kind != "yarn":
-        raise CheckpointError(f"config.json has rope type '{kind}'; supported are default and yarn")
-    for key, value in {"attention_factor": None, "truncate": True}.items():
-        if scaling.get(key, value) not in (value, None):
-            raise CheckpointError(f"config.json has rope {key}={scaling[key]!r}, which is not supported")
-    original = scaling.get("original_max_position_embeddings") or 4096
-    for length in (original, max_seq_len):
-        if not isinstance(length, int | float) or not length >= 1:
-            raise CheckpointError(f"config.json has a rotary embedding over {length!r} positions")
-    rope |= {
-        "factor": scaling.get("factor") or max_seq_len / original,
-        "original_max_seq_len": original,
-        "beta_fast": scaling.get("beta_fast") or 32,
-        "beta_slow": scaling.get("beta_slow") or 1,
-        "mscale": scaling.get("mscale") or 0.0,
-        "mscale_all_dim": scaling.get("mscale_all_dim") or 0.0,
-    }
-    return rope
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """A directory of packed weights, written once and mapped at every start.
 
-    moestro pack DIR --weights int8 --out OUT   ->   config.json, tokenizer and generation files as in DIR
+    moestro pack DIR --weights int8 --out OUT   ->   config.json as it was read, tokenizer and generation files
                                                      packed.json: format, version, weights, dtype, files with sizes
                                                      packed*.safetensors: all that a served model keeps
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moestro.checkpoints.files import (
     DTYPES,
+    ModelFiles,
     drop_absent_mtp,
     open_tensors,
     read_config,
@@ -50,10 +51,11 @@ DTYPE_NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.float32: "F32", torc
 class PackedFiles:
     """A directory of packed weights: `config`, `format`, `dtype` of activations, and `tensors`, views of mapped files.
 
+    Mapped files can be read to the end when the directory is renamed or deleted. `ignored_keys`: see `ModelFiles`.
     CheckpointError if it is damaged, incomplete or of another version.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ignored_keys: Collection[str] = ()) -> None:
         self.directory = directory
         info = read_info(directory)
         self.format: str = info["weights"]
@@ -67,7 +69,7 @@ class PackedFiles:
                 raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: it is damaged")
             with open_tensors(path) as file:
                 self.tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.config = drop_absent_mtp(read_config(directory), self.tensors, "mtp.0.")
+        self.config = drop_absent_mtp(read_config(directory, ignored_keys), self.tensors, "mtp.0.")
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name; CheckpointError if there is none."""
@@ -96,15 +98,16 @@ def read_info(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def write_packed(out: Path, source: Path, format: str, dtype: torch.dtype) -> Iterator[Save]:
+def write_packed(out: Path, source: ModelFiles, format: str) -> Iterator[Save]:
     """Give a function that takes the parts of a model one by one; configuration and tokenizer come from `source`.
 
     Parts are written when they fill a shard, so that memory holds one shard and the part being packed. `out` appears
     only when everything is on disk. ConfigError if `out` already exists, CheckpointError if the disk is full.
     """
-    info = {"format": FORMAT, "version": VERSION, "weights": format, "dtype": dtype_name(dtype)}
+    info = {"format": FORMAT, "version": VERSION, "weights": format, "dtype": dtype_name(source.dtype)}
     with new_directory(out) as partial:
-        copy_files(source, partial, COPIED)
+        copy_files(source.directory, partial, [name for name in COPIED if name != "config.json"])
+        (partial / "config.json").write_text(json.dumps(source.tree, indent=2, ensure_ascii=False) + "\n", "utf-8")
         shards = _Shards(partial)
         yield shards.add
         files = shards.finish()

@@ -72,6 +72,8 @@ def find_stored(
         if scale in headers:
             raise CheckpointError(f"{header.path}: {name} is stored as {header.dtype}, but has the scale {scale}")
         return Stored((name, header.path), start, tuple(shape), FLOAT_FORMATS[header.dtype], header.nbytes)
+    if header.dtype == "F64":
+        raise CheckpointError(f"{header.path}: {found} holds 64-bit numbers: save it as float32 or bfloat16")
     if scheme is None or (found, header.dtype) != (packed, code_type(scheme)) or len(shape) < 2:
         announced = "has no quantization_config" if scheme is None else f"announces {scheme}"
         raise CheckpointError(f"{header.path}: {found} is stored as {header.dtype}, and config.json {announced}")

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 from moestro.cli.history import line_editing
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_error, print_note, read_input, visible
+from moestro.cli.output import print_error, print_note, read_input
 from moestro.cli.process import (
-    Activations,
-    Cache,
-    Dtype,
-    MaxContext,
+    AS_STORED,
+    Loading,
     MaxTokens,
     Penalty,
     Seed,
@@ -22,10 +20,10 @@ from moestro.cli.process import (
     Threads,
     TopK,
     TopP,
-    Weights,
     use_threads,
 )  # fmt: skip
 from moestro.errors import MoestroError
+from moestro.terminal import printable_lines
 
 if TYPE_CHECKING:
     from moestro.engine.conversation import Conversation
@@ -45,11 +43,7 @@ def chat(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
     download: Download = False,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-    cache: Cache = "auto",
-    activations: Activations = "auto",
-    max_context: MaxContext = None,
+    loading: Loading = AS_STORED,
     threads: Threads = 0,
 ) -> None:
     """Talk to a model in the terminal; /help lists what can be typed beside messages.
@@ -63,14 +57,12 @@ def chat(
         A first message that says how to behave.
     """
     from moestro.engine.conversation import Conversation, is_base_model
-    from moestro.engine.language_model import find_model_directory, load
+    from moestro.engine.language_model import find_model_directory
     from moestro.server.renderer import Renderer
 
     directory = choose_model(model, download, "chat")
     use_threads(threads)
-    language_model = load(
-        directory, dtype, weights=weights, cache=cache, activations=activations, max_context=max_context, log=print_note
-    )
+    language_model = loading.load(directory)
     conversation = Conversation(
         language_model,
         max_tokens,
@@ -116,7 +108,7 @@ def say(conversation: Conversation, text: str) -> None:
         for place, piece in enumerate(reply):
             if not place and conversation.num_forgotten:
                 print_note(f"(the context is full: the {conversation.num_forgotten} oldest exchanges are left out)")
-            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+            print(printable_lines(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             if stop.signal is not None:
                 break
         reply.close()

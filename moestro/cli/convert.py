@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import IgnoredKeys, Threads, use_threads
 
 
 def convert(
@@ -17,6 +17,7 @@ def convert(
     *,
     to: Literal["fp8", "bf16"],
     scale: Literal["fp32", "ue8m0"] | None = None,
+    keys: IgnoredKeys = frozenset(),
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -43,7 +44,7 @@ def convert(
     from moestro.errors import ConfigError
 
     use_threads(threads)
-    source = open_source(model, "auto")
+    source = open_source(model, "auto", keys)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed for serving: convert the original")
     done = converting.convert(source, out, to, scale)

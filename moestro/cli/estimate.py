@@ -88,7 +88,7 @@ def list_estimate(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("", f"cache for {found['context']:,} tokens of context"))
     if measured:
         rows.append(
-            ("", f"speed of one text, at most: {measured['read_gb_per_second']:.1f} GB/s of memory ÷ bytes read")
+            ("", f"one text, at most: {measured['read_gb_per_second']:.1f} GB/s of memory ÷ bytes read")
         )
         rows.append(("", "for a token (active weights, cached context), if no cache holds them"))
         if found["machine"]["is_busy"]:

@@ -7,8 +7,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_json, print_note, print_rows
-from moestro.cli.process import Activations, Cache, Dtype, MaxContext, Threads, Weights, use_threads
+from moestro.cli.output import print_json, print_rows
+from moestro.cli.process import AS_STORED, Loading, Threads, use_threads
 
 
 def evaluate(
@@ -19,11 +19,7 @@ def evaluate(
     max_tokens: int | None = None,
     seq_len: int = 512,
     download: Download = False,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-    cache: Cache = "auto",
-    activations: Activations = "auto",
-    max_context: MaxContext = None,
+    loading: Loading = AS_STORED,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -43,14 +39,11 @@ def evaluate(
     json_output
         Print {"bits_per_byte", "loss", "tokens", "domains": {…}} on one line.
     """
-    from moestro.engine.language_model import load
     from moestro.training.evaluate import evaluate as score
 
     directory = choose_model(model, download, "eval")
     use_threads(threads)
-    language_model = load(
-        directory, dtype, weights=weights, cache=cache, activations=activations, max_context=max_context, log=print_note
-    )
+    language_model = loading.load(directory)
     record = score(language_model, data, split=split, max_tokens=max_tokens, seq_len=seq_len)
     if json_output:
         print_json(record)

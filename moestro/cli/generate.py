@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_json, print_note, read_input, visible
+from moestro.cli.output import print_json, print_note, read_input
 from moestro.cli.process import (
-    Activations,
-    Cache,
-    Dtype,
-    MaxContext,
+    AS_STORED,
+    Loading,
     MaxTokens,
     Penalty,
     Seed,
@@ -25,10 +23,10 @@ from moestro.cli.process import (
     Threads,
     TopK,
     TopP,
-    Weights,
     use_threads,
 )  # fmt: skip
 from moestro.errors import ConfigError
+from moestro.terminal import printable_lines
 
 if TYPE_CHECKING:
     from moestro.engine.engine import Engine
@@ -48,11 +46,7 @@ def generate(
     parse_special: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(negative="")] = False,
     download: Download = False,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-    cache: Cache = "auto",
-    activations: Activations = "auto",
-    max_context: MaxContext = None,
+    loading: Loading = AS_STORED,
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -75,14 +69,11 @@ def generate(
         Print text, ids, tokens, finish_reason, prompt_tokens and the speeds as one JSON object.
     """
     from moestro.engine.conversation import choose_settings
-    from moestro.engine.language_model import load
 
     directory = choose_model(model, download, "generate")
     beginning = read_prompt(text, prompt)
     use_threads(threads)
-    language_model = load(
-        directory, dtype, weights=weights, cache=cache, activations=activations, max_context=max_context, log=print_note
-    )
+    language_model = loading.load(directory)
     settings = choose_settings(
         language_model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         repetition_penalty=repetition_penalty, seed=seed,
@@ -152,7 +143,7 @@ def show(beginning: str, pieces: Iterator[str], written: Written | None) -> None
 
     A terminal gets nothing that it would obey.
     """
-    spell = visible if sys.stdout.isatty() else str
+    spell = printable_lines if sys.stdout.isatty() else str
     for piece in chain([beginning + next(pieces)], pieces):
         print(spell(piece), end="", flush=True)
     print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ from cyclopts import Parameter
 
 from moestro.cli.estimate import estimate, list_estimate
 from moestro.cli.output import print_json, print_rows
-from moestro.cli.process import Threads, use_threads
+from moestro.cli.process import IgnoredKeys, Threads, use_threads
 from moestro.config import Config, ModelConfig, build_config, load_preset, preset_names
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def inspect(
     model: str,
     *overrides: str,
+    keys: IgnoredKeys = frozenset(),
     context: int | None = None,
     tokens: int | None = None,
     measure: bool = True,
@@ -46,13 +48,16 @@ def inspect(
     json_output
         Print everything as one JSON object.
     """
+    from moestro.checkpoints.describe import describe_weights
+    from moestro.checkpoints.files import ModelFiles
     from moestro.model.size import describe_size
 
-    description = describe_size(read_model_config(model, overrides)) | describe_packing(model)
-    if not overrides:
-        description |= describe_files(model)
+    source = None if overrides else open_weights(model, keys)
+    whole = read_whole_config(model, overrides, keys)
+    description = describe_size(source.config if source else whole.model) | describe_packing(model)
+    if isinstance(source, ModelFiles):
+        description["files"] = describe_weights(source)
     use_threads(threads)
-    whole, source = read_whole_config(model, overrides), None if overrides else open_weights(model)
     description |= estimate(source or whole.model, whole, context=context, tokens=tokens, measure=measure)
     if json_output:
         print_json({"name": model, **description})
@@ -103,36 +108,21 @@ def describe_packing(model: str) -> dict[str, Any]:
     return {"packed": {"weights": info["weights"], "dtype": info["dtype"], "bytes": sum(info["files"].values())}}
 
 
-def describe_files(model: str) -> dict[str, Any]:
-    """{"files": see `describe_weights`} for a directory with weights that are not packed, an empty dict for others."""
-    from moestro.checkpoints.describe import describe_weights
-    from moestro.checkpoints.files import ModelFiles
-    from moestro.checkpoints.packed import is_packed
-    from moestro.engine.language_model import find_model_directory
-
-    if model in preset_names():
-        return {}
-    directory = find_model_directory(Path(model))
-    if is_packed(directory) or not any(directory.glob("*.safetensors")):
-        return {}
-    return {"files": describe_weights(ModelFiles(directory))}
-
-
-def open_weights(model: str) -> ModelFiles | PackedFiles | None:
+def open_weights(model: str, ignored: Collection[str]) -> ModelFiles | PackedFiles | None:
     """The files of a directory with weights, of which only headers are read."""
     from moestro.engine.language_model import find_model_directory, open_source
 
     if model in preset_names():
         return None
     directory = find_model_directory(Path(model))
-    return open_source(directory, "auto") if any(directory.glob("*.safetensors")) else None
+    return open_source(directory, "auto", ignored) if any(directory.glob("*.safetensors")) else None
 
 
-def read_whole_config(model: str, overrides: tuple[str, ...]) -> Config:
+def read_whole_config(model: str, overrides: tuple[str, ...], ignored: Collection[str] = ()) -> Config:
     """The configuration that a name or a path means, with settings of training: a preset's own, else the defaults."""
     if model in preset_names():
         return build_config(load_preset(model), overrides)
-    sizes = read_model_config(model, ()).model_dump(mode="json")
+    sizes = read_model_config(model, (), ignored).model_dump(mode="json")
     longest = min(512, sizes["max_seq_len"])
     return build_config({"model": sizes, "train": {"seq_len": longest}}, overrides)
 
@@ -160,14 +150,14 @@ def format_size(size: int) -> str:
     return f"{size / scale:,.2f} {unit}"
 
 
-def read_model_config(model: str, overrides: tuple[str, ...]) -> ModelConfig:
+def read_model_config(model: str, overrides: tuple[str, ...], ignored: Collection[str] = ()) -> ModelConfig:
     """The ModelConfig that a name or a path means, with overrides."""
     if model in preset_names():
         return build_config(load_preset(model), overrides).model
     from moestro.checkpoints.files import read_config
     from moestro.engine.language_model import find_model_directory
 
-    config = read_config(find_model_directory(Path(model)))
+    config = read_config(find_model_directory(Path(model)), ignored)
     return build_config({"model": config.model_dump(mode="json")}, overrides).model
 
 

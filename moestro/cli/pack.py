@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moestro.cli.output import print_json, print_note
-from moestro.cli.process import Threads, Weights, use_threads
+from moestro.cli.process import IgnoredKeys, Threads, Weights, use_threads
 
 
 def pack(
@@ -17,6 +17,7 @@ def pack(
     out: Path,
     weights: Weights = None,
     dtype: str = "auto",
+    keys: IgnoredKeys = frozenset(),
     threads: Threads = 0,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -36,7 +37,7 @@ def pack(
     from moestro.engine import language_model
 
     use_threads(threads)
-    packed = language_model.pack(model, out, dtype, weights=weights, log=print_note)
+    packed = language_model.pack(model, out, dtype, weights=weights, log=print_note, ignore_config_keys=keys)
     if json_output:
         kept = {"weights": packed.format, "dtype": packed.dtype, "bytes": packed.nbytes}
         print_json({"model": str(out), **kept})

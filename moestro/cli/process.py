@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
+from moestro.cli.output import print_note
 from moestro.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moestro.engine.language_model import LanguageModel
 
 MAX_THREADS = 1024
 Threads = Annotated[int, Parameter(help="Threads to compute with; every core this process may use without it.")]
@@ -38,6 +45,46 @@ MaxContext = Annotated[
         "without it."
     ),
 ]
+
+
+def split_names(_type: Any, tokens: Sequence[Token]) -> frozenset[str]:
+    """`a,b` as a set of names."""
+    return frozenset(name.strip() for token in tokens for name in token.value.split(",") if name.strip())
+
+
+IgnoredKeys = Annotated[
+    frozenset[str],
+    Parameter(
+        name="--ignore-config-keys",
+        negative="",
+        converter=split_names,
+        consume_multiple=False,
+        show_default=False,
+        help="Keys of the model's config.json to take as absent, a comma between them.",
+    ),
+]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded: each field is a flag of every command that loads one to write or to evaluate."""
+
+    dtype: Dtype = "auto"
+    weights: Weights = None
+    cache: Cache = "auto"
+    activations: Activations = "auto"
+    max_context: MaxContext = None
+    ignore_config_keys: IgnoredKeys = frozenset()
+
+    def load(self, directory: Path) -> LanguageModel:
+        """The model of a directory; remarks go to standard error."""
+        from moestro.engine.language_model import load
+
+        return load(directory, log=print_note, **vars(self))
+
+
+AS_STORED = Loading()
 
 
 def use_threads(threads: int) -> None:

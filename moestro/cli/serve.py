@@ -11,8 +11,8 @@ from cyclopts import Parameter
 
 from moestro import machine
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_note, print_rows
-from moestro.cli.process import Activations, Cache, Dtype, MaxContext, Threads, Weights, use_threads
+from moestro.cli.output import print_rows
+from moestro.cli.process import AS_STORED, Loading, Threads, use_threads
 from moestro.errors import ConfigError
 from moestro.sizes import format_bytes, parse_bytes
 
@@ -40,11 +40,7 @@ def serve(
     drain_seconds: float = 30.0,
     log_level: LogLevel = "warning",
     download: Download = False,
-    dtype: Dtype = "auto",
-    weights: Weights = None,
-    cache: Cache = "auto",
-    activations: Activations = "auto",
-    max_context: MaxContext = None,
+    loading: Loading = AS_STORED,
     threads: Threads = 0,
 ) -> int:
     """Serve the OpenAI API under /v1 and a chat page at /.
@@ -73,16 +69,15 @@ def serve(
     num_bytes = None if memory is None else parse_bytes(memory)
     require_extra()
     start_log(log_level)
-    from moestro.engine.language_model import load
     from moestro.server.run import bind, run_service
 
     directory, key = choose_model(model, download, "serve"), check_access(host, api_key_file)
     check_drain(drain_seconds)
     limits = {"max_running": max_running, "max_waiting": max_waiting, "draft_tokens": draft_tokens}
-    limits["max_context"] = max_context
+    limits["max_context"] = loading.max_context
     use_threads(threads)
     with bind(host, port) as listener:
-        language_model = load(directory, dtype, weights=weights, cache=cache, activations=activations, log=print_note)
+        language_model = loading.load(directory)
         service = make_service(language_model, directory, served_name, memory_bytes=num_bytes, **limits)
         print_rows(describe_service(service), sys.stderr)  # the address alone is on standard output
         return run_service(service, listener, key, drain_seconds)

@@ -98,7 +98,9 @@ def describe_values(kind: Any, metadata: list[Any]) -> str:
         return describe_values(items[0], list(items[1:]))
     if origin is tuple:
         shown = [item for item in items if item is not Ellipsis]
-        return f"{len(shown)} × {describe_values(shown[0], [])}" if len(shown) > 1 else "a list of sections"
+        if len(shown) > 1:
+            return f"{len(shown)} × {describe_values(shown[0], [])}"
+        return "a list of names" if shown == [str] else "a list of sections"
     if origin is dict:
         return "a number for each name"
     words = {int: "whole number", float: "number", str: "text", bool: "true, false", type(None): "none"}

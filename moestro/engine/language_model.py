@@ -6,7 +6,7 @@ The same engine that serves many requests writes the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,14 +218,16 @@ def load(
     activations: str = "auto",
     max_context: int | None = None,
     log: Callable[[str], None] | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> LanguageModel:
     """Open a run, a checkpoint, a Hugging Face directory or one of packed weights, and check that it is complete.
 
     A name of the Hugging Face Hub, such as deepseek-ai/DeepSeek-V2-Lite, means its directory in the Hub's cache.
     `dtype` is auto (as stored), fp32 or bf16; `weights`, `cache`, `activations`, `max_context`: see `LanguageModel`.
-    `log` is told of what is not as one expects, and what a large model takes.
+    `log` is told of what is not as one expects, and what a large model takes. Keys of config.json that are in
+    `ignore_config_keys` are treated as absent.
     """
-    source = open_source(Path(path), dtype)
+    source = open_source(Path(path), dtype, ignore_config_keys)
     tokenizer = Tokenizer.from_file(source.directory)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
@@ -249,14 +251,14 @@ def load(
     )
 
 
-def open_source(path: Path, dtype: str) -> ModelFiles | PackedFiles:
+def open_source(path: Path, dtype: str, ignore_config_keys: Collection[str] = ()) -> ModelFiles | PackedFiles:
     """The files that a path means; ConfigError if packed weights are for other activations than `dtype`."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype must be auto, fp32 or bf16, not '{dtype}'")
     directory = find_model_directory(path)
     if not is_packed(directory):
-        return ModelFiles(directory, DTYPES.get(dtype))
-    files = PackedFiles(directory)
+        return ModelFiles(directory, DTYPES.get(dtype), ignore_config_keys)
+    files = PackedFiles(directory, ignore_config_keys)
     if dtype not in ("auto", dtype_name(files.dtype)):
         raise ConfigError(f"{directory} is packed for {dtype_name(files.dtype)}, not {dtype}: pack the original again")
     return files
@@ -278,9 +280,10 @@ def pack(
     *,
     weights: str | None = None,
     log: Callable[[str], None] = lambda text: None,
+    ignore_config_keys: Collection[str] = (),
 ) -> PackedSize:
     """Pack a run, a checkpoint or a Hugging Face directory into `out`, one part at a time; see `write_packed`."""
-    source = open_source(path, dtype)
+    source = open_source(path, dtype, ignore_config_keys)
     if isinstance(source, PackedFiles):
         raise ConfigError(f"{source.directory} is packed already: pack the original")
     format = choose_format(source, weights)
@@ -288,6 +291,6 @@ def pack(
     if sum(sizes) >= LARGE:
         log(f"Writing {format_bytes(sum(sizes))} of {format} weights; memory holds one part and one file of them.")
     machine.require_memory(max(sizes) + min(sum(sizes), SHARD_BYTES), "packing this model takes")
-    with write_packed(out, source.directory, format, source.dtype) as save:
+    with write_packed(out, source, format) as save:
         nbytes = write_parts(source, format, save)
     return PackedSize(format, dtype_name(source.dtype), nbytes)

@@ -14,15 +14,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moestro.data.template import encode_chat
 from moestro.data.tokenizer import Tokenizer
+from moestro.data.tokenizer_files import FILES, TEMPLATE_FOLDER
 from moestro.errors import DataError
 
 SECONDS, START_SECONDS, MEMORY_BYTES = 10.0, 120.0, 4 * 2**30
@@ -32,11 +35,21 @@ _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 
 
 class Renderer:
-    """Turns messages into ids through the child. Calls wait for each other."""
+    """Turns messages into ids through the child. Calls wait for each other.
+
+    The child reads copies of the tokenizer's files, as it may start again when their directory is gone.
+    """
 
     def __init__(self, tokenizer_path: Path, seconds: float = SECONDS, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self.seconds = seconds
-        self._arguments = [str(tokenizer_path), str(memory_bytes)]
+        folder, name = (tokenizer_path, "") if tokenizer_path.is_dir() else (tokenizer_path.parent, tokenizer_path.name)
+        self._copies = TemporaryDirectory(prefix="moestro-tokenizer-")
+        for file in [*map(folder.joinpath, {*FILES, name}), *(folder / TEMPLATE_FOLDER).glob("*")]:
+            if file.is_file():
+                copy = Path(self._copies.name) / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+        self._arguments = [str(Path(self._copies.name) / name), str(memory_bytes)]
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -57,9 +70,10 @@ class Renderer:
         return ids
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, for good."""
         with self._lock:
             self._kill()
+        self._copies.cleanup()
 
     def _ask(self, line: bytes) -> dict[str, Any]:
         answer = self._exchange(self._start(), line, self.seconds)

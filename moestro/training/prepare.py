@@ -17,7 +17,8 @@ import torch
 
 from moestro import machine
 from moestro.checkpoints.files import ModelFiles, fill_model, read_json
-from moestro.config import SETTINGS, Config, build_config
+from moestro.checks import refuse_futile
+from moestro.config import SETTINGS, Config, DataConfig, build_config
 from moestro.data.batches import Batch, Packer, PackState, evaluation_batches
 from moestro.data.corpus import fingerprint_files, iterate_documents
 from moestro.data.documents import Document
@@ -90,6 +91,7 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
         then = build_config(read_json(saved))
         config = check_same_run(config, then, run)
     else:
+        refuse_futile(config)
         _refuse_foreign_directory(run)
         length, longest = config.train.seq_len, config.model.max_seq_len
         if length > longest:
@@ -129,7 +131,8 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
             raise DataError(f"the text or tokenizer in {run}/data is not what the run was trained on: put it back")
         log(f"Resuming after step {state.step} from {checkpoint}")
     elif config.train.start_from:
-        files = ModelFiles(find_model_directory(Path(config.train.start_from)))
+        start = find_model_directory(Path(config.train.start_from))
+        files = ModelFiles(start, ignored_keys=config.train.ignore_config_keys)
         fill_model(model, files)
         log(f"Starting from the weights of {files.directory}")
     elif then is not None:
@@ -246,12 +249,17 @@ def open_data(config: Config, run: Path, log: Log, *, fresh: bool) -> tuple[Toke
     tokenizer = choose_tokenizer(config, log)
     tokenizer.save(folder)
     log(f"Reading text from {config.data.source}")
-    documents = iterate_documents(config.data.source)
+    documents = open_documents(config.data)
     shards = prepare(documents, tokenizer, folder / "shards", config.data.valid_fraction)
     for domain in shards.domains:
         train, valid = (shards.num_tokens(domain, split) for split in ("train", "valid"))
         log(f"  {domain:<12} {train:>11,} tokens to train on, {valid:>9,} held out")
     return tokenizer, shards
+
+
+def open_documents(data: DataConfig) -> Iterator[Document]:
+    """The documents of a run's source, read as its settings say."""
+    return iterate_documents(data.source, encoding=data.encoding, text_field=data.text_field)
 
 
 def sample_texts(documents: Iterable[Document], most: int) -> Iterator[str]:
@@ -272,7 +280,7 @@ def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
         return Tokenizer.builtin()
     if choice == "train":
         log(f"Training a tokenizer of up to {config.model.vocab_size} ids")
-        texts = sample_texts(iterate_documents(config.data.source), TOKENIZER_SAMPLE)
+        texts = sample_texts(open_documents(config.data), TOKENIZER_SAMPLE)
         return Tokenizer.train(texts, config.model.vocab_size)
     path = find_file(Path(choice))
     if not path.exists():

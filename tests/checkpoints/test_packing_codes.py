@@ -115,7 +115,7 @@ def test_logits_are_those_of_plain_torch_on_the_values(form: tuple[Path, str]) -
 
 def test_packed_directories_map_the_same(form: tuple[Path, str], tmp_path: Path) -> None:
     files, out = ModelFiles(form[0]), tmp_path / "packed"
-    with write_packed(out, form[0], choose_format(files, None), files.dtype) as save:
+    with write_packed(out, files, choose_format(files, None)) as save:
         write_parts(files, choose_format(files, None), save)
     mapped = pack_model(PackedFiles(out))
     assert mapped.format == form[1] and mapped.mapped == out
@@ -131,7 +131,7 @@ def test_a_head_of_codes_is_kept_and_mapped(plain: Path, tmp_path: Path) -> None
         chosen=lambda name: name == "lm_head.weight" or is_matrix_of_block(name),
     )
     files, out = ModelFiles(tmp_path / "model"), tmp_path / "packed"
-    with write_packed(out, files.directory, "fp8", files.dtype) as save:
+    with write_packed(out, files, "fp8") as save:
         write_parts(files, "fp8", save)
     head = pack_model(PackedFiles(out)).parts["head"]
     assert isinstance(head, PackedLinear) and head.format == "fp8"

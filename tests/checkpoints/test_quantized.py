@@ -262,8 +262,8 @@ def test_config_and_tensors_must_agree(fp8: Path, directory: Path, plain: Path) 
         load_model(fp8)
     shutil.copy(plain / "model.safetensors", directory / "model.safetensors")
     edit_config(directory, lambda tree: tree.update(quantization_config=DEEPSEEK))
-    with pytest.raises(CheckpointError, match="all tensors hold plain values: remove quantization_config"):
-        load_model(directory)
+    files = ModelFiles(directory)
+    assert files.scheme is None and any("all tensors hold plain values" in text for text in files.notices)
 
 
 def test_words_of_int4_are_checked(directory: Path) -> None:

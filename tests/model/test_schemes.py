@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.checkpoints.files import load_model, model_tensors, write_tensors
-from moestro.checkpoints.hf import config_to_hf, hf_family, hf_to_config, tensor_map
+from moestro.checkpoints.hf import config_to_hf, hf_family, tensor_map
+from moestro.checkpoints.hf_config import hf_to_config
 from moestro.config import ModelConfig, build_config, load_preset, preset_names
 from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch, Context

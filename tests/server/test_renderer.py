@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -110,3 +111,21 @@ def test_variables_cannot_replace_the_messages_or_write_code(tokenizer: Tokenize
     }
     talk: list[dict[str, Any]] = [{"role": "user", "content": "{{ 7*7 }}"}]
     assert configured.decode(encode(talk, evil, configured, True)) == "[user]{{ 7*7 }}"
+
+
+def test_the_child_starts_again_when_the_directory_of_the_tokenizer_is_gone(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    path = save(tokenizer, tmp_path / "model", "{% if messages[0].content == 'go' %}" + SLOW + "{% endif %}fine")
+    renderer = Renderer(path, seconds=60.0)
+    try:
+        shutil.rmtree(tmp_path / "model")
+        assert renderer.render([{"role": "user", "content": "no"}], {}) == tokenizer.encode("fine")
+        renderer.seconds = 0.1
+        with pytest.raises(DataError, match="chat template"):
+            renderer.render([{"role": "user", "content": "go"}], {})
+        renderer.seconds = 60.0
+        assert renderer.render([{"role": "user", "content": "no"}], {}) == tokenizer.encode("fine")
+    finally:
+        renderer.close()
