@@ -115,12 +115,6 @@ def test_company_changes_no_bit(
     check_company(model, (1, 2, 5, 16) if overrides is GROUPED else (16,), max_tokens=6)
 
 
-def test_company_changes_no_bit_without_native_kernels(written: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "load_library", lambda: None)
-    monkeypatch.setattr(library, "WISH", "reference")
-    check_company(written, (5,), max_tokens=4)
-
-
 def test_threads_do_not_make_company_matter(written: LanguageModel) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
