@@ -3,7 +3,7 @@
 The library is optional and never the specification. If it was not built, or the CPU has neither AVX2 nor NEON, or a
 tensor is not a plain fp32 or bf16 tensor in CPU memory, plain torch computes the same. Results depend neither on the
 number of threads nor on what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one,
-`MOESTRO_LIBRARY` names another build, `MOESTRO_OPS` (reference or fused) forces plain torch. `abi.py` lists the functions.
+`MOESTRO_LIBRARY` names another build, `MOESTRO_OPS` (reference or fused) forces plain torch. `abi.py` lists them.
 """
 
 from __future__ import annotations
