@@ -26,7 +26,6 @@ from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer, init_weights
-from moestro.ops import library
 from moestro.ops.precision import precision_of
 from moestro.training.checkpoint import write_model_directory
 
