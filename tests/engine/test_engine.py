@@ -26,6 +26,7 @@ from moestro.engine.sequence import Request, SamplingParams
 from moestro.errors import ConfigError
 from moestro.model.attention import AttentionBatch
 from moestro.model.transformer import Transformer, init_weights
+from moestro.ops import library
 from moestro.ops.precision import precision_of
 from moestro.training.checkpoint import write_model_directory
 
@@ -112,6 +113,14 @@ def test_company_changes_no_bit(
 ) -> None:
     model = make_model(make_config, tokenizer, *overrides, dtype=dtype)
     check_company(model, (1, 2, 5, 16) if overrides is GROUPED else (16,), max_tokens=6)
+
+
+def test_company_changes_no_bit_under_the_specifications(
+    written: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "load_library", lambda: None)
+    monkeypatch.setattr(library, "WISH", "reference")
+    check_company(written, (5,), max_tokens=4)
 
 
 def test_threads_do_not_make_company_matter(written: LanguageModel) -> None:
