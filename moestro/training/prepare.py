@@ -156,10 +156,10 @@ def check_memory(config: Config, log: Log) -> None:
     """Say what training takes if it is much. MemoryShortageError if it cannot fit, before anything is computed."""
     memory, usable = training_memory(config), machine.usable_bytes()
     if memory.total > usable:
-        parts = f"{format_bytes(memory.total - memory.activations)} and {format_bytes(memory.activations)}"
+        kept, activations = format_bytes(memory.total - memory.activations), format_bytes(memory.activations)
         raise machine.MemoryShortageError(
-            f"training takes at least {format_bytes(memory.total)} of memory ({parts} of activations), and "
-            f"{format_bytes(usable)} are free",
+            f"training takes at least {format_bytes(memory.total)} of memory ({kept} for weights and the "
+            f"optimizer, {activations} for activations), and {format_bytes(usable)} are free",
             hint="choose a smaller model, or lower train.batch_size and train.seq_len or set train.recompute=true",
         )
     if memory.total >= LARGE:

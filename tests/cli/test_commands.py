@@ -66,7 +66,7 @@ def test_presets_can_be_inspected(call: Call) -> None:
 
 
 def test_a_dry_run_writes_nothing(call: Call, tmp_path: Path) -> None:
-    tree = last_json(call("train", "--preset", "small", "--out", tmp_path / "run", "--dry-run", "--json"))
+    tree = last_json(call("train", "--preset", "small", "--out", tmp_path / "run", "--dry-run", "--quiet", "--json"))
     assert tree["config"]["model"]["hidden_dim"] == 512 and not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""A serving step with the products of torch's library, for machines without the kernels: ARM, Macs, no compiler.
+"""A serving step with the products of torch's library, for machines without the kernels: no compiler, another CPU.
 
 `reference.py` gives each row the same bits in any company, at the price of products in small tiles. Here products,
 sums and attention are the library's own, on whole matrices: an order of magnitude faster, and as fast as the trained
