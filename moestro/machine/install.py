@@ -32,7 +32,7 @@ def how_to_install(extra: str) -> str:
 
 def how_to_build() -> str:
     """The command that builds the kernels of this package anew. pip would reuse the wheel it has cached of a copy."""
-    source = _source() or (ROOT if (ROOT / "setup.py").is_file() else None)
+    source = ROOT if (ROOT / "setup.py").is_file() else _source()
     if source is not None and source.is_dir():
         return f"{pip()} install {_constraints(source)}-e {shlex.quote(str(source))}"
     where = "FILE" if source is None else shlex.quote(str(source))

@@ -39,6 +39,8 @@ def test_a_clone_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     words = shlex.split(how_to_install("data"))
     assert words[1:] == ["-m", "pip", "install", "-c", str(clone / "constraints.txt"), "-e", f"{clone}[data]"]
     assert Path(words[0]).resolve() == Path(sys.executable).resolve()
+    assert shlex.split(how_to_build())[-2:] == ["-e", str(ROOT)]  # the kernels of the code that runs
+    monkeypatch.setattr(install, "ROOT", tmp_path)
     assert shlex.split(how_to_build())[-2:] == ["-e", str(clone)]
 
 
@@ -46,6 +48,7 @@ def test_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wheel = tmp_path / "moestro-1.0-py3-none-any.whl"
     wheel.touch()
     came_from(monkeypatch, {"url": wheel.as_uri(), "archive_info": {}})
+    monkeypatch.setattr(install, "ROOT", tmp_path)
     assert shlex.split(how_to_install("server"))[-1] == f"moestro[server] @ {wheel.as_uri()}"
     assert shlex.split(how_to_build())[-3:] == ["--no-deps", "--no-cache-dir", str(wheel)]
 
