@@ -1,11 +1,12 @@
-"""Builds the native kernels of `csrc/` into `moestro/ops/libmoestro.so`, given a C++ compiler and an x86-64 CPU.
+"""Builds the native kernels of `csrc/` into `moestro/ops/libmoestro.so`, given a C++ compiler and an x86-64 or AArch64
+CPU.
 
 The library speaks C and knows neither Python nor torch, so one wheel serves every Python. Where it cannot be built the
 package installs all the same and computes with plain torch; `moestro doctor` says which it is, and a wheel's name does:
 
-    py3-none-linux_x86_64     with kernels
-    py3-none-any              built on x86-64, but without: they failed to build
-    py3-none-linux_aarch64    for another CPU, for which there are none
+    py3-none-linux_x86_64, py3-none-linux_aarch64     with kernels
+    py3-none-any                                      built there, but without: they failed to build
+    py3-none-linux_riscv64                            for another CPU, for which there are none
 
 With MOESTRO_REQUIRE_KERNELS=1 a build without kernels is an error. All else is in `pyproject.toml`.
 """
@@ -37,24 +38,23 @@ COMMON = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-ALWAYS = {
-    "csrc/abi/dispatch.cpp": [],
-    "csrc/abi/run.cpp": [],
-    "csrc/abi/fp8.cpp": [],
+PLAIN: dict[str, list[str]] = {"csrc/abi/dispatch.cpp": [], "csrc/abi/run.cpp": [], "csrc/abi/fp8.cpp": []}
+X86 = {
     "csrc/isa/kernels_avx2.cpp": AVX2,
-}
-FLAGS = ALWAYS | {
     "csrc/isa/kernels_avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "csrc/isa/kernels_avx512.cpp": AVX512,
     "csrc/isa/kernels_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
     "csrc/isa/kernels_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
+ARM = {
+    "csrc/isa/kernels_neon.cpp": [],
+    "csrc/isa/kernels_neondot.cpp": ["-march=armv8.2-a+dotprod"],
+}
+SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine().lower(), {})  # least first
+FLAGS = PLAIN | SETS
+ALWAYS = {*PLAIN, *list(SETS)[:1]}
 LIBRARY = "moestro.ops.libmoestro"
 REQUIRED = os.environ.get("MOESTRO_REQUIRE_KERNELS", "") not in ("", "0")
-
-
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def write_header() -> None:
@@ -74,12 +74,12 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)  # an earlier build's
-        if not is_x86():
-            raise CompileError(f"the native kernels need an x86-64 CPU, and this is {platform.machine()}")
+        if not SETS:
+            raise CompileError(f"the native kernels need an x86-64 or AArch64 CPU, and this is {platform.machine()}")
         write_header()
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         missing = [source for source, flags in FLAGS.items() if not self._knows(flags)]
-        if not ALWAYS.keys().isdisjoint(missing):
+        if not ALWAYS.isdisjoint(missing):
             raise CompileError("the native kernels need a C++17 compiler that knows -mavx2 (g++ or clang++)")
         without = [f"-DMOESTRO_WITHOUT_{source.stem.partition('_')[2].upper()}" for source in map(Path, missing)]
 
@@ -117,7 +117,7 @@ class PlatformWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         build = self.get_finalized_command("build_ext")
-        is_complete = not is_x86() or Path(build.get_ext_fullpath(LIBRARY)).exists()
+        is_complete = not SETS or Path(build.get_ext_fullpath(LIBRARY)).exists()
         return ("py3", "none", super().get_tag()[2] if is_complete else "any")
 
 

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moestro.errors import ConfigError
 from moestro.scores import SCORES
@@ -330,6 +330,19 @@ class DataConfig(Frozen):
         {}, "shares", "of the tokens, by domain; those not named divide the rest by size, 0 leaves one out"
     )
     valid_fraction: float = setting(0.02, "fraction", "documents that are held out", gt=0, lt=0.5)
+    encoding: str = setting("", "", "of files that are not UTF-8, such as cp1252; empty: guessed, with a notice")
+    text_field: str = setting("", "", "the field of a record that is its text; empty: text, content, or a conversation")
+
+    @field_validator("encoding")
+    @classmethod
+    def check_encoding(cls, name: str) -> str:
+        """Refuse what Python does not know as an encoding of text."""
+        try:
+            if name:
+                "".encode(name)
+        except (LookupError, ValueError):
+            raise ValueError("is no encoding of text; there are cp1252, cp949, gb18030, shift_jis and more") from None
+        return name
 
     @model_validator(mode="after")
     def check_weights(self) -> Self:
@@ -402,6 +415,11 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
                 raise ConfigError(f"'{key}': {part} is a value, not a section")
         node[leaf] = _parse_value(text.strip())
     return result
+
+
+def quote_value(text: str) -> str:
+    """A string as the value of an override, whatever is in it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _parse_value(text: str) -> Any:

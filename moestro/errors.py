@@ -3,18 +3,24 @@
 import logging
 from functools import cache
 
+from moestro.terminal import printable
+
 
 class MoestroError(Exception):
-    """Bad input. The message says what is wrong, in terms of arguments; `hint` says what to do on the command line."""
+    """Bad input. The message says what is wrong, in terms of arguments; `hint` says what to do on the command line.
 
-    def __init__(self, message: str = "", *, hint: str | None = None) -> None:
+    `details` are lines of a list that the message sums up, such as every file that cannot be read.
+    """
+
+    def __init__(self, message: str = "", *, hint: str | None = None, details: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.hint = hint
+        self.details = details
 
     @property
     def command_line_text(self) -> str:
-        """The message and its hint, on one line."""
-        return " ".join((f"{self}; {self.hint}" if self.hint else str(self)).split())
+        """The message and its hint, on one line that is safe to print."""
+        return printable(" ".join((f"{self}; {self.hint}" if self.hint else str(self)).split()))
 
 
 class ConfigError(MoestroError):

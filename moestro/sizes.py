@@ -4,8 +4,9 @@
 
 Width grows with depth (64 per layer), heads are 64 wide, fine-grained experts are half as wide as the model, and the
 learning rate falls with √width, as in the shipped presets. The number of steps follows from 8 tokens per active
-parameter. That is less than the optimum on a cluster (about 20), and more than most of the intended machines reach in a
-night.
+parameter, and from the text (`training/plan.py`). That is less than the optimum in FLOPs (about 20, arXiv 2203.15556):
+on the intended machines products of a wider model run nearer to the peak, so that in time the optimum lies at larger
+models.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from moestro.errors import ConfigError
 
 MIN_DEPTH, MAX_DEPTH = 2, 48
 TOKENS_PER_PARAMETER = 8
+DEFAULT_MINUTES = 30.0  # of training on a text of one's own: enough for words and short sentences, short enough to wait
+MIN_STEPS = 200  # fewer teach nothing
 BYTES_FORM = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:([kmgt])(i?b)?|b)?")
 BYTES_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -66,12 +69,12 @@ def tree_of_depth(depth: int) -> dict[str, Any]:
         "warmup_steps": 50,
     }
     train["steps"] = max(
-        _active_parameters(model) * TOKENS_PER_PARAMETER // (seq_len * sequences * train["accumulate"]), 200
+        active_parameters(model) * TOKENS_PER_PARAMETER // (seq_len * sequences * train["accumulate"]), MIN_STEPS
     )
     return {"model": model, "train": train}
 
 
-def _active_parameters(model: dict[str, Any]) -> int:
+def active_parameters(model: dict[str, Any]) -> int:
     """Parameters of the block matrices that a token uses: close enough for a schedule, without building the model."""
     hidden, layers = model["hidden_dim"], model["num_layers"]
     attention = 4 * hidden * hidden

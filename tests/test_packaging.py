@@ -22,7 +22,7 @@ pytest.importorskip("setuptools", minversion="77")
 ROOT = Path(__file__).parent.parent
 UNTRACKED = (".git", ".*venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "runs")
 X86 = {"_PYTHON_HOST_PLATFORM": "linux-x86_64"}
-ARM = {"_PYTHON_HOST_PLATFORM": "linux-aarch64"}
+RISCV = {"_PYTHON_HOST_PLATFORM": "linux-riscv64"}
 NO_COMPILER = {"CC": "false", "CXX": "false"}
 LIBRARY = "moestro/ops/libmoestro.so"
 
@@ -47,12 +47,12 @@ def only(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist that an ARM machine makes of a used clone, unpacked."""
+    """The sdist that a RISC-V machine makes of a used clone, unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
     clone = shutil.copytree(ROOT, folder / "clone", ignore=shutil.ignore_patterns(*UNTRACKED))
     (clone / LIBRARY).write_bytes(b"built long ago")
     (clone / "csrc/abi/generated.h").write_text("// written long ago")
-    made = build("sdist", clone, folder / "out", **ARM)
+    made = build("sdist", clone, folder / "out", **RISCV)
     assert made.returncode == 0, made.stderr
     archive = only(folder / "out")
     assert archive.name == f"moestro-{moestro.__version__}.tar.gz"
@@ -76,7 +76,7 @@ def test_an_sdist_holds_what_a_clone_does(sources: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "tag"), [(ARM, "linux_aarch64"), (X86 | NO_COMPILER, "any")], ids=["another CPU", "no compiler"]
+    ("machine", "tag"), [(RISCV, "linux_riscv64"), (X86 | NO_COMPILER, "any")], ids=["another CPU", "no compiler"]
 )
 def test_a_wheel_without_kernels_is_not_called_like_one_with(
     sources: Path, tmp_path: Path, machine: dict[str, str], tag: str

@@ -1,4 +1,4 @@
-"""The documents under test: both READMEs give the same commands and programs, and they work.
+"""The documents under test: both READMEs say the same and give the same commands and programs, and these work.
 
 Commands are the lines of fenced bash blocks, comments taken off, continued lines joined. In README.md and docs/, the
 line before a block with a `moestro` command, and before every block of Python, says what becomes of it here:
@@ -9,6 +9,7 @@ line before a block with a `moestro` command, and before every block of Python, 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +30,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SECONDS_PER_BLOCK = 900
+READMES = ("README.md", "README.ko.md")
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,49 @@ def read_blocks(text: str) -> list[Block]:
     return [Block(match["mark"] or "", match["body"], match["language"] == "python") for match in found]
 
 
+def read_outline(text: str) -> list[str]:
+    """What a translation keeps of a Markdown text, a line for each block: its tag, then what `read_facts` finds in it.
+
+    Tags are those of HTML (h2, p, ol, li, tr, td, …): headings, lists and tables must agree in level, order and size.
+    """
+    outline = []
+    tag = ""
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        if token.nesting == 1:
+            tag = token.tag
+            outline.append(tag)
+        elif token.type == "inline":
+            outline.append(" ".join([tag, *read_facts(token, in_order=tag in ("th", "td"))]))
+        elif token.type in ("fence", "html_block"):
+            outline.append(f"{token.type} {token.info or token.content.strip()}")
+    return outline
+
+
+def read_facts(inline: Token, in_order: bool) -> list[str]:
+    """Targets of links and pictures in order; then code and digits, sorted in prose, where word order differs."""
+    targets, values = [], []
+    for token in inline.children or []:
+        target = token.attrs.get("href", token.attrs.get("src"))
+        if target is not None:
+            targets.append("the other README" if target in READMES else f"{token.type} {target}")
+        elif token.type == "code_inline":
+            values.append(f"`{token.content}`")
+        elif token.type == "text":
+            values += re.findall(r"\d+(?:\.\d+)?", token.content)
+    return targets + (values if in_order else sorted(values))
+
+
+def test_both_readmes_say_the_same() -> None:
+    english, korean = (read_outline((ROOT / name).read_text("utf-8")) for name in READMES)
+    assert any(line.startswith("td ") for line in english), "README.md has no table"
+    difference = difflib.unified_diff(english, korean, *READMES, lineterm="", n=2)
+    assert korean == english, "\n".join(difference)
+
+
 def test_both_readmes_give_the_same_commands() -> None:
     english, korean = (
         [command for block in read_blocks((ROOT / name).read_text("utf-8")) for command in block.commands]
-        for name in ("README.md", "README.ko.md")
+        for name in READMES
     )
     assert english, "README.md has no bash block"
     assert korean == english
@@ -129,6 +172,52 @@ def test_marked_blocks_run(path: Path, tmp_path: Path) -> None:
             timeout=SECONDS_PER_BLOCK,
         )
         assert run.returncode == 0, f"{path.name}: exit code {run.returncode} of\n{block.body}\n{run.stdout[-2000:]}"
+
+
+OUTLINED = """# A title
+
+A [page](docs/a.md) of 3 words and `code`, in [Korean](README.ko.md).
+
+| speed | `a` |
+|---|---|
+| 16 streams | 8.4 / 7.3 |
+
+- [first](docs/b.md): 2.5
+- second
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# A title", "## A title"),
+        ("docs/a.md", "docs/b.md"),
+        ("3 words", "4 words"),
+        ("`code`", "code"),
+        ("| 16 streams", "| streams"),
+        ("8.4 / 7.3", "7.3 / 8.4"),
+        ("| 16 streams | 8.4 / 7.3 |\n", ""),
+        ("docs/b.md", "docs/c.md"),
+        ("- second\n", ""),
+        ("- second", "\nsecond"),
+        (" in [Korean](README.ko.md).", " in Korean."),
+    ],
+)
+def test_outlines_differ_where_facts_do(old: str, new: str) -> None:
+    assert OUTLINED.count(old) == 1
+    assert read_outline(OUTLINED.replace(old, new)) != read_outline(OUTLINED)
+
+
+def test_outlines_of_a_translation_agree() -> None:
+    translated = (
+        OUTLINED.replace("# A title", "# 제목")
+        .replace(
+            "A [page](docs/a.md) of 3 words and `code`, in [Korean]", "`code`와 단어 3개의 [쪽](docs/a.md), [영어]"
+        )
+        .replace("README.ko.md", "README.md")
+        .replace("16 streams", "동시 요청 16개")
+    )
+    assert read_outline(translated) == read_outline(OUTLINED)
 
 
 def test_blocks_are_found_with_their_marks() -> None:

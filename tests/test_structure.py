@@ -21,9 +21,10 @@ PACKAGE = ROOT / "moestro"
 
 # Imports go down this list only. Sub-packages in one row are independent of each other.
 LAYERS = (
-    ("errors", "version", "packages", "scores"),
+    ("terminal", "version", "packages", "scores"),
+    ("errors",),
     ("config",),
-    ("machine", "sizes"),
+    ("machine", "sizes", "checks"),
     ("data", "routing"),
     ("ops",),
     ("model",),

@@ -1,28 +1,18 @@
-// Shared by all machines with AVX2: reading a step, and transposing eight rows of eight steps.
+// Shared by all machines with AVX2: eight steps at once, and transposing eight rows of eight steps.
 #pragma once
-#include <cstdint>
-#include <cstring>
 #include <immintrin.h>
 
-// A step of a row of bf16 may lie at any even address.
-inline float step_as_float(const void *p) {
-    float f;
-    memcpy(&f, p, 4);
-    return f;
-}
+#include "isa/steps.h"
 
-// Four codes of a row of int8.
-inline int step_as_int(const void *p) {
-    int i;
-    memcpy(&i, p, 4);
-    return i;
-}
-
-// Eight consecutive steps of a row. bf16 is widened, or paired with the values of the next k.
-inline __m256i widen8(const uint16_t *p) {
+// Eight consecutive steps of a row, read and written at any address. bf16 is widened, or paired with the values of the
+// next k.
+using Eight = __m256i;
+inline Eight load8(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+inline void store8(void *p, Eight v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
+inline Eight widen8(const uint16_t *p) {
     return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16);
 }
-inline __m256i pair8(const uint16_t *p, const uint16_t *q) {
+inline Eight pair8(const uint16_t *p, const uint16_t *q) {
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)),
                   b = _mm_loadu_si128(reinterpret_cast<const __m128i *>(q));
     return _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
@@ -65,12 +55,5 @@ inline void transpose8_avx2(uint32_t *to, int64_t to_stride, const void *const *
     }
 }
 
-// E4M3 -> bf16, exact, by nibbles. For exponents 0 and 1 the low nibble decides both bytes of the result; for others
-// the high nibble decides the upper byte (sign, exponent + 120 over 2), and the lower byte is the low nibble · 16.
-alignas(16) constexpr uint8_t UPPER_OF_HIGH[16] = {0x00, 0x3d, 0x3e, 0x3f, 0x40, 0x41, 0x42, 0x43,
-                                                   0x80, 0xbd, 0xbe, 0xbf, 0xc0, 0xc1, 0xc2, 0xc3};
-alignas(16) constexpr uint8_t UPPER_OF_LOW[16] = {0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c,
-                                                  0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c, 0x3c};
-alignas(16) constexpr uint8_t LOWER_OF_LOW[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x20, 0x40, 0x60,
-                                                  0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0};
+// One of steps.h's tables.
 inline __m128i code_table(const uint8_t *table) { return _mm_load_si128(reinterpret_cast<const __m128i *>(table)); }

@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <immintrin.h>
 #include <utility>
 
 #include "abi/moestro.h"
@@ -93,11 +92,8 @@ inline Step make_step(const uint16_t *p, const uint16_t *q) {
 }
 
 // Eight neighbours at once: elements p[0 … 7] at k, q[0 … 7] at k + 1.
-inline __m256i make_steps8(const float *p, const float *) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-}
-inline __m256i make_steps8(const uint16_t *p, const uint16_t *q) { return Isa::HAS_BF16 ? pair8(p, q) : widen8(p); }
-inline void store_steps8(Step *to, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), v); }
+inline Eight make_steps8(const float *p, const float *) { return load8(p); }
+inline Eight make_steps8(const uint16_t *p, const uint16_t *q) { return Isa::HAS_BF16 ? pair8(p, q) : widen8(p); }
 
 // The steps of k consecutive elements.
 template <class T> inline void copy_steps(Step *to, const T *row, int64_t k) {
@@ -108,7 +104,7 @@ template <class T> inline void copy_steps(Step *to, const T *row, int64_t k) {
         memcpy(to, row, whole * 4);
         s = whole;
     }
-    for (; s + 8 <= whole; s += 8) store_steps8(to + s, make_steps8(row + s, row + s));
+    for (; s + 8 <= whole; s += 8) store8(to + s, make_steps8(row + s, row + s));
     for (; s < whole; s++) to[s] = make_step(row + s, static_cast<const T *>(nullptr));
     if (k % PER) to[whole] = make_step(row + k - 1, static_cast<const T *>(nullptr));
 }
@@ -152,13 +148,13 @@ template <class T> struct StepRows {
     }
     bool whole() const { return Layout<T>::PER_STEP == 1 || second; }
     Step one(int64_t n) const { return make_step(first + n, second ? second + n : nullptr); }
-    __m256i eight(int64_t n) const { return make_steps8(first + n, second + n); }
+    Eight eight(int64_t n) const { return make_steps8(first + n, second + n); }
 };
 
 // One step of `columns` columns, padded with zeros to `width`.
 template <class T> inline void copy_step(Step *out, const StepRows<T> &row, int64_t columns, int64_t width) {
     int64_t n = 0;
-    for (; row.whole() && n + 8 <= columns; n += 8) store_steps8(out + n, row.eight(n));
+    for (; row.whole() && n + 8 <= columns; n += 8) store8(out + n, row.eight(n));
     for (; n < columns; n++) out[n] = row.one(n);
     for (; n < width; n++) out[n] = 0;
 }
@@ -247,7 +243,7 @@ template <class T> void make_left(Left &left, Step *copy, const Operand<T> &a, i
         for (int64_t first = 0; first < m; first += MR) {
             Step *to = copy + first / MR * strip + s * MR;
             if (first < wide)
-                store_steps8(to, row.eight(first));
+                store8(to, row.eight(first));
             else
                 for (int64_t i = first; i < std::min(first + MR, m); i++) to[i - first] = row.one(i);
         }

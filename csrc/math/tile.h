@@ -24,7 +24,7 @@ struct Ahead {
     const char *at;
     int64_t bytes;
     template <int LINES> MOESTRO_INLINE void fetch() {
-        unroll<LINES>([&](auto line) MOESTRO_INLINE { _mm_prefetch(at + 64 * line, _MM_HINT_T0); });
+        unroll<LINES>([&](auto line) MOESTRO_INLINE { __builtin_prefetch(at + 64 * line); });
         at += bytes;
     }
 };

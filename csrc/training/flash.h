@@ -153,7 +153,7 @@ template <class T> const T *element(const HeadRows &x, int64_t row, int64_t head
 // Fetches rows ahead of their use, one at a time.
 template <class T> void fetch_row(const HeadRows &x, int64_t row, int64_t head, int64_t width) {
     const char *data = reinterpret_cast<const char *>(element<T>(x, row, head));
-    for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) _mm_prefetch(data + b, _MM_HINT_T0);
+    for (int64_t b = 0; b < width * int64_t(sizeof(T)); b += 64) __builtin_prefetch(data + b);
 }
 
 struct QueryTask {

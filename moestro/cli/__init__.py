@@ -14,6 +14,7 @@ from moestro.cli.hints import command_name
 from moestro.cli.output import print_error, print_note
 from moestro.cli.table import COMMANDS, GROUPS
 from moestro.errors import MoestroError
+from moestro.terminal import mend_streams
 from moestro.version import __version__
 
 app = App(
@@ -38,6 +39,7 @@ for _place, _command in enumerate(COMMANDS):
 
 def main() -> None:
     """Entry point of the `moestro` script."""
+    mend_streams()
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         for command in COMMANDS:  # imports it: a list of commands says what each does
             _ = app[command.name]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moestro.cli.history import line_editing
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_error, print_note, read_input, visible
+from moestro.cli.output import print_error, print_note, read_input
 from moestro.cli.process import (
     AS_STORED,
     Loading,
@@ -23,6 +23,7 @@ from moestro.cli.process import (
     use_threads,
 )  # fmt: skip
 from moestro.errors import MoestroError
+from moestro.terminal import printable_lines
 
 if TYPE_CHECKING:
     from moestro.engine.conversation import Conversation
@@ -107,7 +108,7 @@ def say(conversation: Conversation, text: str) -> None:
         for place, piece in enumerate(reply):
             if not place and conversation.num_forgotten:
                 print_note(f"(the context is full: the {conversation.num_forgotten} oldest exchanges are left out)")
-            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+            print(printable_lines(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             if stop.signal is not None:
                 break
         reply.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from cyclopts import Parameter
 
 from moestro.cli.hints import spell_commands
 from moestro.cli.output import print_json, print_note
-from moestro.config import load_preset
+from moestro.config import load_preset, quote_value
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +76,7 @@ def compare(
     """
     from moestro.compare.plan import make_plan
 
-    overrides = [*([f"data.source={json.dumps(data)}"] if data is not None else []), *settings]
+    overrides = [*([f"data.source={quote_value(data)}"] if data is not None else []), *settings]
     overrides += [f"train.threads={threads}"] if threads else []
     options: dict[str, Any] = {"seeds": seeds, "budget": budget, "equal": equal, "expansion": expansion, "jobs": jobs}
     plan = make_plan(out, routers, load_preset(preset), overrides, preset=preset, **options)

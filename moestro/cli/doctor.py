@@ -39,8 +39,8 @@ def doctor(
     machine = machines.describe_machine()
     measured = machines.measure_machine(seconds)
     problems = machine.problems() + measured.problems()
-    if not isa and "avx2" in machine.instruction_sets:
-        problems.append(f"native kernels are not built: install a C++ compiler, then {machines.how_to_build()}")
+    if not isa and not {"avx2", "asimd"}.isdisjoint(machine.instruction_sets):
+        problems.append(f"native kernels are not built: install a C++ compiler, then: {machines.how_to_build()}")
     if json_output:
         print_json({"machine": asdict(machine), "measured": asdict(measured), "native": isa, "problems": problems})
         return

@@ -87,9 +87,7 @@ def list_estimate(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("", f"{one['format']:<5}{sizes}  {'yes' if one['fits'] else 'no':<5}{speed}"))
     rows.append(("", f"cache for {found['context']:,} tokens of context"))
     if measured:
-        rows.append(
-            ("", f"speed of one text, at most: {measured['read_gb_per_second']:.1f} GB/s of memory ÷ bytes read")
-        )
+        rows.append(("", f"one text, at most: {measured['read_gb_per_second']:.1f} GB/s of memory ÷ bytes read"))
         rows.append(("", "for a token (active weights, cached context), if no cache holds them"))
         if found["machine"]["is_busy"]:
             rows.append(("", "! other programs compute now: a quiet machine is faster"))
@@ -103,7 +101,7 @@ def list_estimate(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("", f"{format_bytes(rest)} activations of a micro-batch, working memory"))
     if training["least_seconds"] is not None:
         rows.append(("", f"{training['tokens']:,} tokens take at least {format_time(training['least_seconds'])}"))
-        rows.append(("", f"(6 operations for each active parameter and token at {best_gflops(measured):,.0f} GFLOP/s)"))
+        rows.append(("", f"(6 operations per active parameter and token, {best_gflops(measured):,.0f} GFLOP/s)"))
     return rows
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
-from moestro.cli.output import print_json, print_note, read_input, visible
+from moestro.cli.output import print_json, print_note, read_input
 from moestro.cli.process import (
     AS_STORED,
     Loading,
@@ -26,6 +26,7 @@ from moestro.cli.process import (
     use_threads,
 )  # fmt: skip
 from moestro.errors import ConfigError
+from moestro.terminal import printable_lines
 
 if TYPE_CHECKING:
     from moestro.engine.engine import Engine
@@ -142,7 +143,7 @@ def show(beginning: str, pieces: Iterator[str], written: Written | None) -> None
 
     A terminal gets nothing that it would obey.
     """
-    spell = visible if sys.stdout.isatty() else str
+    spell = printable_lines if sys.stdout.isatty() else str
     for piece in chain([beginning + next(pieces)], pieces):
         print(spell(piece), end="", flush=True)
     print()

@@ -11,18 +11,21 @@ from typing import Any, TextIO
 
 from moestro.cli.hints import spell_commands
 from moestro.errors import DataError, MoestroError
+from moestro.terminal import UNSAFE, printable, printable_lines
 
 
 def print_json(tree: Mapping[str, Any]) -> None:
     """Print a JSON object on one line of standard output, the last line of a command."""
-    print(json.dumps(tree, ensure_ascii=False), flush=True)
+    is_utf8 = "utf" in (sys.stdout.encoding or "").lower()
+    text = json.dumps(tree, ensure_ascii=not is_utf8)
+    print(UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
 
 
 def print_rows(rows: Sequence[tuple[str, str]], stream: TextIO | None = None) -> None:
     """Print aligned names and values, one pair a line, on standard output or another stream."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}", file=stream)
+        print(f"{printable(name):<{width}}  {printable(value)}", file=stream)
 
 
 def read_input(read: Callable[[], str]) -> str:
@@ -37,17 +40,14 @@ def print_note(text: str) -> None:
     """Print a remark for people on standard error."""
     if sys.stderr is not None:
         with suppress(OSError):  # a terminal that has closed
-            print(visible(text), file=sys.stderr)
+            print(printable_lines(text), file=sys.stderr)
 
 
 def print_error(error: MoestroError) -> None:
-    """Print what the user can mend, and how, on one line of standard error."""
+    """Print what the user can mend, and how, on one line of standard error, and below it what the line sums up."""
     print_note(f"moestro: {spell_commands(error.command_line_text)}")
-
-
-def visible(text: str) -> str:
-    """The text, with what a terminal would obey rather than show spelled as escapes; lines and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    for detail in error.details:
+        print_note(f"  {printable(detail)}")
 
 
 @contextmanager

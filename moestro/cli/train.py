@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +12,48 @@ from cyclopts import Parameter
 
 from moestro.cli.hints import format_command
 from moestro.cli.output import outlive_output, print_json
+from moestro.cli.plan import Open, Printed, set_train, settle, settle_length
 from moestro.cli.process import IgnoredKeys
-from moestro.config import SETTINGS, Config, apply_overrides, build_config, load_file, load_preset
+from moestro.config import SETTINGS, Config, build_config, load_file, load_preset
 from moestro.errors import ConfigError
-from moestro.sizes import tree_of_depth
+from moestro.sizes import DEFAULT_MINUTES, tree_of_depth
+from moestro.terminal import printable_lines
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TextAndTime:
+    """What to train on, and for how long.
+
+    Parameters
+    ----------
+    data
+        A file or folder (docs/training.md lists what is read), a Hugging Face data set, or builtin.
+    encoding
+        Of files that are not UTF-8, such as cp1252 or cp949; by default it is guessed.
+    text_field
+        The field or column of a record that holds its text; by default text, content, or a conversation.
+    minutes
+        How long to train; with --data and no size, 30 by default.
+    steps
+        How many steps to train, whatever a preset says of minutes.
+    """
+
+    data: str | None = None
+    encoding: str | None = None
+    text_field: str | None = None
+    minutes: float | None = None
+    steps: int | None = None
+
+    def data_keys(self) -> dict[str, str]:
+        """Those that are settings of [data], under their names there; a folder's name is no TOML."""
+        values = {"source": self.data, "encoding": self.encoding, "text_field": self.text_field}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def overrides(self, threads: int | None) -> tuple[str, ...]:
+        """Those that are settings of [train], and the threads."""
+        values = {"train.minutes": self.minutes, "train.steps": self.steps, "train.threads": threads}
+        return tuple(f"{key}={value}" for key, value in values.items() if value is not None)
 
 
 def train(
@@ -23,7 +61,7 @@ def train(
     preset: str | None = None,
     config: Path | None = None,
     depth: int | None = None,
-    data: str | None = None,
+    text: TextAndTime | None = None,
     out: Path | None = None,
     start: Annotated[str | None, Parameter(name="--from")] = None,
     keys: IgnoredKeys = frozenset(),
@@ -33,22 +71,20 @@ def train(
     quiet: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train a model on your own text; without arguments, the demo on the built-in corpus.
+    """Train a model that fits your own text; without arguments, the demo on the built-in corpus.
 
     Ctrl-C, SIGTERM and a closed terminal save a checkpoint; --resume goes on from the last one.
 
     Parameters
     ----------
     overrides
-        Settings as section.key=value, such as train.steps=40 model.top_k=4.
+        Settings as section.key=value, such as train.lr=2e-3 model.top_k=4.
     preset
         A shipped configuration: demo, small, deepseek-v3, …
     config
         A TOML or JSON file with sections [model], [train], [data], [fp8].
     depth
-        One dial for size: the number of layers sets width, heads, experts, learning rate and steps.
-    data
-        A file or folder (.txt .md .py .json .jsonl .parquet, also .gz .zst), a Hugging Face data set, or builtin.
+        One dial for size: the number of layers sets width, heads, experts and learning rate; the text sets the steps.
     out
         The run directory; runs/NAME by default.
     start
@@ -58,45 +94,51 @@ def train(
     resume
         Go on with the run in --out. Of a finished run, with more train.steps (or train.minutes), train it further.
     dry_run
-        Print the configuration and the size of the model, and stop.
+        Print the plan and stop.
     quiet
-        Show no progress.
+        Show neither plan nor progress.
     json_output
-        Print the outcome as one JSON object on the last line.
+        Print the outcome, or the plan of a dry run, as one JSON object on the last line.
     """
-    tree, name = choose_tree(preset, config, depth)
-    if data is not None:
-        tree = apply_overrides(tree, [f"data.source={json.dumps(data)}"])
-        name = Path(os.path.abspath(data)).stem or name  # .. is not the name of a folder
+    text = text or TextAndTime()
+    tree, name = choose_tree(preset, config, depth, start, text.data)
     if start is not None:
-        tree, name = start_from(tree, Path(start), keys), Path(os.path.abspath(start)).name
+        tree = start_from(tree, Path(start), keys)
     run = out or free_directory(Path("runs"), name, resume)
-    if threads is not None:
-        overrides = (*overrides, f"train.threads={threads}")
-    given = any((preset, config, depth, data, start))
-    settings = resume_config(tree, overrides, run, given=given, resume=resume)
-    if dry_run:
-        return print_plan(settings)
-    return run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
+    if resume and (run / SETTINGS).exists() and not (preset or config or depth or start):
+        tree = load_file(run / SETTINGS)  # a resumed run keeps its configuration unless the flags name another
+    tree = {**tree, "data": {**tree.get("data", {}), **text.data_keys()}}
+    left_open = what_is_open(resume or preset or config, depth or start, text.data)
+    overrides = settle_length((*overrides, *text.overrides(threads)), from_text=left_open.length)
+    settings = build_config(tree, overrides)
+    prepare_machine(settings)
+    if dry_run or left_open.length or not (resume or quiet):
+        printed = Printed(quiet=quiet, dry_run=dry_run, json=json_output)
+        settings = settle(tree, overrides, left_open, run, printed)
+    return 0 if dry_run else run_and_report(settings, run, resume=resume, quiet=quiet, json_output=json_output)
 
 
-def print_plan(settings: Config) -> int:
-    """Print the configuration and the size of the model as JSON."""
-    from moestro.model.size import describe_size
+def what_is_open(settled: object, sized: object, data: str | None) -> Open:
+    """What follows from the text: nothing where all is `settled`, the length alone where the size is given."""
+    if settled:
+        return Open(size=False, length=False)
+    return Open(size=not sized and data is not None, length=bool(sized) or data is not None)
 
-    print_json({"config": settings.model_dump(mode="json"), **describe_size(settings.model)})
-    return 0
+
+def prepare_machine(settings: Config) -> None:
+    """Threads and allocator of this process, before anything large."""
+    from moestro import machine
+
+    machine.use_threads(settings.train.threads)
+    machine.keep_freed_memory()
 
 
 def run_and_report(settings: Config, run: Path, *, resume: bool, quiet: bool, json_output: bool) -> int:
     """Train, write the report and print the ending; returns the exit code."""
-    from moestro import machine
     from moestro.parallel import world
     from moestro.report import write_report
     from moestro.training.loop import train as run_training
 
-    machine.use_threads(settings.train.threads)
-    machine.keep_freed_memory()
     with world.join() as processes:
         outcome = run_training(settings, run, resume=resume, quiet=quiet, world=processes)
         if not processes.is_main:
@@ -126,15 +168,22 @@ def start_from(tree: dict[str, Any], path: Path, ignored: Collection[str] = ()) 
     return {**tree, "model": model, "train": train, "data": data}
 
 
-def choose_tree(preset: str | None, config: Path | None, depth: int | None) -> tuple[dict[str, Any], str]:
+def choose_tree(
+    preset: str | None, config: Path | None, depth: int | None, start: str | None, data: str | None
+) -> tuple[dict[str, Any], str]:
     """The raw configuration that the flags name, and a name for the run."""
     if sum(choice is not None for choice in (preset, config, depth)) > 1:
         raise ConfigError("give one of --preset, --config and --depth")
+    tree, name = load_preset(preset or "demo"), preset or "demo"
     if config is not None:
-        return load_file(config), config.stem
-    if depth is not None:
-        return tree_of_depth(depth), f"depth-{depth}"
-    return load_preset(preset or "demo"), preset or "demo"
+        tree, name = load_file(config), config.stem
+    elif depth is not None:
+        tree, name = tree_of_depth(depth), f"depth-{depth}"
+    if start is not None:
+        if not (preset or config or depth):  # the demo's time is none to train a given model for
+            tree = set_train(tree, {"minutes": DEFAULT_MINUTES})
+        return tree, Path(os.path.abspath(start)).name
+    return tree, name if data is None else Path(os.path.abspath(data)).stem or name  # .. is not the name of a folder
 
 
 def free_directory(parent: Path, name: str, resume: bool) -> Path:
@@ -144,20 +193,6 @@ def free_directory(parent: Path, name: str, resume: bool) -> Path:
         number += 1
         run = parent / f"{name}-{number}"
     return run
-
-
-def resume_config(tree: dict[str, Any], overrides: tuple[str, ...], run: Path, *, given: bool, resume: bool) -> Config:
-    """What to run: a resumed run keeps its saved configuration unless the flags name another.
-
-    More steps than a run planned from minutes are steps that count.
-    """
-    saved = run / SETTINGS
-    if resume and not given and saved.exists():
-        tree = load_file(saved)
-        names = {pair.partition("=")[0].strip() for pair in overrides}
-        if "train.steps" in names and "train.minutes" not in names:
-            overrides = (*overrides, "train.minutes=0")
-    return build_config(tree, overrides)
 
 
 def print_ending(outcome: Any, report: Path) -> None:
@@ -174,7 +209,7 @@ def print_ending(outcome: Any, report: Path) -> None:
         return
     for sample in outcome.samples:
         print(f"\n── {sample['domain']} " + "─" * 60)
-        print(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}")
+        print(printable_lines(f"{sample['prompt'].strip()} ▸{sample['text'].rstrip()}"))
     print(f"\nTrained {outcome.step} steps. The report is {report}: open it in a browser. Next:")
     for words in (("chat", run), ("generate", run, "Once upon a time"), ("eval", run, "--json")):
         print(f"  {format_command(*words)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from moestro.compare.plan import Plan, make_plan, prepare_directory
 from moestro.compare.results import FAILED, FINISHED, RESULTS, Record, Summary, Verdict, summarise, verdicts
 from moestro.compare.runner import Runner
-from moestro.config import load_preset
+from moestro.config import load_preset, quote_value
 from moestro.training.ownership import own_directory
 from moestro.training.progress import format_duration
 
@@ -60,7 +59,7 @@ def compare(
     "section.key=value". `log` gets a line for every run. A call for the same `out` goes on, and may add cells and
     seeds. ConfigError for what cannot be run.
     """
-    source = [] if data is None else [f"data.source={json.dumps(data)}"]
+    source = [] if data is None else [f"data.source={quote_value(data)}"]
     plan = make_plan(
         Path(out),
         routers,

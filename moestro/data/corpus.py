@@ -1,133 +1,227 @@
 """Files to documents: one stream of `(text, domain)` from any source of text.
 
-A source is `builtin`, a file or folder (`.txt .md .py .json .jsonl .parquet`, each also `.gz` or `.zst`), or
-the name of a Hugging Face dataset (`owner/name` or `owner/name:config`). Files come in sorted order; hidden
-ones and folders already seen (symbolic links) are skipped, so the same source always gives the same stream.
+A source is `builtin`, a file or folder, or the name of a Hugging Face dataset (`owner/name` or `owner/name:config`).
+Which files of a folder are read is in `files.py`, what a record's text is in `records.py`, how a file's encoding is
+found in `encodings.py`. Files come in sorted order, so the same source always gives the same stream.
 
 A document's domain is the first sub-folder below the source; else the record's `domain` field; else the stem
 of a file given by itself, or `text` for files at the top of a folder.
 
-Reading is strict: invalid UTF-8, a bad record or a damaged archive is a `DataError` with file and line, since
-text that is silently repaired or dropped shifts every number measured later. Memory is bounded by one line
-or batch (only `.json` is read whole). Documents of text files are cut near 32 KiB, so that even one big file
-gives a validation split. The price: neighbouring parts of one book may be on both sides of the split.
+Reading is strict: a bad record, a damaged archive or bytes that no encoding explains are a `DataError` with file and
+line, since text that is silently repaired or dropped shifts every number measured later. What is left out or guessed is
+counted, and `notices` tells it. Memory is bounded by one line or batch (only `.json` is read whole). Documents of text
+files are cut near 32 KiB, so that even one big file gives a validation split. The price: neighbouring parts of one book
+may be on both sides of the split.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import hashlib
 import importlib
 import json
 import re
-import shutil
-import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any, cast
 
 from moestro import machine
+from moestro.data.columns import load_pyarrow, read_arrow, read_parquet
 from moestro.data.documents import Document, decode, iterate_lines, split_text
+from moestro.data.encodings import Utf8Stream, find_encoding
+from moestro.data.files import PLAIN, SUFFIXES, Found, SourceFile, advise, find_files, kind_of, single_file
+from moestro.data.records import read_text
 from moestro.errors import DataError
+from moestro.terminal import printable
 
-SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl", ".parquet")
-_COMPRESSED = (".gz", ".zst")
+MAX_JSON_BYTES = 1 << 30  # a .json file is read whole, and takes several times its size
+MAX_DOMAIN_CHARS = 80
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
-def iterate_documents(source: str) -> Iterator[Document]:
-    """Stream the documents of `source`; raises `DataError` if it cannot be read or has no text."""
-    found = False
-    for document in _open_source(source):
-        if document.text.strip():
+def iterate_documents(source: str, *, encoding: str = "", text_field: str = "") -> Iterator[Document]:
+    """Stream the documents of `source`; raises `DataError` if it cannot be read or has no text.
+
+    `encoding` is that of files that are not UTF-8; empty: guessed. `text_field` names the text of a record.
+    """
+    return Corpus(source, encoding=encoding, text_field=text_field).documents()
+
+
+class Corpus:
+    """A source of text, and what was noticed while it was read.
+
+    `found` lists its files (None: it has none); `left_out` and `guessed` count files and records.
+    """
+
+    def __init__(self, source: str, *, encoding: str = "", text_field: str = "") -> None:
+        """Raises `DataError` for a source that is nothing Moestro reads."""
+        self.source, self.encoding, self.text_field = source, encoding, text_field
+        self.found = _open_source(source)
+        self.noticed: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def documents(self) -> Iterator[Document]:
+        """Every document, in order; raises `DataError` at the first thing that cannot be read, or if there is none."""
+        found = False
+        for document in self._documents():
             found = True
             yield document
-    if not found:
-        raise DataError(f"no text in '{source}'")
+        if not found:
+            raise DataError(f"no text in '{self.source}'")
 
+    def notices(self) -> list[str]:
+        """One line for each kind of thing that was guessed, turned into text or left out of what was read so far."""
+        return [f"{kind}: {count:,}, such as {self.examples[kind]}" for kind, count in self.noticed.items()]
 
-def _open_source(source: str) -> Iterator[Document]:
-    if not source:
-        raise DataError("the data source is empty: name a file, a folder, a dataset or 'builtin'")
-    if source == "builtin":
-        from moestro.data.builtin_corpus import iterate_builtin
+    def read(self, file: SourceFile) -> Iterator[Document]:
+        """The documents of one file; a record's own domain yields to its folder's."""
+        try:
+            if file.kind == ".json" and file.path.stat().st_size > MAX_JSON_BYTES:
+                raise DataError(f"{file.path}: too large for .json, which is read whole; make it .jsonl")
+            encoding = self._find_encoding(file)
+            if encoding:
+                with _open_binary(file.path) as stream:
+                    yield from self._read_stream(_as_utf8(stream, encoding, file.path), file)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{file.path}: damaged archive: {error}") from error
+        except OSError as error:
+            raise DataError(f"cannot read {file.path}: {error.strerror or error}") from error
 
-        return iterate_builtin()
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
-    if path.exists():
-        if _kind(path) is None:
-            raise DataError(f"cannot read {path}: known are {' '.join(SUFFIXES)}, each also .gz or .zst")
-        return _read_file(path, None, path.name.lstrip(".").split(".")[0])
-    if _kind(path) is not None or not _DATASET_NAME.fullmatch(source):
-        raise DataError(f"no such file or folder: {source}")
-    return _read_dataset(source)
+    def _documents(self) -> Iterator[Document]:
+        if self.source == "builtin":
+            from moestro.data.builtin_corpus import iterate_builtin
+
+            yield from iterate_builtin()
+        elif self.found is None:
+            yield from self._read_dataset()
+        else:
+            for path, reason in self.found.problems:
+                raise DataError(f"{path}: {reason}")
+            for file in self.found.files:
+                yield from self.read(file)
+
+    def _find_encoding(self, file: SourceFile) -> str:
+        """ "" for a binary file, which is left out; tables say themselves how their strings are written."""
+        if file.kind in (".parquet", ".arrow"):
+            return "utf-8"
+        try:
+            encoding = find_encoding(lambda: _open_binary(file.path), self.encoding)
+        except (OSError, EOFError, zlib.error):
+            return "utf-8"  # reading it again says where it is damaged
+        if not encoding:
+            self._notice("binary files left out", file.path)
+        elif encoding != self.encoding and not encoding.startswith("utf"):
+            self._notice(f"files that are not UTF-8, read as {encoding}", file.path)
+        return encoding
+
+    def _notice(self, kind: str, example: object) -> None:
+        self.noticed[kind] += 1
+        self.examples.setdefault(kind, printable(str(example), MAX_DOMAIN_CHARS))
+
+    def _read_stream(self, stream: IO[bytes], file: SourceFile) -> Iterator[Document]:
+        if file.kind in PLAIN:
+            domain = _clean_domain(file.folder_domain or file.default_domain)
+            texts = split_text(stream, file.path, separated=file.kind == ".txt")
+            yield from (Document(text, domain) for text in texts if text.strip())
+            return
+        for place, record in _read_records(stream, file, self.text_field):
+            yield from self._parse_record(record, place, file)
+
+    def _parse_record(self, record: Any, place: str, file: SourceFile) -> Iterator[Document]:
+        domain = record.get("domain") if isinstance(record, dict) else None
+        text, is_conversation = read_text(record, place, self.text_field)
+        if not isinstance(domain, str | None):
+            raise DataError(f"{place}: 'domain' is not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise DataError(f"{place}: the text has a lone surrogate, which is not valid UTF-8") from error
+        if is_conversation:
+            self._notice("conversations read as plain text (User: … Assistant: …)", place)
+        if text.strip():
+            yield Document(text, _clean_domain(file.folder_domain or domain or file.default_domain))
+        else:
+            self._notice("records without text left out", place)
+
+    def _read_dataset(self) -> Iterator[Document]:
+        """Stream the `train` split of a Hugging Face dataset."""
+        name, _, config = self.source.partition(":")
+        try:
+            datasets = importlib.import_module("datasets")
+        except ImportError as error:
+            raise DataError(
+                f"no file or folder '{self.source}'; to stream it from Hugging Face: {machine.how_to_install('data')}"
+            ) from error
+        place = SourceFile(Path(self.source), "", None, name.split("/")[1])
+        for number, record in enumerate(_iterate_rows(datasets, name, config or None, self.source), 1):
+            yield from self._parse_record(record, f"{self.source}, row {number}", place)
 
 
 def fingerprint_files(source: str) -> str | None:
     """A hash of the names, sizes and dates of the files behind a source, without reading them; None without files."""
-    root = Path(source).expanduser()
+    root = _expand(source)
     if source == "builtin" or not root.exists():
         return None
-    files = list(_walk(root, set())) if root.is_dir() else [root]
+    files = [file.path for file in find_files(root).files] if root.is_dir() else [root]
     facts = [(str(path), status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]]
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _kind(path: Path) -> str | None:
-    """The suffix that decides how `path` is read, ignoring compression; None for files that are not text."""
-    suffix = Path(path.stem).suffix if path.suffix.lower() in _COMPRESSED else path.suffix
-    return suffix.lower() if suffix.lower() in SUFFIXES else None
+def _open_source(source: str) -> Found | None:
+    """The files of a source; None for the built-in corpus and for data sets of the hub."""
+    if not source:
+        raise DataError("the data source is empty: name a file, a folder, a dataset or 'builtin'")
+    if source == "builtin":
+        return None
+    path = _expand(source)
+    if path.is_dir():
+        found = find_files(path)
+        if not found.files and not found.problems:
+            raise DataError(f"no {' '.join(SUFFIXES)} files (plain, .gz or .zst) below {path}{_list_others(found)}")
+        return found
+    kind = kind_of(path)
+    if path.exists():
+        if kind is None:
+            raise DataError(f"cannot read {path}: {advise(path.suffix.lower())}")
+        return Found([single_file(path, kind)])
+    if kind is not None or not _DATASET_NAME.fullmatch(source):
+        raise DataError(f"no such file or folder: {source}")
+    return None
 
 
-def _read_folder(root: Path) -> Iterator[Document]:
-    files = list(_walk(root, set()))
-    if not files:
-        raise DataError(f"no {' '.join(SUFFIXES)} files (plain, .gz or .zst) below {root}")
-    for path in files:
-        parts = path.relative_to(root).parts
-        yield from _read_file(path, parts[0] if len(parts) > 1 else None, "text")
-
-
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    seen.add(folder.resolve())
+def _expand(source: str) -> Path:
+    """`~` and `~user` as a shell reads them, unless something here has that very name."""
+    path = Path(source)
+    if path.exists():
+        return path
     try:
-        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"cannot read folder {folder}: {error.strerror}") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if entry.resolve() not in seen:
-                yield from _walk(entry, seen)
-        elif entry.is_file() and _kind(entry) is not None:
-            yield entry
+        return path.expanduser()
+    except RuntimeError:  # there is no such user
+        return path
 
 
-def _read_file(path: Path, folder_domain: str | None, default_domain: str) -> Iterator[Document]:
-    """The documents of one file; a record's own domain yields to `folder_domain` but overrides `default_domain`."""
-    kind = _kind(path)
-    try:
-        with _open_binary(path) as stream:
-            if kind in (".txt", ".md", ".py"):
-                domain = folder_domain or default_domain
-                texts = split_text(stream, path, separated=kind == ".txt")
-                yield from (Document(text, domain) for text in texts)
-                return
-            readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-            for place, record in readers[cast(str, kind)](stream, path):
-                yield _parse_record(record, place, folder_domain, default_domain)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged archive: {error}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+def _list_others(found: Found) -> str:
+    """What else a folder without text holds, and what to do with it."""
+    others = found.skipped.most_common(4)
+    if not others:
+        return ", which is empty"
+    advice = {advise(suffix) for suffix, _ in others if advise(suffix) != advise("")}
+    return f": there are {', '.join(f'{count} {reason}' for reason, count in others)}" + "".join(
+        f"; {text}" for text in sorted(advice)
+    )
+
+
+def _clean_domain(name: str) -> str:
+    """A name that can be printed, stored and compared: folders may be named with bytes that are no text."""
+    clean = printable(name)
+    if len(clean) <= MAX_DOMAIN_CHARS:
+        return clean
+    return f"{clean[: MAX_DOMAIN_CHARS - 9]}-{hashlib.sha256(clean.encode()).hexdigest()[:8]}"
 
 
 @contextmanager
@@ -136,7 +230,7 @@ def _open_binary(path: Path) -> Iterator[IO[bytes]]:
         with gzip.open(path) as stream:
             yield cast(IO[bytes], stream)
     elif path.suffix.lower() == ".zst":
-        pyarrow = _load_pyarrow(path)  # unlike zstandard's reader, its stream refuses a frame that ends early
+        pyarrow = load_pyarrow(path)  # unlike zstandard's reader, its stream refuses a frame that ends early
         with pyarrow.CompressedInputStream(str(path), "zstd") as stream:
             yield cast(IO[bytes], stream)
     else:
@@ -144,34 +238,63 @@ def _open_binary(path: Path) -> Iterator[IO[bytes]]:
             yield stream
 
 
-def _load_pyarrow(path: Path) -> ModuleType:
-    """Load pyarrow to read a file; DataError if it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise DataError(f"reading {path} needs pyarrow: {machine.how_to_install('data')}") from error
-    return cast(ModuleType, pyarrow)
+def _as_utf8(stream: IO[bytes], encoding: str, path: Path) -> IO[bytes]:
+    return stream if encoding == "utf-8" else cast(IO[bytes], Utf8Stream(stream, encoding, str(path)))
+
+
+def _read_records(stream: IO[bytes], file: SourceFile, text_field: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every record of a file."""
+    match file.kind:
+        case ".json":
+            return _read_json(stream, file.path)
+        case ".csv" | ".tsv":
+            return _read_csv(stream, file.path, "," if file.kind == ".csv" else "\t")
+        case ".parquet":
+            return read_parquet(stream, file.path, text_field)
+        case ".arrow":
+            return read_arrow(stream, file.path, text_field)
+    return _read_jsonl(stream, file.path)
 
 
 def _read_json(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
-    value = _parse_json(stream.read(), str(path))
+    """A list of records, one record, or, as some name it, one record a line."""
+    lines = b"".join(chunk for _, chunk in iterate_lines(stream, path)).splitlines(keepends=True)
+    if len(lines) > 1 and _is_record(lines[0], path):
+        for number, line in enumerate(lines, 1):
+            yield from _parse_line(line, f"{path}, line {number}")
+        return
+    value = _parse_json(b"".join(lines), str(path))
     for number, record in enumerate(value if isinstance(value, list) else [value], 1):
         yield f"{path}, record {number}", record
 
 
+def _is_record(line: bytes, path: Path) -> bool:
+    """Whether a line alone is a JSON object or string."""
+    try:
+        return isinstance(_parse_json(line, str(path)), dict | str)
+    except DataError:
+        return False
+
+
 def _read_jsonl(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in _join_lines(stream, path):
+        yield from _parse_line(line, f"{path}, line {number}")
+
+
+def _join_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line, whole."""
     parts: list[bytes] = []
+    number = 0
     for number, chunk in iterate_lines(stream, path):
         parts.append(chunk)
         if chunk.endswith(b"\n"):
-            yield from _parse_line(parts, f"{path}, line {number}")
+            yield number, b"".join(parts)
             parts = []
     if parts:
-        yield from _parse_line(parts, f"{path}, line {number}")
+        yield number, b"".join(parts)
 
 
-def _parse_line(parts: Iterable[bytes], place: str) -> Iterator[tuple[str, Any]]:
-    line = b"".join(parts)
+def _parse_line(line: bytes, place: str) -> Iterator[tuple[str, Any]]:
     if line.strip():
         yield place, _parse_json(line, place)
 
@@ -184,50 +307,16 @@ def _parse_json(data: bytes, place: str) -> Any:
         raise DataError(f"{place}: not valid JSON: {error}") from error
 
 
-def _read_parquet(stream: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
-    pyarrow = _load_pyarrow(path)
+def _read_csv(stream: IO[bytes], path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Rows as records; the first line names the columns."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = (decode(decoder, line, f"{path}, line {number}") for number, line in _join_lines(stream, path))
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        with tempfile.TemporaryFile() as spool:
-            if path.suffix.lower() in _COMPRESSED:  # Parquet is read from its end
-                shutil.copyfileobj(stream, spool)
-            file = pyarrow.parquet.ParquetFile(spool if path.suffix.lower() in _COMPRESSED else stream)
-            columns = [name for name in ("text", "content", "domain") if name in file.schema_arrow.names]
-            batches = file.iter_batches(batch_size=256, columns=columns)
-            records = chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, record in enumerate(records, start=1):
-                yield f"{path}, row {number}", record
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from error
-
-
-def _parse_record(record: Any, place: str, folder_domain: str | None, default_domain: str) -> Document:
-    domain: Any = None
-    if isinstance(record, dict):
-        domain = record.get("domain")
-        record = record.get("text", record.get("content"))
-    if not isinstance(record, str):
-        raise DataError(f"{place}: expected a 'text' (or 'content') that is a string")
-    if domain is not None and not isinstance(domain, str):
-        raise DataError(f"{place}: 'domain' is not a string")
-    try:
-        record.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise DataError(f"{place}: the text has a lone surrogate, which is not valid UTF-8") from error
-    return Document(record, folder_domain or domain or default_domain)
-
-
-def _read_dataset(source: str) -> Iterator[Document]:
-    """Stream the `train` split of a Hugging Face dataset."""
-    name, _, config = source.partition(":")
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise DataError(
-            f"no file or folder '{source}'; to stream it from Hugging Face: {machine.how_to_install('data')}"
-        ) from error
-    records = _iterate_rows(datasets, name, config or None, source)
-    for number, record in enumerate(records, 1):
-        yield _parse_record(record, f"{source}, row {number}", None, name.split("/")[1])
+        for record in reader:
+            yield f"{path}, line {reader.line_num}", record
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
 
 
 def _iterate_rows(datasets: Any, name: str, config: str | None, source: str) -> Iterator[Any]:

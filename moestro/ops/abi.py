@@ -23,7 +23,7 @@ TYPES = {"float32": 0, "bfloat16": 1, "fp8_rows": 2}  # the last of caches only:
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp8": 4, "fp8_both": 5}
 SCORES = {"sigmoid": 0, "softmax": 1, "sqrt_softplus": 2, "constant": 3}  # score functions of routers
 ERRORS = {"ok": 0, "bad_type": 1, "bad_size": 2, "no_memory": 3, "no_isa": 4, "no_address": 5}
-ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
+ISAS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "neon", "neondot")
 
 
 class Opcode(IntEnum):

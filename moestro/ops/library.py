@@ -1,10 +1,10 @@
 """The compiled library of `csrc/`, loaded with ctypes, and the rules for which tensors it may take.
 
-The library is optional and never the specification. If it was not built, or the CPU lacks AVX2, or a tensor is not a
-plain fp32 or bf16 tensor in CPU memory, plain torch computes. With the kernels, results depend neither on the number of
-threads nor on what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the best one,
-`MOESTRO_LIBRARY` names another build, `MOESTRO_OPS` forces plain torch: reference, the specifications, or fused, the
-quick forms. `abi.py` lists the functions.
+The library is optional and never the specification. If it was not built, or the CPU has neither AVX2 nor NEON, or a
+tensor is not a plain fp32 or bf16 tensor in CPU memory, plain torch computes. With the kernels, results depend neither
+on the number of threads nor on what else is in the batch. `MOESTRO_ISA` (one of `ISAS`) forces a lower path than the
+best one, `MOESTRO_LIBRARY` names another build, `MOESTRO_OPS` forces plain torch: reference, the specifications, or
+fused, the quick forms. `abi.py` lists the functions.
 """
 
 from __future__ import annotations
@@ -104,11 +104,13 @@ def serves(*tensors: Tensor) -> bool:
 def multiplies_faster(dtype: torch.dtype) -> bool:
     """Whether the kernels, not torch, compute dense products of a type.
 
-    Without bf16 instructions torch multiplies bf16 a hundred times slower than fp32, and its fp32 BLAS is at its best
-    on Intel CPUs only. Where both are at their best, they are about equal (docs/kernels.md).
+    Without bf16 instructions torch multiplies bf16 a hundred times slower than fp32, and of x86-64 CPUs its fp32 BLAS
+    is at its best on Intel's only. Where both are at their best, they are about equal (docs/kernels.md).
     """
     described = machine.describe_machine()
-    return not described.bf16_is_fast if dtype == torch.bfloat16 else "Intel" not in described.cpu
+    if dtype == torch.bfloat16:
+        return not described.bf16_is_fast
+    return "avx2" in described.instruction_sets and "Intel" not in described.cpu
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:

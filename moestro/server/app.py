@@ -144,6 +144,7 @@ def _add_trace(app: FastAPI, service: Service) -> None:
 
     @app.post("/trace")
     async def trace(body: TraceRequest, http: Request) -> Response:
+        """For each of these tokens: its experts and their weights, its probability, rank and alternatives."""
         try:
             return JSONResponse(await while_connected(http.receive, tracing.trace(body)))
         except ClientGoneError:

@@ -17,7 +17,8 @@ import torch
 
 from moestro import machine
 from moestro.checkpoints.files import ModelFiles, fill_model, read_json
-from moestro.config import SETTINGS, Config, build_config
+from moestro.checks import refuse_futile
+from moestro.config import SETTINGS, Config, DataConfig, build_config
 from moestro.data.batches import Batch, Packer, PackState, evaluation_batches
 from moestro.data.corpus import fingerprint_files, iterate_documents
 from moestro.data.documents import Document
@@ -90,6 +91,7 @@ def open_session(config: Config, run: Path, *, resume: bool, log: Log, world: Wo
         then = build_config(read_json(saved))
         config = check_same_run(config, then, run)
     else:
+        refuse_futile(config)
         _refuse_foreign_directory(run)
         length, longest = config.train.seq_len, config.model.max_seq_len
         if length > longest:
@@ -154,10 +156,10 @@ def check_memory(config: Config, log: Log) -> None:
     """Say what training takes if it is much. MemoryShortageError if it cannot fit, before anything is computed."""
     memory, usable = training_memory(config), machine.usable_bytes()
     if memory.total > usable:
-        parts = f"{format_bytes(memory.total - memory.activations)} and {format_bytes(memory.activations)}"
+        kept, activations = format_bytes(memory.total - memory.activations), format_bytes(memory.activations)
         raise machine.MemoryShortageError(
-            f"training takes at least {format_bytes(memory.total)} of memory ({parts} of activations), and "
-            f"{format_bytes(usable)} are free",
+            f"training takes at least {format_bytes(memory.total)} of memory ({kept} for weights and the "
+            f"optimizer, {activations} for activations), and {format_bytes(usable)} are free",
             hint="choose a smaller model, or lower train.batch_size and train.seq_len or set train.recompute=true",
         )
     if memory.total >= LARGE:
@@ -247,12 +249,17 @@ def open_data(config: Config, run: Path, log: Log, *, fresh: bool) -> tuple[Toke
     tokenizer = choose_tokenizer(config, log)
     tokenizer.save(folder)
     log(f"Reading text from {config.data.source}")
-    documents = iterate_documents(config.data.source)
+    documents = open_documents(config.data)
     shards = prepare(documents, tokenizer, folder / "shards", config.data.valid_fraction)
     for domain in shards.domains:
         train, valid = (shards.num_tokens(domain, split) for split in ("train", "valid"))
         log(f"  {domain:<12} {train:>11,} tokens to train on, {valid:>9,} held out")
     return tokenizer, shards
+
+
+def open_documents(data: DataConfig) -> Iterator[Document]:
+    """The documents of a run's source, read as its settings say."""
+    return iterate_documents(data.source, encoding=data.encoding, text_field=data.text_field)
 
 
 def sample_texts(documents: Iterable[Document], most: int) -> Iterator[str]:
@@ -273,7 +280,7 @@ def choose_tokenizer(config: Config, log: Log) -> Tokenizer:
         return Tokenizer.builtin()
     if choice == "train":
         log(f"Training a tokenizer of up to {config.model.vocab_size} ids")
-        texts = sample_texts(iterate_documents(config.data.source), TOKENIZER_SAMPLE)
+        texts = sample_texts(open_documents(config.data), TOKENIZER_SAMPLE)
         return Tokenizer.train(texts, config.model.vocab_size)
     path = find_file(Path(choice))
     if not path.exists():

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moestro.terminal import printable_lines
+
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
     from rich.live import Live
@@ -349,7 +351,7 @@ def say(text: str, stream: TextIO | Any = None) -> None:
     target = sys.stderr if stream is None else stream
     if target is not None:
         with suppress(OSError, ValueError):  # ValueError: closed within this process
-            print(text, file=target, flush=True)
+            print(printable_lines(text), file=target, flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from moestro.config import Config
 from moestro.data.corpus import iterate_documents
 from moestro.engine.grammar import from_json_schema, from_lark, from_regex
 from moestro.errors import ConfigError, DataError
+from moestro.machine import how_to_install
 
 EXTRAS = ("pyarrow", "datasets", "llguidance", "fastapi", "starlette", "uvicorn", "prometheus_client", "transformers")
 PROGRAM = """
@@ -49,7 +50,7 @@ def test_a_model_is_trained_and_asked_without_any_extra(make_config: Callable[..
     codes = [line.split() for line in done.stdout.splitlines() if line.split()[-1:] in (["0"], ["2"])]
     names = [line.split()[0] for line in commands]
     assert codes == [[name, "2" if name == "serve" else "0"] for name in names], done.stderr
-    assert done.stderr.splitlines()[-1] == "moestro: serving needs llguidance: pip install 'moestro[server]'"
+    assert done.stderr.splitlines()[-1] == f"moestro: serving needs llguidance: {how_to_install('server')}"
 
 
 @pytest.mark.parametrize("name", ["texts.parquet", "texts.jsonl.zst"])
@@ -57,12 +58,12 @@ def test_files_that_need_pyarrow_say_so(name: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"{name} needs pyarrow: pip install 'moestro\[data\]'"):
+    with pytest.raises(DataError, match=rf"{name} needs pyarrow: .* -m pip install .*"):
         list(iterate_documents(str(tmp_path / name)))
 
 
 def test_grammars_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     for make in (lambda: from_regex("a"), lambda: from_lark('start: "a"'), lambda: from_json_schema(True)):
-        with pytest.raises(ConfigError, match=r"needs llguidance: pip install 'moestro\[server\]'"):
+        with pytest.raises(ConfigError, match=r"needs llguidance: .* -m pip install .*"):
             make()

@@ -79,7 +79,19 @@ def test_sigterm_lets_running_requests_finish(model: Path) -> None:
             *_, last = chunks
         assert last["usage"]["completion_tokens"] == 400
         assert process.wait(SECONDS) == 0
-        assert process.stderr is not None and process.stderr.read() == ""
+        assert process.stderr is not None
+        said = dict(line.split(maxsplit=1) for line in process.stderr.read().splitlines())
+    assert list(said) == ["model", "weights", "context", "cache", "drafts", "threads"]
+    assert (said["model"], said["context"], said["drafts"]) == ("tiny", "16,384 tokens", "1 a step")
+
+
+def test_a_context_can_be_limited(model: Path) -> None:
+    with serving(model, "--max-context", "100") as (_, url):
+        assert httpx.get(url + "/v1/models").json()["data"][0]["max_model_len"] == 100
+        reply = httpx.post(f"{url}/v1/completions", json={"prompt": [5] * 90, "max_tokens": 20})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "context is 100 tokens" in error["message"] and "takes 16384" in error["message"]
 
 
 def test_draining_has_a_limit(model: Path) -> None:
@@ -99,7 +111,7 @@ def test_the_log_is_as_talkative_as_asked(model: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 0
         assert process.stderr is not None
-        (line,) = process.stderr.read().splitlines()
+        *_, line = process.stderr.read().splitlines()
     assert "INFO moestro.access: POST /v1/completions 200, " in line and "secret" not in line
 
 
@@ -117,7 +129,8 @@ def test_a_key_is_asked_for(call: Call, model: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(run, "run_service", ask)
     options = ("--port", 0, "--memory", "64MiB", "--served-name", "tiny")
-    assert call("serve", model, "--api-key-file", tmp_path / "key", *options) == (0, "", "")
+    code, out, err = call("serve", model, "--api-key-file", tmp_path / "key", *options)
+    assert (code, out, err.split()[:2]) == (0, "", ["model", "tiny"])
     assert statuses == [401, 200]
 
 

@@ -67,10 +67,10 @@ def test_single_file_names_its_domain(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "ok"}\n{"body": "x"}\n', "line 2: expected a 'text'"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "line 2: not valid UTF-8"),
+        ("a.jsonl", '{"text": "한글"}\n{"text": "'.encode() + b'\xff"}\n', "line 2: not valid UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: the text has a lone surrogate"),
         ("a.json", b"[" * 100_000, "not valid JSON"),
-        ("a.txt", b"fine\nbad \xe9\n", "line 2: not valid UTF-8"),
+        ("a.txt", "très été\nbad ".encode() + b"\xe9\n", "line 2: not valid UTF-8"),
         ("a.txt", b"fine\ncut short \xec\x95", "line 2: not valid UTF-8"),
         ("a.txt.gz", gzip.compress(b"line\n" * 50_000)[:-20], "a.txt.gz, line .*damaged archive"),
         ("a.txt.gz", b"not gzip", "a.txt.gz, line 1: damaged archive"),
@@ -83,7 +83,9 @@ def test_single_file_names_its_domain(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 no", "not readable as Parquet"),
         ("a.txt", b" \n\n", "no text in"),
         ("a.txt", b"", "no text in"),
-        ("a.pdf", b"%PDF", "cannot read .*a.pdf: known are .txt"),
+        ("a.pdf", b"%PDF", "cannot read .*a.pdf: convert it to text first"),
+        ("a.zip", b"PK", "cannot read .*a.zip: unpack it first"),
+        ("a.png", b"\x89PNG", "cannot read .*a.png: known are .txt"),
     ],
 )
 def test_damage_is_named_in_one_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -152,7 +154,7 @@ def test_dataset_streams_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dataset_offline_or_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'moestro\[data\]'"):
+    with pytest.raises(DataError, match="-m pip install"):
         read("owner/name")
     fake = types.ModuleType("datasets")
 

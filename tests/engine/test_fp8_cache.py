@@ -88,6 +88,7 @@ def test_a_prefix_that_others_left_changes_no_bit(written: LanguageModel) -> Non
 
 def test_without_native_kernels(written: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load_library", lambda: None)
+    monkeypatch.setattr(library, "WISH", "reference")
     plain = LanguageModel(written.model, written.tokenizer, frozenset(), cache="fp8")
     requests = requests_of(3)[:3]
     alone = [run_all(engine_of(plain), [request])[0] for request in requests]

@@ -22,6 +22,7 @@ from moestro.model.transformer import Transformer, init_weights
 from moestro.ops import library
 from moestro.ops.serving import plain
 from moestro.ops.serving.formats import FORMATS
+from moestro.ops.serving.program import Heads
 
 Make = Callable[..., Config]
 KINDS = {
@@ -117,6 +118,14 @@ def test_every_format_means_the_same_numbers_open_or_packed(
         error = float(by_row.median())  # rounding may choose another expert for a few
         assert error < (0.2 if rows_differ else most), error
         assert hidden.dtype == wanted.dtype
+
+
+def test_rows_that_were_never_written_are_not_read(make_config: Make, without_kernels: None) -> None:
+    """Pages are unwritten memory, in which anything may stand."""
+    q, rows = torch.ones(2, 4, 8), torch.full((2, 64, 8), torch.nan)
+    rows[0, :3], rows[1, :1] = 1.0, 2.0
+    mixed = plain.attend_once(q, rows, torch.tensor([3, 1]), Heads(1, 0, 6, 0.5))
+    assert torch.equal(mixed, torch.tensor([1.0, 2.0])[:, None, None].expand(2, 4, 6))
 
 
 def test_opened_weights_give_back_their_panels_and_take_others(make_config: Make, without_kernels: None) -> None:

@@ -23,13 +23,15 @@ def build_settings() -> dict[str, Any]:
     return settings
 
 
-def compile_all(folder: Path, sources: Mapping[str, Sequence[str]], common: Sequence[str]) -> list[str]:
+def compile_all(
+    folder: Path, sources: Mapping[str, Sequence[str]], common: Sequence[str], compiler: str | None = COMPILER
+) -> list[str]:
     """Compile sources, each with flags of its own, side by side -> object files in `folder`."""
-    assert COMPILER is not None
+    assert compiler is not None
     objects, building = [], []
     for source, flags in sources.items():
         objects.append(str(folder / f"{Path(source).stem}.o"))
-        command = [COMPILER, *common, *flags, "-c", source, "-o", objects[-1]]
+        command = [compiler, *common, *flags, "-c", source, "-o", objects[-1]]
         building.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     try:
         for process in building:

@@ -77,7 +77,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
     "override", ["train.precision=bf16", "fp8.transpose=both", "fp8.scale=ue8m0", "fp8.tile=tensor"]
 )
 def test_a_resumed_run_keeps_its_precision(make_config: Make, fp8_run: Path, override: str) -> None:
-    with pytest.raises(ConfigError, match=r"was started with another (train\.precision|fp8)$"):
+    with pytest.raises(
+        ConfigError, match=r"was started with another (train\.precision|fp8\.\w+) \('\w+', not '\w+'\)$"
+    ):
         train(make_config(FP8, override), fp8_run, resume=True, quiet=True)
 
 

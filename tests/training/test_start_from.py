@@ -56,7 +56,7 @@ def test_a_run_that_went_on_begins_below_a_fresh_one(tiny_run: Path, tmp_path: P
 def test_the_command_takes_sizes_and_tokenizer_from_the_directory(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--from", str(tiny_run), "--dry-run", "train.steps=2"]
+    arguments = ["train", "--from", str(tiny_run), "--dry-run", "--json", "train.steps=2"]
     app(arguments, result_action="return_value")
     planned = json.loads(capsys.readouterr().out)["config"]
     saved = load_file(tiny_run / "settings.json")

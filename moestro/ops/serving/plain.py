@@ -143,11 +143,15 @@ class Plain(Eager):
 
 
 def attend_once(q: Tensor, rows: Tensor, seen: Tensor, heads: Heads) -> Tensor:
-    """One position of each of S sequences, q [S, H, K], over the first seen [S] of its rows [S, L, W] -> [S, H, V]."""
+    """One position of each of S sequences, q [S, H, K], over the first seen [S] of its rows [S, L, W] -> [S, H, V].
+
+    `rows` are the caller's to give: unseen ones, which may never have been written, become zeros.
+    """
+    unseen = torch.arange(rows.shape[1]) >= seen[:, None]
+    rows.masked_fill_(unseen[..., None], 0.0)
     keys, values = _split(rows, q.shape[2], heads)  # [S, G, L, ..]
     queries = (q.float() * heads.scale).unflatten(1, (heads.groups, -1))
     scores = queries @ keys.mT
-    unseen = torch.arange(rows.shape[1]) >= seen[:, None]
     return (scores.masked_fill_(unseen[:, None, None], -torch.inf).softmax(-1) @ values).flatten(1, 2).to(q.dtype)
 
 
