@@ -43,14 +43,15 @@ class WeightFiles:
 def find_weights(directory: Path) -> WeightFiles:
     """The tensors of a directory; CheckpointError says in one sentence what is missing, ambiguous or damaged."""
     refuse_adapters(directory)
-    named = read_index(directory)
-    if named is not None:
-        named = check_shards(directory, named)
+    index = read_index(directory)
+    named = check_shards(directory, index) if index is not None else None
     shards = sorted({*named.values()}) if named is not None else find_unindexed(directory)
     headers = read_headers([directory / name for name in shards])
     notices = list_unread(directory, shards)
     if named is not None:
         compare_with_index(directory, named, headers)
+    elif index is not None:
+        notices.append(f"{directory}: no file is there that {INDEX} names: {SINGLE} is read, as transformers does")
     elif shards != [SINGLE]:
         notices.append(f"{directory} has no {INDEX}: its {len(shards)} shards are read by their names")
     return WeightFiles(headers, tuple(notices))

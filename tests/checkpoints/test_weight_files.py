@@ -142,7 +142,9 @@ def test_a_stale_index_is_passed_over_as_transformers_does(sharded: Path) -> Non
         shard.unlink()
     save_file(whole, sharded / "model.safetensors", {"format": "pt"})
     theirs = DeepseekV3ForCausalLM.from_pretrained(sharded).state_dict()
-    assert torch.equal(load_model(sharded).embed.weight, theirs["model.embed_tokens.weight"])
+    files = ModelFiles(sharded)
+    assert len(files.notices) == 1 and "model.safetensors is read" in files.notices[0]
+    assert torch.equal(read_model(files).embed.weight, theirs["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize(

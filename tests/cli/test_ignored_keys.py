@@ -16,7 +16,7 @@ COMMANDS = {
     "inspect": ("inspect", "MODEL", "--no-measure", "--json"),
     "pack": ("pack", "MODEL", "--out", "OUT", "--json"),
     "convert": ("convert", "MODEL", "OUT", "--to", "bf16", "--json"),
-    "train": ("train", "--from", "MODEL", "--dry-run", "model.mtp_depth=0"),
+    "train": ("train", "--from", "MODEL", "--dry-run", "--json", "model.mtp_depth=0"),
 }
 
 
