@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from moestro.checks import idle_settings, refuse_futile
 from moestro.cli.inspect import format_count
@@ -229,19 +228,18 @@ def settle(
     quiet = printed.quiet or os.environ.get("RANK", "0") != "0"
     planned = plan_run(tree, overrides, left_open, timed=not quiet)
     if not quiet:
-        print_plan(planned, run, sys.stdout if printed.dry_run and not printed.json else sys.stderr)
+        print_plan(planned, run, print if printed.dry_run and not printed.json else print_note)
     if printed.dry_run and printed.json:
         print_json(planned.to_json())
     return planned.settings
 
 
-def print_plan(planned: Planned, run: Path, stream: TextIO) -> None:
+def print_plan(planned: Planned, run: Path, say: Callable[[str], None]) -> None:
     """The plan, and a line for each warning."""
     for name, value in plan_rows(planned, run):
-        print(f"  {name:<9} {printable(value)}", file=stream)
+        say(f"  {name:<9} {printable(value)}")
     for warning in planned.warnings:
-        print(printable(f"  warning: {warning}"), file=stream)
-    stream.flush()
+        say(printable(f"  warning: {warning}"))
 
 
 def plan_rows(planned: Planned, run: Path) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,7 @@ def train(
     quiet: bool = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Train a model that fits your own text; without arguments, the demo on the built-in corpus.
+    """Train a model that fits your text; without arguments, the demo on the built-in corpus.
 
     Ctrl-C, SIGTERM and a closed terminal save a checkpoint; --resume goes on from the last one.
 

@@ -208,7 +208,7 @@ class TestLanguage:
         self.choose(page, "ko")
         assert page.js("return document.documentElement.lang") == "ko"
         assert "전문가 부하" in page.text("#panel")
-        assert page.text(".stats").startswith("토큰 3개 · 초당 ")
+        assert page.text(".stats").startswith("토큰 3개 · ")
         page.click(".toggle")
         page.hover(page.all(".token")[1])
         page.wait(lambda: "선택된 전문가" in page.text("#inspector"))
