@@ -38,4 +38,4 @@ class CheckpointError(MoestroError):
 @cache
 def notice(text: str) -> None:
     """Say something that is no error, once: a warning of the logger `moestro`, which goes to standard error."""
-    logging.getLogger("moestro").warning("%s", " ".join(text.split()))
+    logging.getLogger("moestro").warning("%s", printable(" ".join(text.split())))

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from moestro import cli
-from moestro.errors import ConfigError, MoestroError
+from moestro.errors import ConfigError, MoestroError, notice
 
 
 def test_a_hint_is_for_the_command_line_alone() -> None:
@@ -30,3 +30,9 @@ def test_the_command_line_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         cli.main()
     assert end.value.code == 2
     assert capsys.readouterr().err == "moestro: runs/x holds a run; choose another --out\n"
+
+
+def test_a_notice_is_one_line_that_a_terminal_may_be_sent(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        notice("a file named \x1b[2Jx\n is left out")
+    assert [record.getMessage() for record in caplog.records] == ["a file named \\x1b[2Jx is left out"]

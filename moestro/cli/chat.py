@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING
 from moestro.cli.history import line_editing
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_error, print_note, read_input
-from moestro.cli.process import (
-    AS_STORED,
-    Loading,
-    MaxTokens,
-    Penalty,
-    Seed,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    use_threads,
-)  # fmt: skip
+from moestro.cli.process import AS_RECOMMENDED, AS_STORED, Loading, MaxTokens, SamplingFlags, Threads, use_threads
 from moestro.errors import MoestroError
 from moestro.terminal import printable_lines
 
@@ -37,11 +26,7 @@ def chat(
     *,
     system: str | None = None,
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = 0,
+    sampling: SamplingFlags = AS_RECOMMENDED,
     download: Download = False,
     loading: Loading = AS_STORED,
     threads: Threads = 0,
@@ -66,11 +51,7 @@ def chat(
     conversation = Conversation(
         language_model,
         max_tokens,
-        temperature,
-        top_p,
-        top_k,
-        repetition_penalty,
-        seed,
+        **vars(sampling),
         plain=is_base_model(language_model.tokenizer),
         messages=[{"role": "system", "content": system}] if system else [],
     )

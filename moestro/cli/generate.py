@@ -13,18 +13,7 @@ from cyclopts import Parameter
 
 from moestro.cli.models import Download, Model, choose_model
 from moestro.cli.output import print_json, print_note, read_input
-from moestro.cli.process import (
-    AS_STORED,
-    Loading,
-    MaxTokens,
-    Penalty,
-    Seed,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    use_threads,
-)  # fmt: skip
+from moestro.cli.process import AS_RECOMMENDED, AS_STORED, Loading, MaxTokens, SamplingFlags, Threads, use_threads
 from moestro.errors import ConfigError
 from moestro.terminal import printable_lines
 
@@ -38,11 +27,7 @@ def generate(
     *,
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     max_tokens: MaxTokens = 128,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
-    seed: Seed = 0,
+    sampling: SamplingFlags = AS_RECOMMENDED,
     parse_special: Annotated[bool, Parameter(negative="")] = False,
     quiet: Annotated[bool, Parameter(negative="")] = False,
     download: Download = False,
@@ -74,10 +59,7 @@ def generate(
     beginning = read_prompt(text, prompt)
     use_threads(threads)
     language_model = loading.load(directory)
-    settings = choose_settings(
-        language_model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-        repetition_penalty=repetition_penalty, seed=seed,
-    )  # fmt: skip
+    settings = choose_settings(language_model, max_tokens=max_tokens, **vars(sampling))
     written = Written(language_model.encode(beginning, parse_special=parse_special), language_model.engine)
     stream = written.follow(language_model.stream_ids(written.prompt, **settings))
     pieces = language_model.tokenizer.decode_stream(id for id in stream if id not in language_model.stop_ids)

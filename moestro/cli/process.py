@@ -87,6 +87,21 @@ class Loading:
 AS_STORED = Loading()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How a text is sampled; what is None is as the model's directory recommends."""
+
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    repetition_penalty: Penalty = None
+    seed: Seed = 0
+
+
+AS_RECOMMENDED = SamplingFlags()
+
+
 def use_threads(threads: int) -> None:
     """Compute with this many threads, 0 for every core this process may use. ConfigError outside 0…1024."""
     if not 0 <= threads <= MAX_THREADS:
